@@ -1,0 +1,20 @@
+"""edgekit takes a trained model to a healthy fleet: compress, export, run on the device, update over the air."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgekit.runtime import load as load
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> object:
+    # `import edgekit` stays instant and bare; the runtime is imported when `edgekit.load` is first touched.
+    if name == "load":
+        from edgekit.runtime import load
+
+        return load
+    raise AttributeError(f"module 'edgekit' has no attribute {name!r}")

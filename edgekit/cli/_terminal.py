@@ -1,0 +1,124 @@
+"""How a command speaks: text or JSON on stdout, progress and errors on stderr, exit codes by kind of error."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.errors import EdgekitError, ResourceError, from_os
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+
+class Terminal:
+    """What a command writes through. ``as_json``: one JSON document at the end and nothing else on stdout."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self._line = ""
+        self._started = 0.0
+
+    def say(self, text: str = "") -> None:
+        """Tell a person something."""
+        if not (self.as_json or self.quiet):
+            self._wipe()
+            click.echo(text)
+
+    def warn(self, text: str) -> None:
+        """Tell a person on stderr, also under ``--quiet``."""
+        self._wipe()
+        click.echo(f"warning: {text}", err=True)
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Print a Markdown table whose columns line up."""
+        self.say(markdown_table(columns, rows))
+
+    def result(self, document: Mapping[str, object]) -> None:
+        """Print the result for a program; silent unless ``--json`` was given."""
+        if self.as_json:
+            click.echo(json.dumps(document, indent=2, default=str))
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Draw a bar with ETA on stderr; silent where stderr is no terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            return
+        if not what.startswith(self._line.partition("\0")[0] or "\0"):
+            self._started = time.monotonic()
+        self._line = f"{what}\0"
+        click.echo(f"\r\x1b[K{_bar(what, done, total, time.monotonic() - self._started)}", err=True, nl=False)
+        if total and done >= total:
+            self._wipe()
+
+    def _wipe(self) -> None:
+        if self._line:
+            self._line = ""
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def _bar(what: str, done: int, total: int, elapsed: float) -> str:
+    if not total:
+        return f"{what} … {done or ''}"
+    filled = round(24 * done / total)
+    eta = f"{elapsed / done * (total - done):.0f} s left" if done else ""
+    return f"{what:<32.32} [{'#' * filled}{'-' * (24 - filled)}] {done}/{total} {eta}"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table whose columns line up when read as text."""
+    cells = [[str(c) for c in columns], *[[str(v) for v in row] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def command(**settings: Any) -> Callable[[Callable[..., None]], click.Command]:  # noqa: ANN401  # click's own settings
+    """Make a click command whose function gets a `Terminal` first; adds --json, --quiet and --debug.
+
+    Errors of edgekit and of the operating system become a message, a hint and an exit code.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def run(*, as_json: bool, quiet: bool, debug: bool, **parameters: object) -> None:
+            terminal = Terminal(as_json=as_json, quiet=quiet)
+            try:
+                function(terminal, **parameters)
+            except EdgekitError as error:
+                fail(terminal, error, debug=debug)
+            except OSError as error:
+                fail(terminal, from_os(error, click.get_current_context().info_name or "edgekit"), debug=debug)
+            except MemoryError:
+                fail(terminal, ResourceError("out of memory", "use a smaller batch or a smaller model"), debug=debug)
+
+        wrapped: Any = run
+        for option in (
+            click.option("--debug", is_flag=True, help="Show the trace of an error."),
+            click.option("--quiet", is_flag=True, help="Print errors only."),
+            click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text."),
+        ):
+            wrapped = option(wrapped)
+        return click.command(**settings)(wrapped)  # type: ignore[no-any-return]  # click.command is loosely typed
+
+    return decorate
+
+
+def fail(terminal: Terminal, error: EdgekitError, *, debug: bool = False) -> None:
+    """Print the error and its hint, and leave with its exit code."""
+    if debug:
+        raise error
+    terminal._wipe()  # noqa: SLF001  # the same room
+    click.echo(f"error: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+    kind = type(error).__name__
+    terminal.result(
+        {"error": {"kind": kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}}
+    )
+    sys.exit(error.exit_code)

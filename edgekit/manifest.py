@@ -1,0 +1,198 @@
+"""The table of contents of a bundle: what the model takes and gives, its variants, and every file by hash.
+
+Types and checks only; reads no disk. `docs/bundle-format.md` is the specification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+import msgspec
+
+from edgekit.errors import BundleError, UnknownName
+from edgekit.tensors import TensorSpec
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 4 << 20
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+RelativePath = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._/ -]{0,299}\Z")]
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    pass
+
+
+class FileEntry(_Part, frozen=True, kw_only=True):
+    """One file: where it lies under the bundle's folder, how long it is, its SHA-256."""
+
+    path: RelativePath
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Digest
+
+
+class ImagePreprocess(_Part, frozen=True, kw_only=True):
+    """From a picture to a tensor: shorter side to ``resize``, centre crop, ``(value - mean) / std`` on 0..255."""
+
+    input: str
+    resize: Annotated[int, msgspec.Meta(ge=1, le=8192)]
+    crop: Annotated[int, msgspec.Meta(ge=1, le=8192)]
+    mode: Literal["RGB", "L"] = "RGB"
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+
+class Classification(_Part, frozen=True, kw_only=True):
+    """From scores to labels: softmax unless the output is one already, best ``top_k``."""
+
+    output: str
+    labels: tuple[str, ...] = ()
+    softmax: bool = True
+    top_k: int = 5
+
+
+class Port(_Part, frozen=True, kw_only=True):
+    """How a public tensor appears inside one variant's file.
+
+    ``key`` is the tensor's name there; ``axes`` the permutation from public to file order, empty for none.
+    """
+
+    name: str
+    key: str
+    dtype: str
+    axes: tuple[int, ...] = ()
+
+
+class Parity(_Part, frozen=True, kw_only=True):
+    """What was measured of a file against the compressed model, and the limits it had to hold.
+
+    ``checked``: the file ran in its engine. ``evaluated``: the written file was read back and computed by
+    other means. ``unverified``: neither was possible; ``reason`` says why.
+    """
+
+    status: Literal["checked", "evaluated", "unverified"]
+    reason: str = ""
+    samples: int = 0
+    max_abs_error: float | None = None
+    sqnr_db: float | None = None
+    top1_agreement: float | None = None
+    min_sqnr_db: float | None = None
+    min_top1_agreement: float | None = None
+
+
+class Variant(_Part, frozen=True, kw_only=True):
+    """The model for one hardware class: which format, which files, what it needs, how far it is proved."""
+
+    name: Name
+    format: Name
+    precision: str
+    main: RelativePath
+    files: tuple[RelativePath, ...]
+    parity: Parity
+    inputs: tuple[Port, ...] = ()
+    outputs: tuple[Port, ...] = ()
+    batch: int = -1
+    requires: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+
+
+class Golden(_Part, frozen=True, kw_only=True):
+    """Inputs with the outputs the model must give: ``.npy`` files by tensor name, or prompts with their text."""
+
+    inputs: dict[str, RelativePath] = {}
+    outputs: dict[str, RelativePath] = {}
+    prompts: tuple[tuple[str, str], ...] = ()
+
+
+class Step(_Part, frozen=True, kw_only=True):
+    """One line of the lineage: a pass or a source, its options, and what was measured."""
+
+    name: str
+    options: dict[str, str | int | float | bool] = {}
+    measured: dict[str, float] = {}
+
+
+class Manifest(_Part, frozen=True, kw_only=True):
+    """All that a bundle says of itself."""
+
+    format: Literal[1] = 1
+    name: Name
+    version: str
+    task: Literal["tensor", "classification", "text-generation"]
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    preprocess: ImagePreprocess | None = None
+    postprocess: Classification | None = None
+    variants: Annotated[tuple[Variant, ...], msgspec.Meta(min_length=1)]
+    golden: Golden = msgspec.field(default_factory=Golden)
+    lineage: tuple[Step, ...] = ()
+    files: Annotated[tuple[FileEntry, ...], msgspec.Meta(max_length=10_000)]
+
+    def variant(self, name: str) -> Variant:
+        """Return the variant for that hardware class.
+
+        Raises:
+            UnknownName: the bundle has none.
+        """
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise UnknownName("variant", name, [v.name for v in self.variants])
+
+    def files_of(self, variant: str | None) -> tuple[FileEntry, ...]:
+        """List the files a device of that class needs: its own and those no variant claims; all for ``None``."""
+        if variant is None:
+            return self.files
+        mine = set(self.variant(variant).files)
+        others = {path for v in self.variants for path in v.files} - mine
+        return tuple(entry for entry in self.files if entry.path not in others)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Return the canonical bytes whose SHA-256 is the bundle's digest."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1) + b"\n"
+
+
+def decode(data: bytes) -> Manifest:
+    """Parse and check a manifest that came from anywhere.
+
+    Raises:
+        BundleError: too long, not a manifest, of another version, with unsafe paths, or pointing at unlisted files.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"the manifest has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"this is no manifest of format {FORMAT_VERSION}: {error}", "export the bundle again"
+        ) from error
+    _check(manifest)
+    return manifest
+
+
+def digest(manifest: Manifest) -> str:
+    """Return the SHA-256 of the canonical manifest: it names every byte of the bundle."""
+    return hashlib.sha256(encode(manifest)).hexdigest()
+
+
+def _check(manifest: Manifest) -> None:
+    listed = [entry.path for entry in manifest.files]
+    for path in listed:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or str(pure) != path or path == "manifest.json":
+            raise BundleError(f"the manifest lists the unsafe path {path!r}")
+    if len(set(listed)) != len(listed):
+        raise BundleError("the manifest lists a file twice")
+    golden = manifest.golden
+    used = {path for v in manifest.variants for path in (v.main, *v.files)}
+    missing = (used | set(golden.inputs.values()) | set(golden.outputs.values())) - set(listed)
+    if missing:
+        raise BundleError(f"the manifest uses {min(missing)!r} but does not list it")
+    names = [v.name for v in manifest.variants]
+    if len(set(names)) != len(names):
+        raise BundleError("the manifest names a variant twice")

@@ -1,0 +1,162 @@
+"""A model on the workstation: its network, what it takes and gives, its data, and the plan made for it.
+
+Imports torch only inside the functions that compute with it. Knows neither passes nor formats.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from edgekit.errors import InputError, UsageError
+from edgekit.plugins import extra
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+
+    from edgekit.manifest import ImagePreprocess, Step
+    from edgekit.plan import QuantizationPlan
+    from edgekit.tensors import Array, TensorSpec
+
+Task = Literal["tensor", "classification", "text-generation"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Arrays by input name, samples on the first axis, and one integer label a sample where there are any."""
+
+    inputs: Mapping[str, Array]
+    labels: Array | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(array) for name, array in self.inputs.items()}
+        if self.labels is not None:
+            sizes["labels"] = len(self.labels)
+        if not self.inputs or len(set(sizes.values())) != 1:
+            raise UsageError(f"a split needs arrays of one length, these have {sizes or 'none'}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def head(self, count: int) -> Split:
+        """Return the first ``count`` samples."""
+        labels = None if self.labels is None else self.labels[:count]
+        return Split({name: array[:count] for name, array in self.inputs.items()}, labels)
+
+    def batches(self, size: int) -> Iterator[Split]:
+        """Cut into runs of at most ``size`` samples, in order."""
+        for start in range(0, len(self), size):
+            labels = None if self.labels is None else self.labels[start : start + size]
+            yield Split({n: a[start : start + size] for n, a in self.inputs.items()}, labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of a data set, and how its pictures and labels read.
+
+    ``calibration`` and ``validation`` steer, ``train`` trains, ``test`` is read once at the end.
+    """
+
+    calibration: Split
+    train: Split | None = None
+    validation: Split | None = None
+    test: Split | None = None
+    preprocess: ImagePreprocess | None = None
+    labels: tuple[str, ...] = ()
+
+
+class Network(Protocol):
+    """Something that computes the model on this machine, in float."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute the outputs for a batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class TorchNetwork:
+    """A PyTorch module in eval mode; passes may change copies of it."""
+
+    module: torch.nn.Module
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute the outputs for a batch, without gradients."""
+        with extra("compress"):
+            import torch
+        tensors = [torch.as_tensor(inputs[name]) for name in self.input_names]
+        with torch.no_grad():
+            result = self.module(*tensors)
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        return {name: o.detach().cpu().numpy() for name, o in zip(self.output_names, outputs, strict=True)}
+
+
+@dataclass(frozen=True)
+class OnnxNetwork:
+    """An ONNX file, computed by ONNX Runtime: it can be quantized, not trained."""
+
+    path: Path
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute the outputs for a batch."""
+        with extra("onnx"):
+            import onnxruntime
+        session = onnxruntime.InferenceSession(str(self.path), providers=["CPUExecutionProvider"])
+        names = [o.name for o in session.get_outputs()]
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+@dataclass(frozen=True)
+class LlamaFolder:
+    """A Hugging Face folder of a Llama-family language model; exported to GGUF."""
+
+    path: Path
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute ``logits`` [batch, tokens, vocabulary] for ``input_ids`` [batch, tokens]."""
+        with extra("gguf"):
+            import torch
+            from transformers import AutoModelForCausalLM
+        network = AutoModelForCausalLM.from_pretrained(self.path, local_files_only=True, dtype=torch.float32).eval()
+        with torch.no_grad():
+            return {"logits": network(torch.as_tensor(inputs["input_ids"])).logits.numpy()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What flows from load through compress to export. ``network`` holds float weights; ``plan`` says their bits."""
+
+    name: str
+    task: Task
+    network: TorchNetwork | OnnxNetwork | LlamaFolder
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    data: Data | None = None
+    plan: QuantizationPlan | None = None
+    lineage: tuple[Step, ...] = field(default=())
+
+    @property
+    def precision(self) -> str:
+        """``fp32`` until a quantize pass has made a plan."""
+        return self.plan.precision if self.plan else "fp32"
+
+
+def run_batched(network: Network, split: Split, size: int = 16) -> dict[str, Array]:
+    """Compute all samples of a split in batches and join the outputs.
+
+    Raises:
+        InputError: the network gave NaN or infinity.
+    """
+    import numpy as np
+
+    parts = [network.run(batch.inputs) for batch in split.batches(size)]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for name, array in joined.items():
+        if not math.isfinite(float(np.sum(array, dtype=np.float64))):
+            raise InputError(f"output {name!r} holds NaN or infinity", "check the checkpoint and the input's scaling")
+    return joined

@@ -1,0 +1,52 @@
+"""Finds a plugin by its file name, else by an entry point. Knows nothing of what a plugin does."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from edgekit.errors import MissingExtra, UnknownName
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Turn an import that fails inside the block into an error that names the pip command.
+
+    Raises:
+        MissingExtra: a module that the extra ``name`` would install is not there.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or str(error)).partition(".")[0]
+        if module == "edgekit":
+            raise
+        raise MissingExtra(name, module) from error
+
+
+def names(package: str) -> list[str]:
+    """List the plugins of ``package`` (its files and its entry points) without importing any."""
+    folder = importlib.import_module(package).__path__
+    own = {m.name for m in pkgutil.iter_modules(folder) if not m.name.startswith("_")}
+    return sorted(own | {point.name for point in entry_points(group=package)})
+
+
+def load(package: str, name: str, kind: str) -> object:
+    """Return the ``PLUGIN`` of the file ``name`` in ``package``, else what the entry point names.
+
+    Raises:
+        UnknownName: neither a file nor an entry point has that name.
+        MissingExtra: the plugin's own file needs a package that is not installed.
+    """
+    if name not in names(package):
+        raise UnknownName(kind, name, names(package))
+    for point in entry_points(group=package, name=name):
+        return point.load()
+    plugin: object = importlib.import_module(f"{package}.{name}").PLUGIN
+    return plugin

@@ -1,0 +1,100 @@
+"""One file an engine: its file name is the format it runs. Knows what every engine must do; knows none.
+
+Never imports torch, and an engine's package only inside the function that opens it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from edgekit.tensors import Array
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What every engine is told: how many threads it may use (0: as many as there are cores)."""
+
+    threads: int = 0
+    context: int = 2048
+
+
+class Engine(Protocol):
+    """A loaded tensor model. Names and layouts are the file's own; `Session` maps the public ones."""
+
+    engine: str
+    """Name and version of what runs, as ``onnxruntime 1.31.1 CPUExecutionProvider``."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute one batch; safe to call from several threads at once."""
+        ...
+
+    def close(self) -> None:
+        """Free memory; later calls to `run` are errors."""
+        ...
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen; temperature 0 is greedy."""
+
+    max_tokens: int = 256
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+class TextPiece(msgspec.Struct, frozen=True):
+    """A piece of an answer; the last has ``finish`` and the token counts."""
+
+    text: str
+    finish: Literal["", "stop", "length"] = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class TextEngine(Protocol):
+    """A loaded language model."""
+
+    engine: str
+
+    def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[TextPiece]:
+        """Answer a conversation through the model's own chat template, piece by piece."""
+        ...
+
+    def complete(self, prompt: str, sampling: Sampling) -> Iterator[TextPiece]:
+        """Continue a text as it stands, without a template."""
+        ...
+
+    def close(self) -> None:
+        """Free memory; later calls are errors."""
+        ...
+
+
+class Backend(Protocol):
+    """Opens files of one format."""
+
+    extra: str
+    """The extra that installs the engine."""
+
+    def open(self, main: Path, options: EngineOptions) -> Engine | TextEngine:
+        """Load a file.
+
+        Raises:
+            MissingExtra: the engine is not installed.
+            HealthError: the engine refuses the file on this device.
+        """
+        ...
