@@ -1,0 +1,75 @@
+"""The demo's plots, as SVG text. Knows numbers and colours, nothing of models."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from edgekit.plugins import extra
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = ("#2f6fde", "#e0742b", "#2a9d6f", "#8d5fd3", "#c94f6d", "#6b7280")
+
+
+def bars(values: Mapping[str, float], unit: str) -> str:
+    """Draw one horizontal bar a name."""
+    figure, axes = _figure(7.0, 0.5 + 0.42 * len(values))
+    names = list(values)
+    axes.barh(names[::-1], [values[n] for n in names[::-1]], color=[PALETTE[i % 6] for i in range(len(names))][::-1])
+    for i, name in enumerate(names[::-1]):
+        axes.text(values[name], i, f" {values[name]:.3g}", va="center", fontsize=9)
+    axes.set_xlabel(unit)
+    axes.margins(x=0.12)
+    return _svg(figure)
+
+
+def cumulative(samples: Mapping[str, Sequence[float]], unit: str) -> str:
+    """Draw the share of requests answered within a time, one curve a name."""
+    figure, axes = _figure(7.0, 2.8)
+    for i, (name, values) in enumerate(samples.items()):
+        ordered = sorted(values)
+        share = [100 * (k + 1) / len(ordered) for k in range(len(ordered))]
+        axes.step(ordered, share, where="post", color=PALETTE[i % 6], label=name)
+    axes.set_xlabel(unit)
+    axes.set_ylabel("% of requests")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def timeline(points: Mapping[str, Sequence[tuple[float, float]]], marks: Mapping[str, float]) -> str:
+    """Scatter latency (ms) over time (s), one colour a served version; vertical lines mark events."""
+    figure, axes = _figure(7.0, 2.8)
+    for i, (name, pairs) in enumerate(points.items()):
+        axes.scatter([t for t, _ in pairs], [ms for _, ms in pairs], s=7, color=PALETTE[i % 6], label=name)
+    for name, at in marks.items():
+        axes.axvline(at, color="#888888", linewidth=0.8, linestyle="--")
+        axes.text(at, 1.01, name, transform=axes.get_xaxis_transform(), fontsize=8, ha="center", va="bottom")
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("ms a request")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="upper right")
+    return _svg(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    with extra("compress"):
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    mpl.rcParams["svg.fonttype"] = "none"
+    mpl.rcParams["svg.hashsalt"] = "edgekit"
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
