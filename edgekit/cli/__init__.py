@@ -9,14 +9,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from typing import TYPE_CHECKING
 
 import click
 
 import edgekit
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 
 class Commands(click.Group):
@@ -52,14 +48,6 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def _quiet_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        sys.exit(130)
-    del trace
-    click.echo(f"internal error: {kind.__name__}: {error}", err=True)
-    click.echo("hint: this is a bug in edgekit; run again with --debug for the trace, and report it", err=True)
-
-
 EPILOG = (
     "Exit codes: 0 done, 1 internal error or a check that did not hold, 2 wrong call, 3 missing extra, 4 compression, "
     "5 export, 6 parity, 7 bundle, 8 transfer, 9 message, 10 trust, 11 health, 12 disk/port/memory, 130 interrupted."
@@ -77,6 +65,24 @@ cli = click.version_option(edgekit.__version__, prog_name="edgekit")(cli)
 
 def main() -> None:
     """Run the command line; errors become a message, a hint and an exit code."""
-    if "--debug" not in sys.argv:
-        sys.excepthook = _quiet_trace
-    cli(prog_name="edgekit")
+    try:
+        code = cli.main(prog_name="edgekit", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001  # the last line of defence: a person never meets a bare trace
+        _report_bug(error)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report_bug(error: Exception) -> None:
+    import traceback
+
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
+    click.echo(f"internal error: {type(error).__name__}: {error}", err=True)
+    click.echo("hint: this is a bug in edgekit; run again with --debug for the trace, and report it", err=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import sys
 import time
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +17,9 @@ from edgekit.errors import EdgekitError, ResourceError, from_os
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+BAR_WIDTH = 24
+REDRAW_SECONDS = 0.1
+
 
 class Terminal:
     """What a command writes through. ``as_json``: one JSON document at the end and nothing else on stdout."""
@@ -22,8 +27,9 @@ class Terminal:
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self._line = ""
-        self._started = 0.0
+        self._what = ""
+        self._done = 0
+        self._started = self._drawn = 0.0
 
     def say(self, text: str = "") -> None:
         """Tell a person something."""
@@ -46,28 +52,38 @@ class Terminal:
             click.echo(json.dumps(document, indent=2, default=str))
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Draw a bar with ETA on stderr; silent where stderr is no terminal."""
+        """Draw a bar with the time left on stderr; silent where stderr is no terminal."""
         if self.quiet or not sys.stderr.isatty():
             return
-        if not what.startswith(self._line.partition("\0")[0] or "\0"):
-            self._started = time.monotonic()
-        self._line = f"{what}\0"
-        click.echo(f"\r\x1b[K{_bar(what, done, total, time.monotonic() - self._started)}", err=True, nl=False)
+        now = time.monotonic()
+        if what != self._what or done < self._done:
+            self._what, self._started, self._drawn = what, now, 0.0
+        self._done = done
         if total and done >= total:
             self._wipe()
+        elif now - self._drawn >= REDRAW_SECONDS:
+            self._drawn = now
+            width = shutil.get_terminal_size().columns - 1
+            click.echo(f"\r\x1b[K{bar(what, done, total, now - self._started)[:width]}", err=True, nl=False)
 
     def _wipe(self) -> None:
-        if self._line:
-            self._line = ""
+        if self._what:
+            self._what = ""
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
-def _bar(what: str, done: int, total: int, elapsed: float) -> str:
+def bar(what: str, done: int, total: int, elapsed: float) -> str:
+    """Return one line of progress; without a total it counts and shows the time that passed."""
     if not total:
-        return f"{what} … {done or ''}"
-    filled = round(24 * done / total)
-    eta = f"{elapsed / done * (total - done):.0f} s left" if done else ""
-    return f"{what:<32.32} [{'#' * filled}{'-' * (24 - filled)}] {done}/{total} {eta}"
+        return f"{what} … {done or ''} {_clock(elapsed)}"
+    filled = BAR_WIDTH * done // total
+    left = f"{_clock(elapsed / done * (total - done))} left" if done else ""
+    return f"{what:<34.34} [{'#' * filled}{'-' * (BAR_WIDTH - filled)}] {done}/{total} {left}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -92,6 +108,8 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], click.Command]: 
                 function(terminal, **parameters)
             except EdgekitError as error:
                 fail(terminal, error, debug=debug)
+            except BrokenPipeError:  # `edgekit … | head` is no error: click ends it quietly
+                raise
             except OSError as error:
                 fail(terminal, from_os(error, click.get_current_context().info_name or "edgekit"), debug=debug)
             except MemoryError:
@@ -111,9 +129,9 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], click.Command]: 
 
 def fail(terminal: Terminal, error: EdgekitError, *, debug: bool = False) -> None:
     """Print the error and its hint, and leave with its exit code."""
-    if debug:
-        raise error
     terminal._wipe()  # noqa: SLF001  # the same room
+    if debug:
+        traceback.print_exception(error)
     click.echo(f"error: {error.message}", err=True)
     if error.hint:
         click.echo(f"hint: {error.hint}", err=True)

@@ -1,0 +1,54 @@
+# Two commands set everything up: `make demo` and `make test`. Each makes the virtual environment if there is none.
+#   PYTHON=python3.12       another interpreter (3.11 or later)
+#   VENV=.venv              where the environment lies; one that exists is used
+#   TORCH_INDEX=<index>     an index of CPU wheels of torch, where plain pip would fetch a CUDA build
+#   PYTEST='tests/cli -x'   what `make test` hands to pytest; anything given lifts the coverage bar
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean mosquitto
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3 || echo python3)
+TORCH_INDEX ?=
+PYTEST ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.edgekit-ready
+DEMO ?=
+
+help: ## Show the commands
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+
+demo: $(READY) ## Play the whole way once, from checkpoint to an updated device
+	$(BIN)/edgekit demo $(DEMO)
+
+test: $(READY) mosquitto ## Run all tests with coverage
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest $(PYTEST)
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --skip-covered $(if $(PYTEST),--fail-under=0)
+
+check: $(READY) ## Lint, types, layers, and the README against reality
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python checks/readme.py
+
+bench: $(READY) ## Run every benchmark; JSON goes to bench-out/
+	@mkdir -p bench-out
+	@status=0; for script in benchmarks/[a-z]*.py; do \
+		echo "== $$script"; \
+		$(BIN)/python "$$script" --json "bench-out/$$(basename "$$script" .py).json" || status=1; \
+	done; exit $$status
+
+clean: ## Remove the environment and everything that was built
+	rm -rf $(VENV) build dist bench-out demo-out htmlcov .coverage .coverage.* \
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+mosquitto:
+	@sh checks/mosquitto.sh
+
+# The stamp is written last, so that a run that was killed is simply taken up again.
+$(READY): pyproject.toml constraints.txt
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_INDEX="$(TORCH_INDEX)" sh checks/setup.sh
+	@touch $@
