@@ -1,1 +1,6 @@
-"""TODO."""
+"""Runs bundles on the device: `load` gives a session. Never imports torch, nor an engine before it is needed."""
+
+from edgekit.runtime.opening import load, open_variant
+from edgekit.runtime.session import Contract, Session, TextSession
+
+__all__ = ["Contract", "Session", "TextSession", "load", "open_variant"]

@@ -1,0 +1,121 @@
+"""Chooses which variant of a bundle runs here, and opens it. Knows no engine's package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from edgekit import bundle, device_profiles, plugins
+from edgekit import manifest as manifests
+from edgekit.errors import MissingExtra, UsageError
+from edgekit.runtime import backends
+from edgekit.runtime.backends import EngineOptions
+from edgekit.runtime.session import Contract, Session, TextSession
+
+if TYPE_CHECKING:
+    from edgekit.manifest import Manifest, Variant
+    from edgekit.runtime.backends import Backend, Engine, TextEngine
+
+PACKAGE = backends.__name__
+
+
+def load(path: str | Path, *, variant: str | None = None, threads: int = 0) -> Session | TextSession:
+    """Open a bundle, check its bytes, and return a warm session.
+
+    The variant is the named one; else the one of the detected hardware class; else the first whose engine is
+    installed. ``threads`` 0 means one a core.
+
+    Raises:
+        UsageError: no bundle there, or nothing in it can run here.
+        UnknownName: the bundle has no such variant.
+        BundleError: a byte is not the sealed one.
+        MissingExtra: the engine is not installed; names the pip command.
+        HealthError: the engine refuses the file.
+    """
+    folder = Path(path)
+    manifest = _peek(folder)
+    missing: MissingExtra | None = None
+    for candidate, choice in candidates(folder, manifest, variant):
+        checked = bundle.read(folder, candidate.name)
+        try:
+            return open_variant(
+                folder, candidate, contract_of(checked.manifest, checked.digest), EngineOptions(threads), choice=choice
+            )
+        except MissingExtra as error:
+            missing = missing or error
+    if missing:
+        raise missing
+    formats = sorted({v.format for v in manifest.variants})
+    raise UsageError(
+        f"nothing in {folder} runs here: it holds {', '.join(formats)}",
+        f"export it for one of: {', '.join(plugins.names(PACKAGE))}",
+    )
+
+
+def candidates(folder: Path, manifest: Manifest, wanted: str | None) -> list[tuple[Variant, str]]:
+    """List the variants to try, best first, each with the reason; only those with a backend and their file here.
+
+    Raises:
+        UnknownName: the bundle has no variant of that name.
+        UsageError: no backend runs the named variant's format.
+    """
+    if wanted is not None:
+        named = manifest.variant(wanted)
+        if named.format not in plugins.names(PACKAGE):
+            runnable = [v.name for v in manifest.variants if v.format in plugins.names(PACKAGE)]
+            raise UsageError(
+                f"no engine runs {named.format} here (variant {wanted})",
+                f"variants that can run: {', '.join(runnable) or 'none'}",
+            )
+        return [(named, "named by the caller")]
+    here = [v for v in manifest.variants if v.format in plugins.names(PACKAGE) and (folder / v.main).is_file()]
+    profile = device_profiles.detect()
+    detected = [(v, "the detected hardware class") for v in here if profile and v.name == profile.name]
+    others = [(v, f"first whose engine ({v.format}) is installed") for v in here if v not in [d for d, _ in detected]]
+    return [*detected, *others]
+
+
+def open_variant(
+    folder: Path, variant: Variant, contract: Contract, options: EngineOptions | None = None, *, choice: str = ""
+) -> Session | TextSession:
+    """Open one variant whose files lie under ``folder``, sealed or not yet, and warm it.
+
+    Raises:
+        UnknownName: no backend runs that format.
+        MissingExtra: the engine is not installed.
+        HealthError: the engine refuses the file or fails on zeros.
+    """
+    backend = cast("Backend", plugins.load(PACKAGE, variant.format, "engine"))
+    with plugins.extra(backend.extra):
+        import numpy as np
+    del np
+    engine = backend.open(folder / variant.main, options or EngineOptions())
+    session: Session | TextSession
+    if contract.task == "text-generation":
+        session = TextSession(cast("TextEngine", engine), variant, contract, choice)
+    else:
+        session = Session(cast("Engine", engine), variant, contract, choice)
+    session.warm()
+    return session
+
+
+def contract_of(manifest: Manifest, digest: str) -> Contract:
+    """Take from a manifest what a session needs."""
+    return Contract(
+        inputs=manifest.inputs,
+        outputs=manifest.outputs,
+        task=manifest.task,
+        name=manifest.name,
+        version=manifest.version,
+        preprocess=manifest.preprocess,
+        postprocess=manifest.postprocess,
+        digest=digest,
+    )
+
+
+def _peek(folder: Path) -> Manifest:
+    path = folder / bundle.MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{folder} is no bundle: it has no {bundle.MANIFEST}", "make one with: edgekit export")
+    with path.open("rb") as file:
+        return manifests.decode(file.read(manifests.MAX_MANIFEST_BYTES + 1))

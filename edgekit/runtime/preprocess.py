@@ -1,0 +1,76 @@
+"""From an encoded picture to the tensor a model was trained on, and from its scores to labels. Knows no engine."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from edgekit.errors import InputError
+from edgekit.plugins import extra
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from edgekit.manifest import Classification, ImagePreprocess
+    from edgekit.tensors import Array
+
+MAX_PIXELS = 64_000_000
+"""A picture that claims more is refused before it is decoded: a few bytes of PNG can claim gigabytes."""
+
+
+def picture_to_tensor(data: bytes, how: ImagePreprocess) -> Array:
+    """Decode, resize the shorter side, crop the centre, normalize: float32 [1, channels, crop, crop].
+
+    Resizing is Pillow's, as in training; size and offset are rounded as torchvision does.
+
+    Raises:
+        InputError: not a picture, or larger than ``MAX_PIXELS``.
+    """
+    import numpy as np
+
+    picture = _cropped(_decoded(data, how.mode), how)
+    values = np.asarray(picture, dtype=np.float32)
+    values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+    mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (how.mean, how.std))
+    return np.ascontiguousarray(((values - mean) / std)[None])
+
+
+def best_labels(scores: Array, how: Classification) -> list[tuple[str, float]]:
+    """Return the ``top_k`` labels of one sample's scores with their probabilities, best first."""
+    import numpy as np
+
+    values = np.asarray(scores, np.float64).ravel()
+    if how.softmax:
+        values = np.exp(values - values.max())
+        values /= values.sum()
+    order = np.argsort(-values, kind="stable")[: how.top_k]
+    return [(how.labels[i] if i < len(how.labels) else str(i), float(values[i])) for i in order.tolist()]
+
+
+def _decoded(data: bytes, mode: str) -> Image.Image:
+    with extra("device"):
+        from PIL import Image, ImageOps
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise InputError(f"the picture measures {picture.width} x {picture.height}, more than 64 megapixels")
+            return ImageOps.exif_transpose(picture).convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"these {len(data)} bytes are no picture: {error}", "give a JPEG, PNG or WebP file") from error
+
+
+def _cropped(picture: Image.Image, how: ImagePreprocess) -> Image.Image:
+    from PIL import Image
+
+    filters = {
+        "bicubic": Image.Resampling.BICUBIC,
+        "bilinear": Image.Resampling.BILINEAR,
+        "nearest": Image.Resampling.NEAREST,
+    }
+    width, height = picture.size
+    short = min(width, height)
+    size = (max(1, int(how.resize * width / short)), max(1, int(how.resize * height / short)))
+    if size != picture.size:
+        picture = picture.resize(size, filters[how.interpolation])
+    left, top = round((size[0] - how.crop) / 2), round((size[1] - how.crop) / 2)
+    return picture.crop((left, top, left + how.crop, top + how.crop))

@@ -1,0 +1,173 @@
+"""A loaded model as the program that uses it sees it: public names, checked inputs, one variant, one engine.
+
+Knows no engine's package; `opening` chooses and opens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from edgekit.errors import InputError, UsageError
+from edgekit.runtime import ports
+from edgekit.runtime.backends import Message, Sampling
+from edgekit.tensors import DYNAMIC
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from edgekit.manifest import Classification, ImagePreprocess, Variant
+    from edgekit.runtime.backends import Engine, TextEngine, TextPiece
+    from edgekit.tensors import Array, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """What a model promises whatever variant runs it: its part of the manifest, known before a bundle is sealed."""
+
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    task: Literal["tensor", "classification", "text-generation"] = "tensor"
+    name: str = "model"
+    version: str = "0"
+    preprocess: ImagePreprocess | None = None
+    postprocess: Classification | None = None
+    digest: str = ""
+
+
+class Session:
+    """A loaded tensor model. Thread-safe; warm; ends with `close` or a ``with`` block.
+
+    ``variant``, ``engine`` and ``choice`` say what runs and why; ``digest`` names the bundle ("" before sealing).
+    """
+
+    def __init__(self, engine: Engine, variant: Variant, contract: Contract, choice: str = "") -> None:
+        self.contract = contract
+        self.variant = variant
+        self.choice = choice
+        self.engine = engine.engine
+        self._engine: Engine | None = engine
+        self._inputs = ports.ports_for(contract.inputs, variant.inputs)
+        self._outputs = ports.ports_for(contract.outputs, variant.outputs)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the bundle's manifest."""
+        return self.contract.digest
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute the outputs for a batch: arrays by public name, samples on the first axis.
+
+        Raises:
+            InputError: names the input whose name, dtype or shape does not fit.
+            HealthError: the engine fails, or gives another shape than the manifest says.
+            UsageError: the session is closed.
+        """
+        engine = self._engine
+        if engine is None:
+            raise UsageError(f"the session of {self.contract.name} is closed", "load the bundle again")
+        batch = ports.check_inputs(inputs, self.contract.inputs)
+        fixed = self.variant.batch
+        if fixed == DYNAMIC or batch in (0, fixed):
+            return self._once(engine, inputs)
+        pieces = [self._once(engine, piece) for piece in ports.chunks(inputs, self.contract.inputs, fixed)]
+        return ports.joined(pieces, self.contract.outputs, batch)
+
+    def run_raw(self, picture: bytes) -> list[tuple[str, float]]:
+        """Return the best labels with their probabilities for one encoded picture (JPEG, PNG, …).
+
+        Raises:
+            InputError: the bytes are no picture, or the model takes none.
+        """
+        from edgekit.runtime import preprocess
+
+        contract = self.contract
+        if contract.preprocess is None or contract.postprocess is None:
+            raise InputError(
+                f"{contract.name} does not say how to read a picture", "its manifest has no preprocess/postprocess"
+            )
+        tensor = preprocess.picture_to_tensor(picture, contract.preprocess)
+        outputs = self.run({contract.preprocess.input: tensor})
+        return preprocess.best_labels(outputs[contract.postprocess.output][0], contract.postprocess)
+
+    def warm(self) -> None:
+        """Run once on zeros, so that the first request is not the slow one."""
+        specs = self.contract.inputs
+        if all(DYNAMIC not in spec.shape[1:] for spec in specs):
+            self.run(ports.zeros(specs, batch=max(1, self.variant.batch)))
+
+    def close(self) -> None:
+        """Free the engine; runs in flight finish, later ones are errors. A second call does nothing."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def _once(self, engine: Engine, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        arrays = engine.run(ports.to_file(inputs, self._inputs))
+        return ports.from_file(arrays, self._outputs, self.contract.outputs)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TextSession:
+    """A loaded language model; the same attributes as `Session`."""
+
+    def __init__(self, engine: TextEngine, variant: Variant, contract: Contract, choice: str = "") -> None:
+        self.contract = contract
+        self.variant = variant
+        self.choice = choice
+        self.engine = engine.engine
+        self._engine: TextEngine | None = engine
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the bundle's manifest."""
+        return self.contract.digest
+
+    def stream(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Iterator[TextPiece]:
+        """Answer a conversation piece by piece; the last piece has ``finish`` and the token counts.
+
+        Raises:
+            InputError: no message, or more tokens than the context holds.
+            UsageError: the session is closed.
+        """
+        if not messages:
+            raise InputError("a conversation needs at least one message")
+        return self._open().stream(messages, sampling or Sampling())
+
+    def complete(self, prompt: str, sampling: Sampling | None = None) -> Iterator[TextPiece]:
+        """Continue a text as it stands, piece by piece.
+
+        Raises:
+            InputError: an empty prompt, or more tokens than the context holds.
+            UsageError: the session is closed.
+        """
+        if not prompt:
+            raise InputError("the prompt is empty")
+        return self._open().complete(prompt, sampling or Sampling())
+
+    def warm(self) -> None:
+        """Produce one token, so that the first request is not the slow one."""
+        for _ in self.complete("Hello", Sampling(max_tokens=1, temperature=0.0)):
+            pass
+
+    def close(self) -> None:
+        """Free the engine; later calls are errors. A second call does nothing."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def _open(self) -> TextEngine:
+        if self._engine is None:
+            raise UsageError(f"the session of {self.contract.name} is closed", "load the bundle again")
+        return self._engine
+
+    def __enter__(self) -> TextSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
