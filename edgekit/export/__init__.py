@@ -1,1 +1,178 @@
-"""TODO."""
+"""From a model to one sealed bundle with a file for every hardware class, each compared with the model first.
+
+Knows no format: exporters are found by the name a device profile gives.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import msgspec
+
+from edgekit import bundle as bundles
+from edgekit import plugins
+from edgekit.errors import EdgekitError, UsageError
+from edgekit.export import parity, targets
+from edgekit.export.golden import golden_of, reference_of
+from edgekit.manifest import Manifest, Parity, Variant
+from edgekit.model import LlamaFolder, Model
+from edgekit.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgekit.bundle import Bundle
+    from edgekit.device_profiles import DeviceProfile
+    from edgekit.export.parity import Reference
+    from edgekit.export.targets import Artifact, Exporter
+
+PACKAGE = targets.__name__
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """What became of one hardware class: its variant and size in bytes, or the error that stopped it."""
+
+    target: str
+    format: str
+    variant: Variant | None = None
+    size: int = 0
+    error: EdgekitError | None = None
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The sealed bundle, ``None`` where no target succeeded, and one row a target."""
+
+    bundle: Bundle | None
+    rows: tuple[TargetResult, ...]
+
+    @property
+    def first_error(self) -> EdgekitError | None:
+        """The error of the first target that failed."""
+        return next((row.error for row in self.rows if row.error), None)
+
+
+def export(  # noqa: PLR0913  # three positional; the rest are keywords with a default
+    model: Model,
+    profiles: Sequence[DeviceProfile],
+    folder: Path,
+    *,
+    version: str = "1",
+    name: str | None = None,
+    precision: str | None = None,
+    progress: Progress = silent,
+) -> ExportResult:
+    """Write the model for every profile, compare each file with the model, and seal one bundle in ``folder``.
+
+    A target that fails leaves the others; nothing is written if all fail. The same input gives the same digest.
+    ``precision``: ``fp32`` ignores the plan; for language models the tensor type (``f16``, ``q8_0``, ``q4_0``).
+
+    Raises:
+        UsageError: no target, one given twice, no calibration data, or a precision the model has no plan for.
+    """
+    targets_given = [profile.name for profile in profiles]
+    if not targets_given or len(set(targets_given)) != len(targets_given):
+        raise UsageError(f"give each target once, these are {', '.join(targets_given) or 'none'}")
+    model = _with_precision(model, precision)
+    reference = reference_of(model, name or model.name, version)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = tuple(
+            _export_one(model, _adapted(profile, precision), reference, Path(scratch), progress)
+            for profile in profiles
+        )
+        done = [row for row in rows if row.variant]
+        if not done:
+            return ExportResult(None, rows)
+        return ExportResult(_seal(model, reference, done, Path(scratch), folder), rows)
+
+
+def _with_precision(model: Model, precision: str | None) -> Model:
+    if isinstance(model.network, LlamaFolder) or precision in (None, model.precision):
+        return model
+    if precision == "fp32":
+        return replace(model, plan=None)
+    raise UsageError(
+        f"{model.name} is {model.precision}, it cannot be exported as {precision}",
+        "compress it with a recipe that quantizes to that, or give --precision fp32",
+    )
+
+
+def _adapted(profile: DeviceProfile, precision: str | None) -> DeviceProfile:
+    if precision is None:
+        return profile
+    return msgspec.structs.replace(profile, options={**profile.options, "precision": precision})
+
+
+def _export_one(
+    model: Model, profile: DeviceProfile, reference: Reference, scratch: Path, progress: Progress
+) -> TargetResult:
+    progress(f"export {profile.name}", 0, 0)
+    folder = scratch / profile.name
+    folder.mkdir()
+    try:
+        exporter = cast("Exporter", plugins.load(PACKAGE, profile.format, "format"))
+        artifact = exporter.export(model, profile, folder, progress)
+        variant = _variant(profile, artifact)
+        progress(f"parity {profile.name}", 0, 0)
+        variant = msgspec.structs.replace(variant, parity=parity.check(exporter, variant, scratch, reference))
+    except EdgekitError as error:
+        return TargetResult(profile.name, profile.format, error=error)
+    size = sum((scratch / path).stat().st_size for path in variant.files)
+    return TargetResult(profile.name, profile.format, variant, size)
+
+
+def _variant(profile: DeviceProfile, artifact: Artifact) -> Variant:
+    return Variant(
+        name=profile.name,
+        format=profile.format,
+        precision=artifact.precision,
+        main=f"{profile.name}/{artifact.main}",
+        files=tuple(sorted(f"{profile.name}/{path}" for path in artifact.files)),
+        parity=Parity(status="unverified", reason="not compared yet"),
+        inputs=artifact.inputs,
+        outputs=artifact.outputs,
+        batch=artifact.batch,
+        requires=dict(sorted(artifact.requires.items())),
+        notes=artifact.notes,
+    )
+
+
+def _seal(
+    model: Model, reference: Reference, rows: Sequence[TargetResult], scratch: Path, folder: Path
+) -> Bundle:
+    variants, sources = _stored_once([row.variant for row in rows if row.variant], scratch)
+    golden, golden_files = golden_of(reference, variants, scratch)
+    contract = reference.contract
+    draft = Manifest(
+        name=contract.name,
+        version=contract.version,
+        task=contract.task,
+        inputs=contract.inputs,
+        outputs=contract.outputs,
+        preprocess=contract.preprocess,
+        postprocess=contract.postprocess,
+        variants=variants,
+        golden=golden,
+        lineage=model.lineage,
+        files=(),
+    )
+    return bundles.seal(folder, draft, {**sources, **golden_files})
+
+
+def _stored_once(variants: Sequence[Variant], scratch: Path) -> tuple[tuple[Variant, ...], dict[str, Path]]:
+    """Let variants whose single files are equal share one file."""
+    sources: dict[str, Path] = {}
+    first: dict[str, str] = {}
+    kept = []
+    for variant in variants:
+        path = variant.main
+        if len(variant.files) == 1:
+            path = first.setdefault(bundles.hash_file(scratch / path), path)
+            variant = msgspec.structs.replace(variant, main=path, files=(path,))  # noqa: PLW2901  # the shared one
+        sources |= {file: scratch / file for file in variant.files}
+        kept.append(variant)
+    return tuple(kept), sources

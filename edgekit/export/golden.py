@@ -1,0 +1,127 @@
+"""What the model must give: reference outputs to compare files with, and the golden ones that travel in the bundle.
+
+Knows no format. The reference is the compressed float model, before any plan is lowered.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgekit import plugins
+from edgekit.errors import EdgekitError, UsageError
+from edgekit.export.parity import Reference
+from edgekit.manifest import Classification, Golden, Variant
+from edgekit.model import LlamaFolder, Model, Split, run_batched
+from edgekit.plugins import extra
+from edgekit.runtime import Contract, TextSession, backends, open_variant
+from edgekit.runtime.backends import EngineOptions, Sampling
+from edgekit.tensors import DYNAMIC
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from edgekit.tensors import Array
+
+GOLDEN_SAMPLES = 8
+PARITY_SAMPLES = 64
+PROMPTS = ("Once upon a time", "The quick brown fox")
+PROMPT_TOKENS = 16
+TEXT_LENGTH = 48
+TEXT_SAMPLES = 4
+
+
+def reference_of(model: Model, name: str, version: str) -> Reference:
+    """Compute the outputs of the compressed float model on its first calibration samples.
+
+    Raises:
+        UsageError: a tensor model without calibration data.
+        InputError: the model gives NaN or infinity.
+    """
+    contract = Contract(
+        name=name,
+        version=version,
+        task=model.task,
+        inputs=model.inputs,
+        outputs=model.outputs,
+        preprocess=model.data.preprocess if model.data else None,
+        postprocess=_postprocess(model),
+    )
+    if isinstance(model.network, LlamaFolder):
+        tokens = _tokens(model.network)
+        return Reference(tokens, model.network.run(tokens.inputs), contract, "logits")
+    if model.data is None:
+        raise UsageError(f"{model.name} has no data to compare files on", "give --data file.py:function or data.npz")
+    samples = model.data.calibration.head(PARITY_SAMPLES)
+    fixed = model.inputs[0].shape[0]
+    outputs = run_batched(model.network, samples, 16 if fixed == DYNAMIC else fixed)
+    return Reference(samples, outputs, contract, contract.postprocess.output if contract.postprocess else None)
+
+
+def _postprocess(model: Model) -> Classification | None:
+    if model.task != "classification":
+        return None
+    return Classification(output=model.outputs[0].name, labels=model.data.labels if model.data else ())
+
+
+def _tokens(network: LlamaFolder) -> Split:
+    """Return token sequences that any vocabulary has, spread over it without chance."""
+    with extra("export"):
+        import numpy as np
+    size = vocabulary(network)
+    return Split({"input_ids": ((np.arange(TEXT_SAMPLES * TEXT_LENGTH) * 7919 + 3) % size).reshape(TEXT_SAMPLES, -1)})
+
+
+def vocabulary(network: LlamaFolder) -> int:
+    """Read how many tokens the language model knows.
+
+    Raises:
+        UsageError: ``config.json`` is damaged or does not say.
+    """
+    path = network.path / "config.json"
+    try:
+        return int(msgspec.json.decode(path.read_bytes())["vocab_size"])
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} does not say vocab_size: {error}", "give a Hugging Face folder of a Llama") from error
+
+
+def golden_of(reference: Reference, variants: Sequence[Variant], folder: Path) -> tuple[Golden, dict[str, bytes]]:
+    """Return the bundle's golden part and its files; language models get prompts that every variant answers alike."""
+    if reference.contract.task == "text-generation":
+        return Golden(prompts=_prompts(reference.contract, variants, folder)), {}
+    samples = reference.inputs.head(GOLDEN_SAMPLES).inputs
+    inputs = {name: (f"golden/inputs/{name}.npy", array) for name, array in samples.items()}
+    outputs = {n: (f"golden/outputs/{n}.npy", a[:GOLDEN_SAMPLES]) for n, a in reference.outputs.items()}
+    files = {path: _npy(array) for path, array in [*inputs.values(), *outputs.values()]}
+    return Golden(inputs={n: p for n, (p, _) in inputs.items()}, outputs={n: p for n, (p, _) in outputs.items()}), files
+
+
+def _npy(array: Array) -> bytes:
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _prompts(contract: Contract, variants: Sequence[Variant], folder: Path) -> tuple[tuple[str, str], ...]:
+    answers = [_answers(contract, variant, folder) for variant in variants]
+    return tuple((p, a) for p, a in answers[0].items() if a and all(other.get(p) == a for other in answers))
+
+
+def _answers(contract: Contract, variant: Variant, folder: Path) -> dict[str, str]:
+    """Continue the prompts greedily in the real engine; empty where it is not installed or has no tokenizer."""
+    if variant.format not in plugins.names(backends.__name__):
+        return {}
+    try:
+        session = open_variant(folder, variant, contract, EngineOptions(threads=1, context=256))
+        if not isinstance(session, TextSession):
+            return {}
+        sampling = Sampling(max_tokens=PROMPT_TOKENS, temperature=0.0)
+        with session:
+            return {p: "".join(piece.text for piece in session.complete(p, sampling)) for p in PROMPTS}
+    except EdgekitError:
+        return {}

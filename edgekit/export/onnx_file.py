@@ -1,0 +1,135 @@
+"""Writes a float model as one clean ONNX file. Knows neither quantization nor targets.
+
+Values keep the names that the plan knows them by where that is possible; `Graph.values` maps the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgekit.errors import ExportError
+from edgekit.export.quiet import silence
+from edgekit.model import LlamaFolder, Model, OnnxNetwork, TorchNetwork
+from edgekit.plugins import extra
+from edgekit.workload import trace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import onnx
+    import torch
+
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A float ONNX model, and the ONNX value that holds what each node of the traced graph makes."""
+
+    proto: onnx.ModelProto
+    values: Mapping[str, str]
+
+    @property
+    def batch(self) -> int:
+        """The only batch size the graph takes, -1 for any."""
+        sizes = {v.type.tensor_type.shape.dim[0].dim_value for v in self.proto.graph.input}
+        return next(iter(sizes)) if len(sizes) == 1 and 0 not in sizes else -1
+
+
+def float_graph(model: Model, opset: int) -> Graph:
+    """Return the model as an ONNX graph with the public input and output names and a dynamic batch.
+
+    An `OnnxNetwork` is taken as it is, with its own opset.
+
+    Raises:
+        ExportError: an operator has no ONNX form, or the wanted opset was not kept.
+    """
+    if isinstance(model.network, LlamaFolder):
+        raise ExportError(f"{model.name} is a language model; ONNX holds tensor models", "use --target llama-cpp")
+    if isinstance(model.network, OnnxNetwork):
+        return _from_file(model.network)
+    return _from_torch(model, model.network, opset)
+
+
+def write(proto: onnx.ModelProto) -> bytes:
+    """Serialize so that the same graph gives the same bytes."""
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _from_file(network: OnnxNetwork) -> Graph:
+    with extra("onnx"):
+        import onnx
+
+    proto = onnx.load(str(network.path))
+    _strip(proto)
+    return Graph(proto, {name: name for node in proto.graph.node for name in node.output})
+
+
+def _from_torch(model: Model, network: TorchNetwork, opset: int) -> Graph:
+    with extra("export"):
+        import onnxscript  # noqa: F401  # torch.onnx needs it and names it badly when it is missing
+        import torch
+    traced = trace(model)
+    names = {"input_names": list(network.input_names), "output_names": list(network.output_names)}
+    try:
+        with silence():
+            program = torch.onnx.export(traced, (), dynamo=True, opset_version=opset, verbose=False, **names)
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(
+            f"{model.name} has no ONNX form: {_reason(error)}", "replace that operator, or export to another target"
+        ) from error
+    if program is None or program.exported_program is None:
+        raise ExportError(f"{model.name} has no ONNX form: torch.onnx gave no program")
+    proto = program.model_proto
+    _require_opset(proto, opset)
+    _strip(proto)
+    _name_batch(proto)
+    return Graph(proto, _value_names(traced, program.exported_program, network))
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _require_opset(proto: onnx.ModelProto, wanted: int) -> None:
+    got = next(o.version for o in proto.opset_import if not o.domain)
+    # torch.onnx leaves 18 without an error where it cannot convert down to the wanted opset.
+    if got != wanted:
+        raise ExportError(f"opset {wanted} was asked for, torch.onnx wrote {got}", "set options.opset to 18 or more")
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Drop what names this machine or this run: stack traces, module paths, comments."""
+    graph = proto.graph
+    for part in (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph, proto):
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
+def _name_batch(proto: onnx.ModelProto) -> None:
+    graph = proto.graph
+    symbols = {v.type.tensor_type.shape.dim[0].dim_param for v in graph.input} - {""}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in symbols:
+                dim.dim_param = BATCH
+
+
+def _value_names(
+    traced: torch.export.ExportedProgram, lowered: torch.export.ExportedProgram, network: TorchNetwork
+) -> dict[str, str]:
+    """Map nodes of ``traced`` to ONNX values through the provenance that torch keeps while it decomposes."""
+    values: dict[str, str] = {}
+    for node in lowered.graph.nodes:
+        for source in node.meta.get("from_node", [])[:1]:
+            values[source.name] = node.name  # the last one of a decomposition holds its result
+    values |= dict(zip(traced.graph_signature.user_inputs, network.input_names, strict=True))
+    renamed = dict(zip(_strings(lowered.graph_signature.user_outputs), network.output_names, strict=True))
+    return {name: renamed.get(value, value) for name, value in values.items()}
+
+
+def _strings(names: Iterable[object]) -> list[str]:
+    return [str(name) for name in names]

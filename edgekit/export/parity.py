@@ -1,0 +1,162 @@
+"""Does the written file compute what the compressed model computes? Measures and judges; writes nothing.
+
+An engine that runs here answers it (``checked``), else the exporter's own reading of the file (``evaluated``),
+else nobody (``unverified``, with the reason).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from edgekit import plugins
+from edgekit.errors import HealthError, MissingExtra, ParityError
+from edgekit.export.targets import Evaluator
+from edgekit.manifest import Parity
+from edgekit.model import run_batched
+from edgekit.runtime import Contract, Session, backends, open_variant
+from edgekit.runtime.backends import EngineOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from edgekit.export.targets import Exporter
+    from edgekit.manifest import Variant
+    from edgekit.model import Split
+    from edgekit.tensors import Array
+
+BATCH = 16
+CAP_DB = 200.0
+
+Status = Literal["checked", "evaluated"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a file of some precision must hold: signal over error in dB, and how often the best class is the same."""
+
+    sqnr_db: float
+    top1: float
+
+
+LIMITS = {
+    "fp32": Limit(60.0, 0.99),
+    "fp16": Limit(30.0, 0.97),
+    "f32": Limit(60.0, 0.99),
+    "f16": Limit(40.0, 0.97),
+    "q8_0": Limit(25.0, 0.90),
+    "q4_0": Limit(6.0, 0.50),
+    "int8": Limit(10.0, 0.85),
+    "int4": Limit(5.0, 0.50),
+}
+"""By precision. A faithful file is far above: fp32 100 dB and more, fp16 50, int8 20 to 30. The limits catch a wrong
+layout, scale or operator, which falls to 0 dB, not a model that quantizes badly: the validation data judges that."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inputs with the outputs of the compressed float model. ``scores`` names the output whose best entry counts."""
+
+    inputs: Split
+    outputs: Mapping[str, Array]
+    contract: Contract
+    scores: str | None = None
+
+
+def check(exporter: Exporter, variant: Variant, folder: Path, reference: Reference) -> Parity:
+    """Run the variant's file, which lies under ``folder``, on the reference and judge the figures.
+
+    Raises:
+        ParityError: the figures are below the limits of the variant's precision, or the engine refuses the file.
+    """
+    missing = f"no engine for {variant.format} runs on this machine"
+    if _has_engine(variant, reference):
+        try:
+            return _judge(variant, reference, _run(variant, folder, reference), "checked")
+        except MissingExtra as error:
+            missing = error.message
+        except HealthError as error:
+            raise ParityError(f"{variant.name}: {error.message}", error.hint) from error
+    if not isinstance(exporter, Evaluator):
+        return Parity(status="unverified", reason=missing)
+    try:
+        outputs = exporter.evaluate(folder / variant.main, reference.inputs.inputs)
+    except NotImplementedError as error:
+        return Parity(status="unverified", reason=f"{missing}; {error}")
+    return _judge(variant, reference, outputs, "evaluated", missing)
+
+
+def _has_engine(variant: Variant, reference: Reference) -> bool:
+    is_text = reference.contract.task == "text-generation"  # text engines give words, not logits
+    return not is_text and variant.format in plugins.names(backends.__name__)
+
+
+def _run(variant: Variant, folder: Path, reference: Reference) -> dict[str, Array]:
+    session = open_variant(folder, variant, reference.contract, EngineOptions(threads=1))
+    if not isinstance(session, Session):
+        raise HealthError(f"the engine of {variant.format} gives text, the model gives tensors")
+    with session:
+        return run_batched(session, reference.inputs, BATCH)
+
+
+def _judge(
+    variant: Variant, reference: Reference, outputs: Mapping[str, Array], status: Status, reason: str = ""
+) -> Parity:
+    limit = LIMITS[variant.precision]
+    figures = measure(reference, outputs)
+    parity = Parity(
+        status=status,
+        reason=reason,
+        samples=len(reference.inputs),
+        max_abs_error=figures.max_abs_error,
+        sqnr_db=figures.sqnr_db,
+        top1_agreement=figures.top1,
+        min_sqnr_db=limit.sqnr_db,
+        min_top1_agreement=None if figures.top1 is None else limit.top1,
+    )
+    if figures.sqnr_db < limit.sqnr_db or (figures.top1 is not None and figures.top1 < limit.top1):
+        top1 = "" if figures.top1 is None else f", top-1 agreement {figures.top1:.3f} (at least {limit.top1})"
+        raise ParityError(
+            f"{variant.name}: {variant.main} computes something else: SQNR {figures.sqnr_db:.1f} dB "
+            f"(at least {limit.sqnr_db}){top1}",
+            "calibrate on data like the real one, leave sensitive layers in float, or use another target",
+        )
+    return parity
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How far outputs lie from the reference; the worst output counts. ``top1`` only where there are scores."""
+
+    max_abs_error: float
+    sqnr_db: float
+    top1: float | None
+
+
+def measure(reference: Reference, outputs: Mapping[str, Array]) -> Figures:
+    """Compare outputs with the reference: SQNR = 10 log10(sum of squares / sum of squared errors), capped at 200 dB.
+
+    Figures are rounded, so that a manifest reads well. Outputs with NaN measure -200 dB.
+    """
+    import numpy as np
+
+    errors, sqnrs = [], []
+    for name, want in reference.outputs.items():
+        error = np.asarray(outputs[name], np.float64) - want
+        errors.append(float(np.abs(error).max()))
+        sqnrs.append(_sqnr(float(np.square(want, dtype=np.float64).sum()), float(np.square(error).sum())))
+    top1 = None
+    if reference.scores is not None:
+        want, got = reference.outputs[reference.scores], outputs[reference.scores]
+        top1 = round(float((want.argmax(-1) == got.argmax(-1)).mean()), 4)
+    return Figures(float(f"{max(errors):.4g}"), round(min(sqnrs), 2), top1)
+
+
+def _sqnr(signal: float, noise: float) -> float:
+    if not math.isfinite(noise):
+        return -CAP_DB
+    if noise == 0:
+        return CAP_DB
+    return max(-CAP_DB, min(CAP_DB, 10 * math.log10(signal / noise))) if signal else -CAP_DB
