@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from edgekit import bundle, device_profiles, plugins
 from edgekit import manifest as manifests
 from edgekit.errors import MissingExtra, UsageError
+from edgekit.plugins import extra
 from edgekit.runtime import backends
 from edgekit.runtime.backends import EngineOptions
 from edgekit.runtime.session import Contract, Session, TextSession
@@ -86,7 +87,7 @@ def open_variant(
         HealthError: the engine refuses the file or fails on zeros.
     """
     backend = cast("Backend", plugins.load(PACKAGE, variant.format, "engine"))
-    with plugins.extra(backend.extra):
+    with extra(backend.extra):
         import numpy as np
     del np
     engine = backend.open(folder / variant.main, options or EngineOptions())

@@ -6,7 +6,7 @@ Knows no engine's package; `opening` chooses and opens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from edgekit.errors import InputError, UsageError
 from edgekit.runtime import ports
@@ -106,7 +106,7 @@ class Session:
         arrays = engine.run(ports.to_file(inputs, self._inputs))
         return ports.from_file(arrays, self._outputs, self.contract.outputs)
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -166,7 +166,7 @@ class TextSession:
             raise UsageError(f"the session of {self.contract.name} is closed", "load the bundle again")
         return self._engine
 
-    def __enter__(self) -> TextSession:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

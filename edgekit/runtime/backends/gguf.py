@@ -1,0 +1,191 @@
+"""Runs GGUF language models in llama.cpp: through llama-cpp-python where it is installed, else xllamacpp.
+
+Both answer in OpenAI's chunks; this file turns them into pieces of text. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import threading
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgekit.errors import HealthError, InputError, UsageError
+from edgekit.plugins import extra
+from edgekit.runtime.backends import TextPiece
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from edgekit.runtime.backends import Backend, EngineOptions, Message, Sampling
+
+    Chunk = Mapping[str, Any]
+    Ask = Callable[[bool, dict[str, Any]], Iterator[Chunk]]
+
+
+class GgufEngine:
+    """A loaded language model. ``ask`` yields OpenAI chunks for a chat (true) or a completion (false)."""
+
+    def __init__(self, ask: Ask, engine: str) -> None:
+        self.engine = engine
+        self._ask: Ask | None = ask
+
+    def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[TextPiece]:
+        """Answer a conversation through the model's own chat template.
+
+        Raises:
+            InputError: llama.cpp refuses the conversation, as when it exceeds the context.
+        """
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        return pieces(self._open()(True, {"messages": turns, **_request(sampling)}))  # noqa: FBT003  # Callable takes no keywords
+
+    def complete(self, prompt: str, sampling: Sampling) -> Iterator[TextPiece]:
+        """Continue a text as it stands.
+
+        Raises:
+            InputError: llama.cpp refuses the prompt, as when it exceeds the context.
+        """
+        return pieces(self._open()(False, {"prompt": prompt, **_request(sampling)}))  # noqa: FBT003  # Callable takes no keywords
+
+    def close(self) -> None:
+        """Free the model once the answers in flight are done."""
+        self._ask = None
+
+    def _open(self) -> Ask:
+        if self._ask is None:
+            raise UsageError("this language model is closed", "load the bundle again")
+        return self._ask
+
+
+class GgufBackend:
+    """Opens GGUF files in llama.cpp."""
+
+    extra = "gguf"
+
+    def open(self, main: Path, options: EngineOptions) -> GgufEngine:
+        """Load a file.
+
+        Raises:
+            MissingExtra: neither llama-cpp-python nor xllamacpp is installed.
+            HealthError: llama.cpp refuses the file.
+        """
+        with main.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise HealthError(f"{main.name} is no GGUF file", "fetch or export the bundle again")
+        threads = options.threads or len(os.sched_getaffinity(0))
+        try:
+            import llama_cpp
+        except ModuleNotFoundError:
+            return _open_xllamacpp(main, threads, options.context)
+        return _open_llama_cpp(llama_cpp, main, threads, options.context)
+
+
+def pieces(chunks: Iterator[Chunk]) -> Iterator[TextPiece]:
+    """Turn OpenAI chunks into pieces of text; the last one carries why it ended and the token counts.
+
+    Raises:
+        InputError: a chunk is an error message.
+    """
+    finish: Literal["stop", "length"] = "stop"
+    usage: Mapping[str, int] = {}
+    said = 0
+    for chunk in chunks:
+        if "error" in chunk:
+            raise InputError(f"llama.cpp refuses the request: {chunk['error'].get('message', chunk['error'])}")
+        usage = chunk.get("usage") or usage
+        for choice in chunk.get("choices", ()):
+            text = choice.get("text") or choice.get("delta", {}).get("content") or ""
+            finish = "length" if choice.get("finish_reason") == "length" else finish
+            if text:
+                said += 1
+                yield TextPiece(text)
+    yield TextPiece("", finish, usage.get("prompt_tokens", 0), usage.get("completion_tokens", said))
+
+
+def _request(sampling: Sampling) -> dict[str, Any]:
+    request: dict[str, Any] = {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "stream": True,
+    }
+    if sampling.seed is not None:
+        request["seed"] = sampling.seed
+    if sampling.stop:
+        request["stop"] = list(sampling.stop)
+    return request
+
+
+def _open_xllamacpp(main: Path, threads: int, context: int) -> GgufEngine:
+    with extra("gguf"):
+        import xllamacpp
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(main)
+    settings.n_ctx = context
+    settings.n_parallel = 1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+    settings.verbosity = -1
+    settings.warmup = settings.fit_params = settings.ui = settings.endpoint_slots = False
+    settings.cache_ram_mib = 0
+    # Its server also listens on a free loopback port that we do not use: nobody knows this key.
+    settings.api_keys = [secrets.token_hex(16)]
+    try:
+        server = xllamacpp.Server(settings)
+    except RuntimeError as error:
+        raise HealthError(f"llama.cpp refuses {main.name}: {error}", "the file is damaged or too new") from error
+
+    def ask(is_chat: bool, request: dict[str, Any]) -> Iterator[Chunk]:
+        if is_chat:
+            request["stream_options"] = {"include_usage": True}
+        return _called_back(server.handle_chat_completions if is_chat else server.handle_completions, request)
+
+    return GgufEngine(ask, f"xllamacpp {getattr(xllamacpp, '__version__', '')}".strip())
+
+
+def _called_back(call: Callable[..., object], request: dict[str, Any]) -> Iterator[Chunk]:
+    """Turn a function that calls back for each chunk into an iterator; leaving it stops the generation."""
+    arrived: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
+    left = threading.Event()
+
+    def take(chunk: Chunk) -> bool:
+        arrived.put(chunk)
+        return left.is_set()
+
+    def work() -> None:
+        try:
+            call(request, take)
+        except (ValueError, RuntimeError, TypeError) as error:
+            arrived.put({"error": {"message": str(error)}})
+        finally:
+            arrived.put(None)
+
+    threading.Thread(target=work, name="llama.cpp", daemon=True).start()
+    try:
+        while (chunk := arrived.get()) is not None:
+            yield chunk
+    finally:
+        left.set()
+
+
+def _open_llama_cpp(llama_cpp: Any, main: Path, threads: int, context: int) -> GgufEngine:  # noqa: ANN401  # not typed
+    try:
+        model = llama_cpp.Llama(
+            model_path=str(main), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise HealthError(f"llama.cpp refuses {main.name}: {error}", "the file is damaged or too new") from error
+    lock = threading.Lock()
+
+    def ask(is_chat: bool, request: dict[str, Any]) -> Iterator[Chunk]:
+        with lock:
+            try:
+                yield from (model.create_chat_completion if is_chat else model.create_completion)(**request)
+            except (ValueError, RuntimeError) as error:
+                yield {"error": {"message": str(error)}}
+
+    return GgufEngine(ask, f"llama-cpp-python {llama_cpp.__version__}")
+
+
+PLUGIN: Backend = GgufBackend()
