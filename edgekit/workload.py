@@ -103,9 +103,11 @@ def save(model: Model, folder: Path, extra_files: Mapping[str, bytes] | None = N
 
     Raises:
         CompressionError: the network cannot be traced to a graph; says where.
+        UsageError: ``folder`` holds something else than a saved model.
     """
     with extra("compress"):
         import numpy as np
+    refuse_foreign(folder)
     with new_folder(folder) as scratch:
         data = model.data
         description = Saved(
@@ -125,6 +127,14 @@ def save(model: Model, folder: Path, extra_files: Mapping[str, bytes] | None = N
         _save_network(model, scratch)
         for name, content in (extra_files or {}).items():
             (scratch / name).write_bytes(content)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise UsageError where saving would replace something that is no saved model."""
+    if folder.exists() and not (folder / "model.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            f"{folder} is there and holds no saved model, so it is not replaced", "choose another folder for the output"
+        )
 
 
 def trace(model: Model) -> torch.export.ExportedProgram:

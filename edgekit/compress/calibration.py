@@ -1,0 +1,157 @@
+"""Runs a network on calibration data and shows every float value inside it, by name.
+
+Names are those of the exported graph: the nodes of `workload.trace` or the values of the ONNX file; inputs and
+outputs also appear by their public names. Knows nothing of ranges or bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edgekit.compress import onnx_graph
+from edgekit.errors import CompressionError, InputError
+from edgekit.model import Model, OnnxNetwork, Split, TorchNetwork
+from edgekit.plugins import extra
+from edgekit.workload import trace
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgekit.progress import Progress
+    from edgekit.tensors import Array
+
+BATCH = 16
+
+
+class Watch(Protocol):
+    """Called with the name and the values of each activation, batch by batch."""
+
+    def __call__(self, name: str, values: Array) -> None:
+        """Take note of the values; they may be gone after the call."""
+        ...
+
+
+class Run(Protocol):
+    """One go through all samples."""
+
+    def __call__(self, watch: Watch, progress: Progress) -> None:
+        """Show every value to ``watch``."""
+        ...
+
+
+def runner(model: Model, samples: Split) -> Run:
+    """Prepare a network so that it can be watched as often as an observer needs.
+
+    Raises:
+        CompressionError: nothing to watch in this kind of network; or, when run, a value holds NaN or infinity.
+    """
+    if isinstance(model.network, TorchNetwork):
+        compute = _watched_torch(model)
+    elif isinstance(model.network, OnnxNetwork):
+        compute = _watched_onnx(model.network)
+    else:
+        raise CompressionError(f"{model.name} cannot be calibrated: it is a folder of a language model")
+
+    def run(watch: Watch, progress: Progress) -> None:
+        done = 0
+        for batch in samples.batches(batch_size(model)):
+            compute(batch, _checked(watch))
+            done += len(batch)
+            progress("calibrate", done, len(samples))
+
+    return run
+
+
+def batch_size(model: Model) -> int:
+    """Return how many samples the network takes at once: its fixed batch, else a good one.
+
+    A network with a fixed batch above one cannot compute a remainder: its split must be a multiple.
+    """
+    fixed = [spec.shape[0] for spec in model.inputs if spec.shape and spec.shape[0] > 0]
+    return fixed[0] if fixed else BATCH
+
+
+def _checked(watch: Watch) -> Watch:
+    import numpy as np
+
+    def check(name: str, values: Array) -> None:
+        if not np.isfinite(values).all():
+            raise CompressionError(
+                f"activation {name!r} holds NaN or infinity on the calibration data",
+                "check the checkpoint and the scaling of the input",
+            )
+        watch(name, values)
+
+    return check
+
+
+class _Compute(Protocol):
+    def __call__(self, batch: Split, watch: Watch) -> None: ...
+
+
+def _watched_torch(model: Model) -> _Compute:
+    with extra("compress"):
+        import torch
+    module = trace(model).module(check_guards=False)
+    names = _public_names(module.graph, model)
+
+    class Watcher(torch.fx.Interpreter):
+        watch: Watch
+
+        def run_node(self, n: torch.fx.Node) -> Any:  # noqa: ANN401  # torch's own signature: a node may give anything
+            result = super().run_node(n)
+            if (
+                isinstance(result, torch.Tensor)
+                and result.is_floating_point()
+                and n.op in ("call_function", "placeholder")
+            ):
+                for name in names[n.name]:
+                    self.watch(name, result.numpy())
+            return result
+
+    def compute(batch: Split, watch: Watch) -> None:
+        watcher = Watcher(module)
+        watcher.watch = watch
+        with torch.no_grad():
+            watcher.run(*[torch.as_tensor(batch.inputs[spec.name]) for spec in model.inputs])
+
+    return compute
+
+
+def _public_names(graph: torch.fx.Graph, model: Model) -> dict[str, list[str]]:
+    names = {node.name: [node.name] for node in graph.nodes}
+    for node, spec in zip(graph.find_nodes(op="placeholder"), model.inputs, strict=True):
+        names[node.name] = [spec.name]
+    for node, spec in zip(graph.output_node().all_input_nodes, model.outputs, strict=False):
+        names[node.name].append(spec.name)
+    return names
+
+
+def _watched_onnx(network: OnnxNetwork) -> _Compute:
+    with extra("compress"):
+        import onnx
+        import onnxruntime
+    model = onnx.load(network.path)
+    outputs = onnx_graph.values(model)
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def compute(batch: Split, watch: Watch) -> None:
+        inputs = dict(batch.inputs)
+        _refuse_unknown(set(inputs), {i.name for i in session.get_inputs()})
+        found = dict(zip(outputs, session.run(outputs, inputs), strict=True))
+        for name, values in (inputs | found).items():
+            if values.dtype.kind == "f":
+                watch(name, values)
+
+    return compute
+
+
+def _refuse_unknown(given: set[str], wanted: set[str]) -> None:
+    if given != wanted:
+        raise InputError(
+            f"the data has the inputs {sorted(given)}, the network takes {sorted(wanted)}", "name the arrays alike"
+        )

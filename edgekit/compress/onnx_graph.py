@@ -1,0 +1,136 @@
+"""Reads and rewrites an ONNX file: its weights, every value in it, and the same graph rounded by a plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgekit.errors import CompressionError
+from edgekit.plugins import extra
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx
+
+    from edgekit.plan import QuantizationPlan, Range, WeightRule
+    from edgekit.tensors import Array
+
+CLAMPS = ("Relu", "Clip")
+SUMS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add")
+
+
+def weights(path: Path) -> dict[str, int]:
+    """Return each weight of a convolution or matrix product with the axis of its output channels.
+
+    Raises:
+        CompressionError: the file is quantized already, or a weight holds NaN or infinity.
+    """
+    with extra("compress"):
+        import numpy as np
+        import onnx
+    model = onnx.load(path)
+    kinds = {node.op_type for node in model.graph.node}
+    quantized = sorted(kind for kind in kinds if "QLinear" in kind or "QuantizeLinear" in kind or "Integer" in kind)
+    if quantized:
+        raise CompressionError(f"{path.name} is quantized already: it holds {quantized[0]}", "give the float model")
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, tensor in stored.items():
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise CompressionError(f"weight {name!r} holds NaN or infinity", "check the file")
+    found = {}
+    for node in model.graph.node:
+        axis = _axis(node, stored)
+        if axis is not None:
+            found[node.input[1]] = axis
+    return found
+
+
+def values(model: onnx.ModelProto) -> list[str]:
+    """List every value that a node makes."""
+    return [name for node in model.graph.node for name in node.output if name]
+
+
+def _axis(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> int | None:
+    if len(node.input) < 2 or node.input[1] not in stored:
+        return None
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "ConvTranspose":
+        return 1
+    if node.op_type == "Gemm":
+        return 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
+    dimensions = len(stored[node.input[1]].dims)
+    return dimensions - 1 if node.op_type == "MatMul" and dimensions >= 2 else None
+
+
+def rounded(path: Path, plan: QuantizationPlan) -> onnx.ModelProto:
+    """Return the graph with its weights rounded and QuantizeLinear/DequantizeLinear after each planned value.
+
+    Only for measuring on this machine: an engine's own choices of what to fuse may differ.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name in plan.weights:
+            array = _round_weight(onnx.numpy_helper.to_array(tensor), plan.weights[tensor.name])
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    planned = {name: limits for name, limits in plan.activations.items() if name not in _fused_away(model.graph)}
+    nodes: list[onnx.NodeProto] = []
+    for value in model.graph.input:
+        if value.name in planned:
+            for node in model.graph.node:
+                node.input[:] = [f"{name}__rounded" if name == value.name else name for name in node.input]
+            nodes += _round_value(model, value.name, f"{value.name}__rounded", planned[value.name])
+    for node in model.graph.node:
+        made = [name for name in node.output if name in planned]
+        node.output[:] = [f"{name}__float" if name in planned else name for name in node.output]
+        nodes.append(node)
+        for name in made:
+            nodes += _round_value(model, f"{name}__float", name, planned[name])
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return model
+
+
+def _fused_away(graph: onnx.GraphProto) -> set[str]:
+    """Name the values that engines never make, because they fuse the clamp that follows."""
+    followers: dict[str, list[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            followers.setdefault(name, []).append(node.op_type)
+    return {
+        name
+        for node in graph.node
+        if node.op_type in SUMS
+        for name in node.output
+        if len(followers.get(name, [])) == 1 and followers[name][0] in CLAMPS
+    }
+
+
+def _round_weight(weight: Array, rule: WeightRule) -> Array:
+    import numpy as np
+
+    axes = tuple(i for i in range(weight.ndim) if rule.granularity == "tensor" or i != rule.axis)
+    most = 2 ** (rule.bits - 1) - 1
+    scale = np.maximum(np.abs(weight).max(axis=axes, keepdims=True), 1e-12) / most
+    result: Array = (np.clip(np.round(weight / scale), -most, most) * scale).astype(weight.dtype)
+    return result
+
+
+def _round_value(model: onnx.ModelProto, source: str, target: str, limits: Range) -> list[onnx.NodeProto]:
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    low, high = min(limits.low, 0.0), max(limits.high, 0.0)
+    scale = np.float32((high - low) / 255 or 1.0)
+    zero = np.uint8(round(-low / float(scale)))
+    names = [f"{target}__scale", f"{target}__zero"]
+    for name, value in zip(names, (scale, zero), strict=True):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value), name))
+    return [
+        helper.make_node("QuantizeLinear", [source, *names], [f"{target}__integer"]),
+        helper.make_node("DequantizeLinear", [f"{target}__integer", *names], [target]),
+    ]
