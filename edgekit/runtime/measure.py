@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgekit.progress import Progress
 
 TURN_SECONDS = 0.2
+LEAVE_SECONDS = 5.0
 RELIABLE_P99 = 662
 """Requests that a 99th percentile needs (MLPerf inference rules, early stopping at 99 % confidence)."""
 
@@ -200,7 +201,7 @@ def _child(contender: Contender, settings: Settings) -> Iterator[_Child]:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
         try:
-            process.wait(timeout=5)  # its standard input ended, so it leaves by itself
+            process.wait(timeout=LEAVE_SECONDS)  # its standard input ended, so it leaves by itself
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
