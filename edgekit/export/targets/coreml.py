@@ -1,0 +1,165 @@
+"""Core ML programs: float16 compute, a plan as integer weights. Computed here by reading the package back.
+
+The quantized activations of Core ML can only be made on macOS, so the plan's activation ranges stay unused.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import ExportError, UsageError
+from edgekit.export import mil
+from edgekit.export.quiet import silence
+from edgekit.export.targets import Artifact, Exporter
+from edgekit.manifest import Port
+from edgekit.model import Model, TorchNetwork
+from edgekit.plugins import extra
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from edgekit.device_profiles import DeviceProfile
+    from edgekit.plan import QuantizationPlan
+    from edgekit.progress import Progress
+    from edgekit.tensors import Array
+
+PACKAGE = "model.mlpackage"
+_REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError)
+
+
+class CoremlExporter:
+    """Writes the folder ``model.mlpackage``; its ``Manifest.json`` is the main file. Reads ``options.ios``."""
+
+    extra = "export"
+
+    def export(self, model: Model, profile: DeviceProfile, folder: Path, progress: Progress) -> Artifact:
+        """Write the package for one hardware class.
+
+        Raises:
+            ExportError: no PyTorch network, an operator without a Core ML form, or weights of other than 8 bits.
+            MissingExtra: coremltools is not installed.
+        """
+        del progress
+        if not isinstance(model.network, TorchNetwork):
+            raise ExportError(f"{model.name} is no PyTorch network; Core ML is made from one", "give the Python workload")
+        ios = int(profile.options.get("ios", 17))
+        half = profile.options.get("precision") != "fp32"
+        graph = _graph(model, model.network)
+        program = _convert(model, graph, ios, half=half)
+        if model.plan:
+            program = _quantize(program, model.plan, graph)
+        _save(program, folder / PACKAGE)
+        return Artifact(
+            main=f"{PACKAGE}/Manifest.json",
+            files=tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())),
+            precision=model.precision if model.plan else ("fp16" if half else "fp32"),
+            inputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.inputs),
+            outputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.outputs),
+            batch=1,
+            requires={"ios": f">={ios}"},
+            notes=("activations stay float16: Core ML quantizes them on macOS only",) if model.plan else (),
+        )
+
+    def evaluate(self, main: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute the package's outputs from its bytes, sample by sample.
+
+        Raises:
+            NotImplementedError: it holds an operator that the interpreter lacks; names it.
+        """
+        return mil.run(main.parent, inputs)
+
+
+def _graph(model: Model, network: TorchNetwork) -> torch.export.ExportedProgram:
+    if model.data is None:
+        raise UsageError(f"{model.name} has no data", "give --data file.py:function or data.npz")
+    with extra("export"):
+        import torch
+    one = model.data.calibration.head(1).inputs
+    example = tuple(torch.as_tensor(one[name]) for name in network.input_names)
+    try:
+        with silence():
+            return torch.export.export(network.module, example).run_decompositions({})
+    except _REFUSALS as error:
+        raise ExportError(f"{model.name} cannot be traced to a graph: {_first_line(error)}") from error
+
+
+def _convert(model: Model, graph: torch.export.ExportedProgram, ios: int, *, half: bool) -> Any:  # noqa: ANN401  # coremltools is untyped
+    with extra("export"), silence():
+        import coremltools as ct
+    if not hasattr(ct.target, f"iOS{ios}"):
+        raise ExportError(f"Core ML knows no iOS {ios}", "set options.ios to 16, 17 or 18")
+    try:
+        with silence():
+            return ct.convert(
+                graph,
+                inputs=[ct.TensorType(name=s.name, shape=(1, *s.shape[1:]), dtype=_dtype(s.dtype)) for s in model.inputs],
+                outputs=[ct.TensorType(name=s.name, dtype=_dtype(s.dtype)) for s in model.outputs],
+                minimum_deployment_target=getattr(ct.target, f"iOS{ios}"),
+                compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
+                skip_model_load=True,
+            )
+    except _REFUSALS as error:
+        raise ExportError(
+            f"{model.name} has no Core ML form: {_first_line(error)}", "replace that operator, or use another target"
+        ) from error
+
+
+def _dtype(name: str) -> Any:  # noqa: ANN401  # a NumPy type
+    import numpy as np
+
+    # Core ML's tensors at the border are float or 32-bit integers.
+    return {"float32": np.float32, "int32": np.int32, "int64": np.int32, "float16": np.float16}.get(name, np.float32)
+
+
+def _quantize(program: Any, plan: QuantizationPlan, graph: torch.export.ExportedProgram) -> Any:  # noqa: ANN401  # coremltools is untyped
+    import coremltools.optimize.coreml as cto
+
+    names = {parameter: node for node, parameter in graph.graph_signature.inputs_to_parameters.items()}
+    constants = {op.name for op in program._mil_program.functions["main"].find_ops(op_type="const")}  # noqa: SLF001  # the only way to the names
+    configs: dict[str, Any] = {}
+    for parameter, rule in plan.weights.items():
+        if rule.bits != 8:
+            raise ExportError(f"{parameter!r} wants {rule.bits}-bit weights; this exporter writes 8", "set bits = 8")
+        found = [c for c in (names.get(parameter, ""), f"{names.get(parameter, '')}_to_fp16") if c in constants]
+        if not found:
+            raise ExportError(f"the plan quantizes {parameter!r}, which is no Core ML weight", "leave it out in the recipe")
+        configs[found[-1]] = cto.OpLinearQuantizerConfig(
+            mode="linear_symmetric", dtype="int8", granularity=f"per_{rule.granularity}", weight_threshold=0
+        )
+    with silence():
+        return cto.linear_quantize_weights(program, cto.OptimizationConfig(global_config=None, op_name_configs=configs))
+
+
+def _save(program: Any, package: Path) -> None:  # noqa: ANN401  # coremltools is untyped
+    """Write the package without what differs between two runs: the date, random identifiers, a debug map."""
+    with silence():
+        program.save(str(package))
+    (package / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+    from coremltools.proto import Model_pb2
+
+    path = package / "Data/com.apple.CoreML/model.mlmodel"
+    spec = Model_pb2.Model.FromString(path.read_bytes())
+    spec.description.metadata.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
+    path.write_bytes(spec.SerializeToString(deterministic=True))
+    _name_items(package / "Manifest.json")
+
+
+def _name_items(path: Path) -> None:
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    entries = manifest["itemInfoEntries"]
+    names = {key: str(uuid.uuid5(uuid.NAMESPACE_URL, entry["path"])) for key, entry in entries.items()}
+    manifest["itemInfoEntries"] = {names[key]: entry for key, entry in entries.items()}
+    manifest["rootModelIdentifier"] = names[manifest["rootModelIdentifier"]]
+    path.write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+PLUGIN: Exporter = CoremlExporter()
