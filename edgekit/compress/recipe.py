@@ -11,6 +11,7 @@ import msgspec
 from edgekit import plugins
 from edgekit.compress.passes import CompressionPass
 from edgekit.errors import UnknownName, UsageError
+from edgekit.plugins import extra
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,7 +82,7 @@ def decode(text: str) -> Recipe:
 
 def encode(recipe: Recipe) -> str:
     """Write a recipe as TOML with every option spelled out; `decode` gives it back."""
-    with plugins.extra("compress"):
+    with extra("compress"):
         import tomli_w
     entries = [{"name": name, **msgspec.to_builtins(step)} for name, step in recipe.passes]
     return tomli_w.dumps({"version": VERSION, "pass": entries})

@@ -84,10 +84,8 @@ def _calibration(model: Model, most: int) -> Split:
 
 
 def _weights(model: Model, granularity: Granularity) -> dict[str, WeightRule]:
-    if isinstance(model.network, OnnxNetwork):
-        axes = onnx_graph.weights(model.network.path)
-    else:
-        axes = _torch_weights(model)
+    network = model.network
+    axes = onnx_graph.weights(network.path) if isinstance(network, OnnxNetwork) else _torch_weights(model)
     if not axes:
         raise CompressionError(
             f"{model.name} has no weight that can be quantized",
