@@ -1,0 +1,73 @@
+"""What the fleet's commands share: opening a fleet folder, reading shares and counts, showing foreign text."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from edgekit.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgekit.ota.server.store import Store
+
+
+def open_store(folder: Path) -> Store:
+    """Open the database of a fleet folder.
+
+    Raises:
+        UsageError: there is no fleet in that folder.
+    """
+    from edgekit.ota.server import publisher
+    from edgekit.ota.server.service import DATABASE
+    from edgekit.ota.server.store import Store
+
+    publisher.root(folder)
+    return Store(folder / DATABASE)
+
+
+def share(text: str) -> float:
+    """Read ``20%`` or ``0.2``.
+
+    Raises:
+        UsageError: neither.
+    """
+    try:
+        number = text.strip()
+        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no share", "write it as 20% or 0.2") from error
+
+
+def limit(text: str) -> int | float:
+    """Read a count of devices as ``2``, or a share of them as ``10%``.
+
+    Raises:
+        UsageError: neither.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        return share(text)
+
+
+def now() -> datetime:
+    """Return the time, with its zone."""
+    return datetime.now(UTC)
+
+
+def ago(then: float) -> str:
+    """Say how long ago that was, as ``4 s`` or ``3 h``."""
+    seconds = max(0.0, time.time() - then)
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def plain(text: str, length: int = 80) -> str:
+    """Make text that a device wrote safe for a terminal: no control characters, not too long."""
+    shown = "".join(c if c.isprintable() else "?" for c in text)
+    return shown if len(shown) <= length else shown[: length - 1] + "…"
