@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,11 +25,18 @@ def sync_folder(folder: Path) -> None:
 
 def write_file(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace ``path`` by ``data`` in one step: write aside, fsync, rename, fsync the folder."""
+    with new_file(path, mode) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """Give a file to write that replaces ``path`` in one step when the block ends well, and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(mode)
@@ -55,7 +62,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
     try:
         yield scratch
-        _sync_tree(scratch)
+        sync_tree(scratch)
         scratch.chmod(0o755)
         _swap_in(scratch, target)
     finally:
@@ -63,7 +70,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     sync_folder(target.parent)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Make every file and folder below ``folder`` survive a power cut."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

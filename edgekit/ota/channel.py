@@ -20,6 +20,15 @@ class Arrival:
     retained: bool = False
 
 
+@dataclass(frozen=True)
+class Will:
+    """What the broker publishes, retained, when a connection is lost for longer than the delay."""
+
+    topic: str
+    payload: bytes
+    delay_seconds: int = 30
+
+
 class Channel(Protocol):
     """Publish and subscribe with retained messages and request/response, at least once delivery."""
 
@@ -40,3 +49,12 @@ class Channel(Protocol):
     def close(self) -> None:
         """Say good-bye; later calls are errors."""
         ...
+
+
+def matches(pattern: str, topic: str) -> bool:
+    """Say whether an MQTT topic filter covers a topic (MQTT 5, clause 4.7)."""
+    wanted, got = pattern.split("/"), topic.split("/")
+    if wanted[-1] == "#":
+        wanted.pop()
+        got = got[: len(wanted)]
+    return len(wanted) == len(got) and all(want in ("+", part) for want, part in zip(wanted, got, strict=True))

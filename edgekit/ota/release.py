@@ -40,6 +40,15 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return f"models/{self.model}/{self.profile}/{self.version}.json"
 
 
+class _Custom(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    release: Annotated[str, msgspec.Meta(max_length=10_000)]
+
+
+def to_custom(release: Release) -> dict[str, str]:
+    """Return a target's ``custom`` field: the release as JSON text, because TUF's canonical JSON has no fractions."""
+    return {"release": msgspec.json.encode(release).decode()}
+
+
 def from_custom(custom: object) -> Release:
     """Read a release out of a signed target's ``custom`` field.
 
@@ -47,6 +56,6 @@ def from_custom(custom: object) -> Release:
         TrustError: the signed field holds something else.
     """
     try:
-        return msgspec.convert(custom, Release)
-    except msgspec.ValidationError as error:
+        return msgspec.json.decode(msgspec.convert(custom, _Custom).release, type=Release)
+    except msgspec.DecodeError as error:  # ValidationError is one
         raise TrustError(f"the signed release is malformed: {error}", "sign it with: edgekit ota publish") from error

@@ -1,0 +1,283 @@
+"""A channel over an MQTT 5 broker: QoS 1, retained messages, request/response, a will, jittered reconnects.
+
+Knows paho-mqtt and TLS; does not know what the messages mean. Correctness never needs the broker to keep a
+session: subscriptions are made anew at every connect, and retained messages come again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import random
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from edgekit.errors import TransferError, UsageError
+from edgekit.ota.channel import Arrival, matches
+from edgekit.plugins import extra
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo
+    from paho.mqtt.properties import Properties
+    from paho.mqtt.reasoncodes import ReasonCode
+
+    from edgekit.ota.channel import Will
+
+log = logging.getLogger(__name__)
+
+PORTS = {"mqtt": 1883, "mqtts": 8883}
+SESSION_SECONDS = 300
+"""A will's delay ends with the session, so the session outlives every delay we use (MQTT 5, clause 3.1.3.2.2)."""
+BLOCK_EXPIRY_SECONDS = 60
+"""Questions and answers older than this were asked again long ago."""
+QUEUE_LENGTH = 1000
+LONGEST_PAUSE = 30.0
+GOODBYE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Files in PEM: whom to believe (the system's authorities where there is none), and who we are."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+def connect(
+    url: str, client_id: str, *, will: Will | None = None, tls: Tls | None = None, patience: float = 10.0
+) -> MqttChannel:
+    """Connect to ``mqtt://[user:password@]host[:port]`` or ``mqtts://…``; try for ``patience`` seconds.
+
+    Raises:
+        UsageError: the URL or a certificate file is wrong.
+        TransferError: the broker cannot be reached, or refuses us; says which one and why.
+    """
+    channel = MqttChannel(url, client_id, will, tls)
+    channel.wait_until_connected(patience)
+    return channel
+
+
+class MqttChannel:
+    """A `Channel` of an MQTT broker; made by `connect`."""
+
+    def __init__(self, url: str, client_id: str, will: Will | None, tls: Tls | None) -> None:
+        self._host, self._port, self.name = _address(url)
+        self._client = _client(url, client_id, will, tls)
+        self._client.on_connect = self._on_connect
+        self._client.on_message = self._on_message
+        self._subscriptions: list[tuple[str, Callable[[Arrival], None]]] = []
+        self._inbox: queue.Queue[Arrival | None] = queue.Queue(QUEUE_LENGTH)
+        self._news = threading.Condition()
+        self._connected = self._was_connected = False
+        self._closed = False
+        self._last: MQTTMessageInfo | None = None
+        self._problem = "no answer"
+        self.dropped = 0
+        self._network = threading.Thread(target=self._stay_connected, name=f"mqtt-{client_id}", daemon=True)
+        self._delivery = threading.Thread(target=self._deliver, name=f"mqtt-{client_id}-in", daemon=True)
+        self._network.start()
+        self._delivery.start()
+
+    def wait_until_connected(self, patience: float) -> None:
+        """Return once the broker took us in.
+
+        Raises:
+            TransferError: it did not within ``patience`` seconds; the channel is closed.
+        """
+        with self._news:
+            if self._news.wait_for(lambda: self._connected, patience):
+                return
+        self.close()
+        raise TransferError(
+            f"no connection to the broker {self.name} within {patience:g} s: {self._problem}",
+            "see that it runs and that host, port and certificates are right",
+        )
+
+    def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, reply_to: str = "", correlation: bytes = b""
+    ) -> None:
+        """Queue a message with QoS 1; it leaves as soon as there is a connection.
+
+        Raises:
+            TransferError: the channel is closed or its queue is full.
+        """
+        from paho.mqtt.enums import MQTTErrorCode
+
+        if self._closed:
+            raise TransferError(f"the channel to {self.name} is closed", "connect again")
+        properties = _properties(reply_to, correlation)
+        info = self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+        if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+            raise TransferError(f"{QUEUE_LENGTH} messages to {self.name} wait already", "see that the broker runs")
+        self._last = info
+
+    def subscribe(self, pattern: str, on_arrival: Callable[[Arrival], None]) -> None:
+        """Call ``on_arrival``, on a thread of this channel, for each message that matches, retained ones first.
+
+        Raises:
+            TransferError: the channel is closed.
+        """
+        if self._closed:
+            raise TransferError(f"the channel to {self.name} is closed", "connect again")
+        self._subscriptions = [*self._subscriptions, (pattern, on_arrival)]
+        self._client.subscribe(pattern, qos=1)  # without a connection: done at the next connect
+
+    def close(self) -> None:
+        """Give what is queued a moment to leave, then say good-bye; later calls are errors."""
+        if self._closed:
+            return
+        self._flush()
+        with self._news:
+            self._closed = True
+            self._news.notify_all()
+        self._client.disconnect()
+        if threading.current_thread() not in (self._network, self._delivery):
+            self._network.join(timeout=GOODBYE_SECONDS)
+        with contextlib.suppress(queue.Full):
+            self._inbox.put_nowait(None)
+
+    def _flush(self) -> None:
+        last = self._last
+        if self._connected and last is not None and threading.current_thread() is not self._network:
+            with contextlib.suppress(ValueError, RuntimeError):
+                last.wait_for_publish(GOODBYE_SECONDS)
+
+    def _stay_connected(self) -> None:
+        failures = 0
+        while not self._closed:
+            try:
+                self._dial()
+                self._client.loop_forever()
+                failures = 0 if self._connected else failures + 1
+            except (OSError, ValueError) as error:
+                self._problem = str(error) or type(error).__name__
+                failures += 1
+            self._connected = False
+            self._pause(failures)
+
+    def _dial(self) -> None:
+        if self._was_connected:  # `connect` would begin a new session, which ends the old one and fires its will
+            self._client.reconnect()
+        else:
+            self._client.connect(self._host, self._port, keepalive=30, properties=_session())
+
+    def _pause(self, failures: int) -> None:
+        # Full jitter: a broker that comes back must not meet its whole fleet in one second.
+        longest = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(failures, 10))
+        with self._news:
+            self._news.wait_for(lambda: self._closed, random.uniform(0, longest))  # noqa: S311  # spreads load only
+
+    def _on_connect(self, client: Client, _data: object, _flags: object, reason: ReasonCode, *_: object) -> None:
+        if reason.is_failure:
+            self._problem = f"the broker refused us: {reason}"
+            log.warning("%s: %s", self.name, self._problem)
+            client.disconnect()
+            return
+        for pattern, _on_arrival in self._subscriptions:
+            client.subscribe(pattern, qos=1)
+        with self._news:
+            self._connected = self._was_connected = True
+            self._news.notify_all()
+
+    def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
+        try:
+            # A full inbox holds the network thread back for a while, and with it the broker.
+            self._inbox.put(_arrival(message), timeout=GOODBYE_SECONDS)
+        except (queue.Full, UnicodeDecodeError):
+            self.dropped += 1
+
+    def _deliver(self) -> None:
+        while (arrival := self._inbox.get()) is not None and not self._closed:
+            for pattern, on_arrival in self._subscriptions:
+                if matches(pattern, arrival.topic):
+                    on_arrival(arrival)
+
+
+def _address(url: str) -> tuple[str, int, str]:
+    """Return host, port and the URL without its password."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or PORTS[parts.scheme]
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{url!r} is no broker's address", "write mqtt://host:1883 or mqtts://host:8883") from error
+    if not parts.hostname:
+        raise UsageError(f"{url!r} names no host", "write mqtt://host:1883 or mqtts://host:8883")
+    return parts.hostname, port, f"{parts.scheme}://{parts.hostname}:{port}"
+
+
+def _client(url: str, client_id: str, will: Will | None, tls: Tls | None) -> Client:
+    with extra("device"):
+        from paho.mqtt.client import Client
+        from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+    client = Client(
+        CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5, reconnect_on_failure=False
+    )
+    client.connect_timeout = 5.0
+    client.max_queued_messages_set(QUEUE_LENGTH)
+    parts = urlsplit(url)
+    if parts.username:
+        client.username_pw_set(unquote(parts.username), unquote(parts.password or ""))
+    if parts.scheme == "mqtts":
+        _secure(client, tls or Tls())
+    if will is not None:
+        client.will_set(will.topic, will.payload, qos=1, retain=True, properties=_will_properties(will))
+    return client
+
+
+def _secure(client: Client, tls: Tls) -> None:
+    names = {"ca_certs": tls.ca, "certfile": tls.certificate, "keyfile": tls.key}
+    try:
+        client.tls_set(**{option: str(path) for option, path in names.items() if path is not None})  # type: ignore[arg-type]  # paho types each option apart
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        files = ", ".join(str(path) for path in names.values() if path is not None)
+        raise UsageError(f"these certificates cannot be used: {error} ({files})", "give PEM files") from error
+
+
+def _packet(kind: str) -> Any:  # noqa: ANN401  # paho sets properties by attribute, untyped
+    from paho.mqtt.packettypes import PacketTypes
+    from paho.mqtt.properties import Properties
+
+    make: Any = Properties  # paho leaves its constructor untyped
+    return make(getattr(PacketTypes, kind))
+
+
+def _session() -> Properties:
+    properties = _packet("CONNECT")
+    properties.SessionExpiryInterval = SESSION_SECONDS
+    return properties  # type: ignore[no-any-return]  # see _packet
+
+
+def _will_properties(will: Will) -> Properties:
+    properties = _packet("WILLMESSAGE")
+    properties.WillDelayInterval = will.delay_seconds
+    return properties  # type: ignore[no-any-return]  # see _packet
+
+
+def _properties(reply_to: str, correlation: bytes) -> Properties | None:
+    if not (reply_to or correlation):
+        return None
+    properties = _packet("PUBLISH")
+    properties.MessageExpiryInterval = BLOCK_EXPIRY_SECONDS
+    if reply_to:
+        properties.ResponseTopic = reply_to
+    if correlation:
+        properties.CorrelationData = correlation
+    return properties  # type: ignore[no-any-return]  # see _packet
+
+
+def _arrival(message: MQTTMessage) -> Arrival:
+    properties = message.properties
+    return Arrival(
+        topic=message.topic,
+        payload=bytes(message.payload),
+        reply_to=getattr(properties, "ResponseTopic", ""),
+        correlation=getattr(properties, "CorrelationData", b""),
+        retained=message.retain,
+    )
