@@ -79,16 +79,36 @@ class Session:
         Raises:
             InputError: the bytes are no picture, or the model takes none.
         """
+        return self.labels(self.run(self.picture_inputs(picture)))[0]
+
+    def picture_inputs(self, picture: bytes) -> dict[str, Array]:
+        """Turn one encoded picture into the inputs of `run`.
+
+        Raises:
+            InputError: the bytes are no picture, or the model takes none.
+        """
         from edgekit.runtime import preprocess
 
-        contract = self.contract
-        if contract.preprocess is None or contract.postprocess is None:
+        how = self.contract.preprocess
+        if how is None or self.contract.postprocess is None:
             raise InputError(
-                f"{contract.name} does not say how to read a picture", "its manifest has no preprocess/postprocess"
+                f"{self.contract.name} does not say how to read a picture",
+                "its manifest has no preprocess/postprocess: give arrays",
             )
-        tensor = preprocess.picture_to_tensor(picture, contract.preprocess)
-        outputs = self.run({contract.preprocess.input: tensor})
-        return preprocess.best_labels(outputs[contract.postprocess.output][0], contract.postprocess)
+        return {how.input: preprocess.picture_to_tensor(picture, how)}
+
+    def labels(self, outputs: Mapping[str, Array]) -> list[list[tuple[str, float]]]:
+        """Turn the outputs of `run` into the best labels with their probabilities, a list a sample.
+
+        Raises:
+            InputError: the manifest does not say how.
+        """
+        from edgekit.runtime import preprocess
+
+        how = self.contract.postprocess
+        if how is None:
+            raise InputError(f"{self.contract.name} gives no labels", "its manifest has no postprocess")
+        return [preprocess.best_labels(scores, how) for scores in outputs[how.output]]
 
     def warm(self) -> None:
         """Run once on zeros, so that the first request is not the slow one."""

@@ -1,0 +1,307 @@
+"""Holds the model that serves, and replaces it without dropping a request. Knows no HTTP and no update channel.
+
+A request keeps the session on which it began until it ends; a session that was replaced is closed by the last
+request that leaves it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgekit.errors import EdgekitError, InputError, UsageError
+from edgekit.runtime.session import Session, TextSession
+from edgekit.runtime.telemetry import Statistics, Telemetry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from edgekit.tensors import Array
+
+MAX_SHADOWED = 8
+MAX_REMEMBERED = 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The outputs of a request, and the digest of the bundle that computed them."""
+
+    outputs: dict[str, Array]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often the old and the new model chose the same class: ``same`` of ``samples``.
+
+    ``skipped`` requests were not compared: the old model was still busy, or failed on them.
+    """
+
+    samples: int = 0
+    same: int = 0
+    skipped: int = 0
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1; 1 where nothing was compared."""
+        return self.same / self.samples if self.samples else 1.0
+
+
+class _Serving:
+    """A session, who uses it, and what is counted of it."""
+
+    def __init__(self, session: Session | TextSession, telemetry: Telemetry) -> None:
+        self.session = session
+        self.telemetry = telemetry
+        self.in_flight = 0
+        self.retired = False
+
+
+class Host:
+    """Serves one model at a time to any number of threads."""
+
+    def __init__(self, session: Session | TextSession) -> None:
+        self._lock = threading.Lock()
+        self._changing = threading.RLock()
+        self._known: OrderedDict[str, Telemetry] = OrderedDict()
+        self._serving = _Serving(session, self._telemetry(session.digest))
+        self._shadow: _Shadow | None = None
+        self._closed = False
+
+    @property
+    def session(self) -> Session | TextSession:
+        """The session that serves new requests now; may be replaced at any time, so take it once."""
+        return self._serving.session
+
+    @property
+    def digest(self) -> str:
+        """The digest of the bundle that serves now."""
+        return self._serving.session.digest
+
+    @contextmanager
+    def lease(self) -> Iterator[Session | TextSession]:
+        """Keep the serving session alive for one request, and count its time or its error.
+
+        Raises:
+            UsageError: the host is closed.
+        """
+        serving = self._acquire()
+        started = time.perf_counter()
+        try:
+            yield serving.session
+        except EdgekitError as error:
+            serving.telemetry.failed(type(error).__name__, by_caller=isinstance(error, InputError))
+            raise
+        else:
+            serving.telemetry.answered(time.perf_counter() - started)
+        finally:
+            self._release(serving)
+
+    def run(self, inputs: Mapping[str, Array]) -> Answer:
+        """Compute the outputs for a batch on the serving model.
+
+        Raises:
+            InputError: an input does not fit, or the model takes text.
+            HealthError: the engine fails.
+        """
+        with self.lease() as session:
+            if not isinstance(session, Session):
+                raise InputError(f"{session.contract.name} is a language model", "ask it for a chat or a completion")
+            outputs = session.run(inputs)
+            digest = session.digest
+        self._observe(digest, inputs, outputs)
+        return Answer(outputs, digest)
+
+    def run_raw(self, picture: bytes) -> tuple[list[tuple[str, float]], str]:
+        """Return the best labels for an encoded picture, and the digest of the bundle.
+
+        Raises:
+            InputError: the bytes are no picture, or the model takes none.
+            HealthError: the engine fails.
+        """
+        with self.lease() as session:
+            if not isinstance(session, Session):
+                raise InputError(f"{session.contract.name} is a language model", "ask it for a chat or a completion")
+            inputs = session.picture_inputs(picture)
+            outputs = session.run(inputs)
+            labels, digest = session.labels(outputs)[0], session.digest
+        self._observe(digest, inputs, outputs)
+        return labels, digest
+
+    def swap(self, new: Session | TextSession, *, shadow: bool = False) -> None:
+        """Let ``new`` serve from the next request on; requests in flight finish where they began.
+
+        With ``shadow`` the old model lives on and computes the live requests too, until `end_shadow` or
+        `roll_back`; only the new one's answers are returned.
+
+        Raises:
+            UsageError: the host is closed; ``new`` is closed too, then.
+        """
+        with self._changing:
+            self.end_shadow()
+            with self._lock:
+                closed = self._closed
+                old = self._serving
+                if not closed:
+                    self._serving = _Serving(new, self._telemetry(new.digest))
+                    self._shadow = _Shadow(old) if shadow else None
+        if closed:
+            new.close()
+            raise UsageError("the host is closed")
+        if not shadow:
+            self._retire(old)
+
+    def agreement(self) -> Agreement:
+        """Compare so far; nothing where no shadow runs."""
+        shadow = self._shadow
+        return shadow.agreement() if shadow else Agreement()
+
+    def end_shadow(self) -> Agreement:
+        """Finish the comparison, close the old model, and return how well both agreed."""
+        shadow = self._take_shadow()
+        if shadow is None:
+            return Agreement()
+        result = shadow.finish()
+        self._retire(shadow.old)
+        return result
+
+    def roll_back(self) -> None:
+        """Let the shadowed old model serve again, and close the new one after its last request.
+
+        Raises:
+            UsageError: no old model is kept.
+        """
+        with self._changing:
+            shadow = self._take_shadow()
+            if shadow is None:
+                raise UsageError("there is no model to go back to", "swap with shadow=True keeps the old one")
+            shadow.finish()
+            with self._lock:
+                new, self._serving = self._serving, shadow.old
+            self._retire(new)
+
+    def statistics(self, digest: str | None = None) -> Statistics:
+        """Return what was counted of one bundle, by default the serving one."""
+        with self._lock:
+            digest = self._serving.session.digest if digest is None else digest
+            telemetry = self._known.get(digest)
+        return telemetry.statistics() if telemetry else Statistics(digest=digest)
+
+    def close(self) -> None:
+        """Refuse new requests; the model is closed after the last one in flight."""
+        with self._changing:
+            self.end_shadow()
+            with self._lock:
+                self._closed = True
+            self._retire(self._serving)
+
+    def _telemetry(self, digest: str) -> Telemetry:
+        telemetry = self._known.setdefault(digest, Telemetry(digest))
+        self._known.move_to_end(digest)
+        while len(self._known) > MAX_REMEMBERED:
+            self._known.popitem(last=False)
+        return telemetry
+
+    def _acquire(self) -> _Serving:
+        with self._lock:
+            if self._closed:
+                raise UsageError("the host is closed")
+            self._serving.in_flight += 1
+            return self._serving
+
+    def _release(self, serving: _Serving) -> None:
+        with self._lock:
+            serving.in_flight -= 1
+            last = serving.retired and serving.in_flight == 0
+        if last:
+            serving.session.close()
+
+    def _retire(self, serving: _Serving) -> None:
+        with self._lock:
+            serving.retired = True
+            idle = serving.in_flight == 0
+        if idle:
+            serving.session.close()
+
+    def _take_shadow(self) -> _Shadow | None:
+        with self._lock:
+            shadow, self._shadow = self._shadow, None
+        return shadow
+
+    def _observe(self, digest: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        if not all(map(_is_finite, outputs.values())):
+            telemetry = self._known.get(digest)
+            if telemetry:
+                telemetry.saw_non_finite()
+        shadow = self._shadow
+        if shadow is not None:
+            shadow.compare(inputs, outputs)
+
+
+class _Shadow:
+    """Runs the old model on live requests in one thread of its own, never more than a few behind."""
+
+    def __init__(self, old: _Serving) -> None:
+        self.old = old
+        self._lock = threading.Lock()
+        self._pending = self._samples = self._same = self._skipped = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shadow")
+
+    def compare(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Queue one request; skip it where the old model cannot keep up."""
+        with self._lock:
+            if self._pending >= MAX_SHADOWED:
+                self._skipped += 1
+                return
+            self._pending += 1
+        try:
+            self._thread.submit(self._compare, dict(inputs), dict(outputs))
+        except RuntimeError:  # the comparison ended in this moment
+            with self._lock:
+                self._pending -= 1
+
+    def agreement(self) -> Agreement:
+        """Return the counts as they stand."""
+        with self._lock:
+            return Agreement(self._samples, self._same, self._skipped)
+
+    def finish(self) -> Agreement:
+        """Compare what is queued, and end."""
+        self._thread.shutdown(wait=True)
+        return self.agreement()
+
+    def _compare(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        samples = same = skipped = 0
+        try:
+            session = self.old.session
+            if isinstance(session, Session):
+                samples, same = _same_choices(session.run(inputs), outputs)
+        except EdgekitError:
+            skipped = 1
+        with self._lock:
+            self._pending -= 1
+            self._samples += samples
+            self._same += same
+            self._skipped += skipped
+
+
+def _same_choices(old: Mapping[str, Array], new: Mapping[str, Array]) -> tuple[int, int]:
+    """Count the samples, and those on which both have their largest score in the same place of the first output."""
+    name = next(iter(new))
+    ours, theirs = new[name], old.get(name)
+    if theirs is None or theirs.shape != ours.shape or ours.ndim == 0:
+        return len(ours) if ours.ndim else 1, 0
+    flat = ours.reshape(len(ours), -1), theirs.reshape(len(ours), -1)
+    return len(ours), int((flat[0].argmax(1) == flat[1].argmax(1)).sum())
+
+
+def _is_finite(array: Array) -> bool:
+    import numpy as np
+
+    # A sum is NaN or infinite if any part is, and four times faster than isfinite().all() on small arrays.
+    return array.dtype.kind != "f" or bool(np.isfinite(array.sum(dtype=np.float64)))

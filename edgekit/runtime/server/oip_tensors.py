@@ -1,0 +1,195 @@
+"""Tensors as the Open Inference Protocol writes them: JSON data, or the binary tensor extension. Pure.
+
+Specification: https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md and
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgekit.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgekit.tensors import Array
+
+DATATYPES = {
+    "BOOL": "bool",
+    "UINT8": "uint8",
+    "UINT16": "uint16",
+    "UINT32": "uint32",
+    "UINT64": "uint64",
+    "INT8": "int8",
+    "INT16": "int16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "FP16": "float16",
+    "FP32": "float32",
+    "FP64": "float64",
+    "BYTES": "object",
+}
+NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+_FLAT = {"f": list[float], "i": list[int], "u": list[int], "b": list[bool], "O": list[str]}
+
+Parameters = dict[str, bool | int | float | str]
+
+
+class WireInput(msgspec.Struct):
+    """One input of a request."""
+
+    name: str
+    shape: tuple[int, ...]
+    datatype: str
+    data: msgspec.Raw = msgspec.Raw()
+    parameters: Parameters = {}
+
+
+class WireOutput(msgspec.Struct):
+    """One output that a request asks for."""
+
+    name: str
+    parameters: Parameters = {}
+
+
+class InferRequest(msgspec.Struct):
+    """The JSON of a request."""
+
+    inputs: list[WireInput]
+    id: str | None = None
+    outputs: list[WireOutput] = []
+    parameters: Parameters = {}
+
+
+def read_tensors(inputs: Sequence[WireInput], binary: memoryview) -> dict[str, Array]:
+    """Return the arrays of a request; ``binary`` is what follows its JSON.
+
+    Raises:
+        InputError: an unknown datatype, a shape that its data does not fill, or bytes that are missing or left over.
+    """
+    arrays: dict[str, Array] = {}
+    for wire in inputs:
+        if wire.name in arrays:
+            raise InputError(f"input {wire.name!r} is given twice")
+        size = wire.parameters.get("binary_data_size")
+        if "shared_memory_region" in wire.parameters:
+            raise InputError(f"input {wire.name!r}: shared memory is not supported")
+        if size is None:
+            arrays[wire.name] = _from_json(wire)
+            continue
+        if type(size) is not int or not 0 <= size <= len(binary):
+            raise InputError(f"input {wire.name!r} claims {size} binary bytes, {len(binary)} are left")
+        arrays[wire.name] = _from_binary(wire, binary[:size])
+        binary = binary[size:]
+    if binary:
+        raise InputError(f"{len(binary)} binary bytes belong to no input", "set binary_data_size of each input")
+    return arrays
+
+
+def json_data(array: Array) -> list[Any]:
+    """Return the values of an output, flat and in row-major order."""
+    if array.dtype.kind == "O":
+        return [item.decode() if isinstance(item, bytes) else str(item) for item in array.ravel()]
+    values: list[Any] = array.ravel().tolist()
+    return values
+
+
+def binary_data(array: Array) -> bytes:
+    """Return the bytes of an output: little-endian and row-major; strings with their length in four bytes."""
+    import numpy as np
+
+    if array.dtype.kind == "O":
+        items = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel()]
+        return b"".join(struct.pack("<I", len(item)) + item for item in items)
+    return np.ascontiguousarray(array).tobytes()
+
+
+def _from_json(wire: WireInput) -> Array:
+    import numpy as np
+
+    dtype, count = _dtype_and_count(wire)
+    if not bytes(wire.data):
+        raise InputError(f"input {wire.name!r} has neither data nor binary_data_size")
+    try:
+        values = msgspec.json.decode(wire.data, type=_FLAT[dtype.kind])
+    except msgspec.ValidationError:
+        values = _flattened(wire, _FLAT[dtype.kind])
+    if len(values) != count:
+        raise InputError(f"input {wire.name!r} has {len(values)} values, its shape {list(wire.shape)} needs {count}")
+    try:
+        with np.errstate(over="ignore"):
+            return np.array(values, dtype).reshape(wire.shape)
+    except (OverflowError, ValueError) as error:
+        raise InputError(f"input {wire.name!r} holds a value that {wire.datatype} cannot: {error}") from error
+
+
+def _flattened(wire: WireInput, flat: type) -> list[Any]:
+    """Read data that is nested by axes, as the protocol allows."""
+    values: list[Any] = msgspec.json.decode(wire.data, type=list)
+    for _ in wire.shape[1:]:
+        if not all(isinstance(row, list) for row in values):
+            break
+        values = [item for row in values for item in row]
+    try:
+        return msgspec.convert(values, flat)
+    except msgspec.ValidationError as error:
+        raise InputError(f"input {wire.name!r} is no {wire.datatype}{list(wire.shape)}: {error}") from error
+
+
+def _from_binary(wire: WireInput, data: memoryview) -> Array:
+    import numpy as np
+
+    dtype, count = _dtype_and_count(wire)
+    if bytes(wire.data):
+        raise InputError(f"input {wire.name!r} has both data and binary_data_size")
+    if dtype.kind == "O":
+        return np.array([*_strings(wire, bytes(data), count), None], object)[:-1].reshape(wire.shape)
+    if len(data) != count * dtype.itemsize:
+        raise InputError(
+            f"input {wire.name!r} has {len(data)} bytes, "
+            f"{wire.datatype}{list(wire.shape)} needs {count * dtype.itemsize}"
+        )
+    return np.frombuffer(data, dtype).reshape(wire.shape)
+
+
+def _strings(wire: WireInput, data: bytes, count: int) -> list[str]:
+    items: list[str] = []
+    at = 0
+    while at < len(data):
+        if at + 4 > len(data):
+            raise InputError(f"input {wire.name!r} ends inside the length of a string")
+        (length,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if length > len(data) - at:
+            raise InputError(f"input {wire.name!r} claims a string of {length} bytes, {len(data) - at} are left")
+        items.append(data[at : at + length].decode(errors="replace"))
+        at += length
+    if len(items) != count:
+        raise InputError(f"input {wire.name!r} has {len(items)} strings, its shape {list(wire.shape)} needs {count}")
+    return items
+
+
+def _dtype_and_count(wire: WireInput) -> tuple[Any, int]:
+    import numpy as np
+
+    if wire.datatype not in DATATYPES:
+        raise InputError(f"input {wire.name!r} has the unknown datatype {wire.datatype!r}", f"one of {list(DATATYPES)}")
+    if len(wire.shape) > 32 or any(n < 0 for n in wire.shape):
+        raise InputError(f"input {wire.name!r} has the impossible shape {list(wire.shape)[:32]}")
+    return np.dtype(DATATYPES[wire.datatype]), math.prod(wire.shape)
+
+
+def shape_of(array: Array) -> list[int]:
+    """Return an array's shape as JSON writes it."""
+    return list(array.shape)
+
+
+def wants_binary(request: InferRequest, output: WireOutput | None) -> bool:
+    """Say whether an output goes out as bytes: its own wish, else the request's."""
+    own: Mapping[str, object] = output.parameters if output else {}
+    return bool(own.get("binary_data", request.parameters.get("binary_data_output", False)))

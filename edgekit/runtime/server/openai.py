@@ -1,0 +1,278 @@
+"""OpenAI's API for language models: models, chat and completions, whole or as a stream of events. Knows no engine.
+
+Reference: https://platform.openai.com/docs/api-reference/chat
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+
+from edgekit.errors import EdgekitError, HealthError, InputError
+from edgekit.runtime.backends import Message, Sampling, TextPiece
+from edgekit.runtime.server.exchange import HttpError, Request, Response, as_json
+from edgekit.runtime.session import TextSession
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from concurrent.futures import Executor
+
+    from edgekit.runtime.host import Host
+
+MAX_TOKENS = 256
+
+
+class _Part(msgspec.Struct):
+    type: Literal["text"]
+    text: str
+
+
+class _Turn(msgspec.Struct):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_Part]
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool = False
+
+
+class _Generation(msgspec.Struct, kw_only=True):
+    model: str
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] | None = None
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    stop: str | Annotated[list[str], msgspec.Meta(max_length=4)] | None = None
+    n: Literal[1] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+
+
+class _Chat(_Generation, kw_only=True):
+    messages: Annotated[list[_Turn], msgspec.Meta(min_length=1, max_length=1000)]
+
+
+class _Completion(_Generation, kw_only=True):
+    prompt: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=1)]
+
+
+class _Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """How an answer is written: a chat or a completion, under which id, model and digest."""
+
+    chat: bool
+    id: str
+    model: str
+    digest: str
+    created: int
+
+    def piece(self, text: str, finish: str | None) -> dict[str, Any]:
+        """Return one event of a stream."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
+        choice |= {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
+        return self._frame("chat.completion.chunk" if self.chat else "text_completion", [choice])
+
+    def opening(self) -> dict[str, Any]:
+        """Return the first event of a chat, which names the role."""
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": 0, "delta": delta, "finish_reason": None, "logprobs": None}
+        return self._frame("chat.completion.chunk", [choice])
+
+    def whole(self, text: str, last: TextPiece) -> dict[str, Any]:
+        """Return an answer that is not streamed."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": last.finish, "logprobs": None}
+        choice |= {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._frame(kind, [choice]), "usage": _usage(last)}
+
+    def usage(self, last: TextPiece) -> dict[str, Any]:
+        """Return the event that carries the token counts."""
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._frame(kind, []), "usage": _usage(last)}
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.digest,
+            "choices": choices,
+        }
+
+
+def error_document(error: HttpError) -> dict[str, object]:
+    """Give an error OpenAI's shape."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code or None}}
+
+
+def models(host: Host) -> Response:
+    """Answer ``GET /v1/models``."""
+    contract = host.session.contract
+    return as_json(
+        {"object": "list", "data": [{"id": contract.name, "object": "model", "created": 0, "owned_by": "edgekit"}]}
+    )
+
+
+async def chat(host: Host, request: Request, threads: Executor) -> Response:
+    """Answer ``POST /v1/chat/completions``."""
+    asked = _parse(request, _Chat)
+    messages = [Message(_role(turn.role), _text(turn.content)) for turn in asked.messages]
+    return await _generate(host, (request, asked), lambda s: s.stream(messages, _sampling(asked)), threads)
+
+
+async def completions(host: Host, request: Request, threads: Executor) -> Response:
+    """Answer ``POST /v1/completions``."""
+    asked = _parse(request, _Completion)
+    prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
+    return await _generate(host, (request, asked), lambda s: s.complete(prompt, _sampling(asked)), threads)
+
+
+async def _generate(
+    host: Host,
+    asked: tuple[Request, _Chat | _Completion],
+    start: Callable[[TextSession], Iterator[TextPiece]],
+    threads: Executor,
+) -> Response:
+    request, wish = asked
+    contract = host.session.contract
+    if wish.model != contract.name:
+        raise HttpError(404, f"the model {wish.model!r} does not serve here; {contract.name!r} does", "model_not_found")
+    generation = _Generating(host, start)
+    asyncio.get_running_loop().run_in_executor(threads, generation.work).add_done_callback(generation.ended)
+    leaving = asyncio.create_task(_watch(request, generation))
+    first = await generation.next()
+    shape = _Shape(
+        chat=isinstance(wish, _Chat),
+        id=f"{'chatcmpl' if isinstance(wish, _Chat) else 'cmpl'}-{uuid.uuid4().hex}",
+        model=contract.name,
+        digest=generation.digest,
+        created=int(time.time()),
+    )
+    if wish.stream:
+        usage = bool(wish.stream_options and wish.stream_options.include_usage)
+        return Response(_events(generation, first, shape, (usage, leaving)), kind=b"text/event-stream")
+    text, last = "", first
+    while not last.finish:
+        text += last.text
+        last = await generation.next()
+    leaving.cancel()
+    return as_json(shape.whole(text, last))
+
+
+class _Generating:
+    """A generation in a thread, read from the event loop. The lease is held to its end: a swap waits for nobody."""
+
+    def __init__(self, host: Host, start: Callable[[TextSession], Iterator[TextPiece]]) -> None:
+        self.digest = ""
+        self._host = host
+        self._start = start
+        self._left = False
+        self._loop = asyncio.get_running_loop()
+        self._arrived: asyncio.Queue[TextPiece | EdgekitError] = asyncio.Queue()
+
+    def work(self) -> None:
+        """Generate until the end, or until the client has left."""
+        try:
+            with self._host.lease() as session:
+                self.digest = session.digest
+                if not isinstance(session, TextSession):
+                    raise InputError(f"{session.contract.name} is no language model", "use /v2/models/…/infer")
+                for piece in self._start(session):
+                    self._tell(piece)
+                    if self._left:
+                        self._tell(TextPiece("", "stop"))
+                        break
+        except EdgekitError as error:
+            self._tell(error)
+
+    def ended(self, work: asyncio.Future[None]) -> None:
+        """Tell the reader where the thread died of something unforeseen: it would wait forever."""
+        error = work.exception()
+        if error is not None:
+            self._arrived.put_nowait(HealthError(f"the generation failed: {type(error).__name__}: {error}"))
+
+    async def next(self) -> TextPiece:
+        """Return the next piece; raise what the generation raised."""
+        piece = await self._arrived.get()
+        if isinstance(piece, EdgekitError):
+            raise piece
+        return piece
+
+    def leave(self) -> None:
+        """Stop after the piece in work: nobody reads on."""
+        self._left = True
+
+    def _tell(self, piece: TextPiece | EdgekitError) -> None:
+        self._loop.call_soon_threadsafe(self._arrived.put_nowait, piece)
+
+
+async def _watch(request: Request, generation: _Generating) -> None:
+    await request.disconnected()
+    generation.leave()
+
+
+async def _events(
+    generation: _Generating, piece: TextPiece, shape: _Shape, ending: tuple[bool, asyncio.Task[None]]
+) -> AsyncIterator[bytes]:
+    with_usage, leaving = ending
+    try:
+        if shape.chat:
+            yield _event(shape.opening())
+        while not piece.finish:
+            yield _event(shape.piece(piece.text, None))
+            piece = await generation.next()
+        yield _event(shape.piece("", piece.finish))
+        if with_usage:
+            yield _event(shape.usage(piece))
+        yield b"data: [DONE]\n\n"
+    except EdgekitError as error:
+        yield _event(error_document(HttpError(500, error.message)))
+    finally:
+        leaving.cancel()
+        generation.leave()
+
+
+def _event(document: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(document) + b"\n\n"
+
+
+def _parse(request: Request, kind: type[Any]) -> Any:  # noqa: ANN401  # the callers name the type
+    try:
+        return msgspec.json.decode(request.body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise HttpError(400, f"malformed request: {error}") from error
+
+
+def _sampling(asked: _Generation) -> Sampling:
+    stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+    return Sampling(
+        max_tokens=asked.max_completion_tokens or asked.max_tokens or MAX_TOKENS,
+        temperature=0.8 if asked.temperature is None else asked.temperature,
+        top_p=0.95 if asked.top_p is None else asked.top_p,
+        seed=asked.seed,
+        stop=stop,
+    )
+
+
+def _role(role: str) -> Literal["system", "user", "assistant"]:
+    if role == "user":
+        return "user"
+    return "assistant" if role == "assistant" else "system"
+
+
+def _text(content: str | list[_Part]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _usage(last: TextPiece) -> dict[str, int]:
+    return {
+        "prompt_tokens": last.prompt_tokens,
+        "completion_tokens": last.completion_tokens,
+        "total_tokens": last.prompt_tokens + last.completion_tokens,
+    }

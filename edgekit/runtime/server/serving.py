@@ -1,0 +1,139 @@
+"""Runs the application on uvicorn: in this thread until a signal, or in a thread of another program.
+
+Listens on loopback unless told otherwise. Knows no route.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+from edgekit.errors import HealthError, ResourceError, from_os
+from edgekit.plugins import extra
+from edgekit.runtime.server.app import App
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edgekit.runtime.host import Host
+
+DRAIN_SECONDS = 30
+START_SECONDS = 10.0
+
+
+class Running:
+    """A server in a thread of this program. ``url`` is where it answers; `stop` drains it."""
+
+    def __init__(self, url: str, server: Any, thread: threading.Thread) -> None:  # noqa: ANN401  # uvicorn is imported late
+        self.url = url
+        self._server = server
+        self._thread = thread
+
+    def stop(self) -> None:
+        """Answer what is in flight, take nothing new, and end the thread. The host stays open."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def serve_in_thread(host: Host, port: int = 0, *, address: str = "127.0.0.1") -> Running:
+    """Serve ``host`` from a thread of its own; port 0 takes a free one. Returns when it answers.
+
+    Raises:
+        ResourceError: the port is taken or may not be used.
+        MissingExtra: uvicorn is not installed.
+    """
+    listener = listen(address, port)
+    server, app = _server(host)
+
+    def run() -> None:
+        server.run(sockets=[listener])
+        app.close()
+        listener.close()
+
+    thread = threading.Thread(target=run, name="edgekit-server", daemon=True)
+    thread.start()
+    _await_start(server, thread)
+    return Running(url_of(listener), server, thread)
+
+
+def serve(
+    host: Host, port: int, *, address: str = "127.0.0.1", on_ready: Callable[[str], None] = lambda _url: None
+) -> None:
+    """Serve ``host`` in this thread until SIGINT or SIGTERM, then drain; ``on_ready`` is told the URL.
+
+    Raises:
+        ResourceError: the port is taken or may not be used.
+        MissingExtra: uvicorn is not installed.
+    """
+    listener = listen(address, port)
+    server, app = _server(host)
+    with listener:
+        on_ready(url_of(listener))
+        try:
+            server.run(sockets=[listener])
+        finally:
+            app.close()
+            host.close()
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """Take a port; connections wait in it until the server runs.
+
+    Raises:
+        ResourceError: names the address and the port.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(1024)
+    except socket.gaierror as error:
+        listener.close()
+        raise ResourceError(f"there is no address {address!r} here: {error}", "use --host 127.0.0.1") from error
+    except OSError as error:
+        listener.close()
+        raise from_os(error, f"cannot listen on {address} port {port}") from error
+    except OverflowError as error:
+        listener.close()
+        raise ResourceError(f"{port} is no port: {error}", "use 0 to 65535; 0 takes a free one") from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the URL of a listening socket."""
+    address, port = listener.getsockname()[:2]
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
+def _server(host: Host) -> tuple[Any, App]:
+    with extra("device"):
+        import uvicorn
+    app = App(host)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+    return uvicorn.Server(config), app
+
+
+def _await_start(server: Any, thread: threading.Thread) -> None:  # noqa: ANN401  # uvicorn is imported late
+    deadline = time.monotonic() + START_SECONDS
+    while not server.started:
+        if not thread.is_alive() or time.monotonic() > deadline:
+            raise HealthError("the server did not start")
+        time.sleep(0.002)

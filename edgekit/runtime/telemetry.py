@@ -1,0 +1,97 @@
+"""What is counted of the requests to one model. Bounded memory; knows no HTTP and no clock."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+WINDOW = 1024
+BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+"""Upper bounds of the latency histogram in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Counts since the model began to serve; the percentiles are of its last ``WINDOW`` answers, in milliseconds.
+
+    ``errors`` are the model's fault, ``refused`` the caller's (wrong inputs).
+    """
+
+    digest: str
+    requests: int = 0
+    errors: int = 0
+    refused: int = 0
+    non_finite: int = 0
+    p50_ms: float = 0.0
+    p95_ms: float = 0.0
+    p99_ms: float = 0.0
+    by_kind: Mapping[str, int] = field(default_factory=dict)
+    buckets: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+
+class Telemetry:
+    """Counts for one digest; safe to call from several threads."""
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self._lock = threading.Lock()
+        self._window: deque[float] = deque(maxlen=WINDOW)
+        self._buckets = [0] * (len(BUCKETS) + 1)
+        self._seconds = 0.0
+        self._requests = self._errors = self._refused = self._non_finite = 0
+        self._kinds: Counter[str] = Counter()
+
+    def answered(self, seconds: float) -> None:
+        """Count an answer and how long it took."""
+        slot = next((i for i, bound in enumerate(BUCKETS) if seconds <= bound), len(BUCKETS))
+        with self._lock:
+            self._requests += 1
+            self._window.append(seconds)
+            self._buckets[slot] += 1
+            self._seconds += seconds
+
+    def failed(self, kind: str, *, by_caller: bool) -> None:
+        """Count a request that ended in an error of that kind."""
+        with self._lock:
+            self._requests += 1
+            self._kinds[kind] += 1
+            if by_caller:
+                self._refused += 1
+            else:
+                self._errors += 1
+
+    def saw_non_finite(self) -> None:
+        """Count an answer that held NaN or infinity."""
+        with self._lock:
+            self._non_finite += 1
+
+    def statistics(self) -> Statistics:
+        """Return the counts as they stand."""
+        with self._lock:
+            ordered = sorted(self._window)
+            return Statistics(
+                digest=self.digest,
+                requests=self._requests,
+                errors=self._errors,
+                refused=self._refused,
+                non_finite=self._non_finite,
+                p50_ms=percentile(ordered, 50),
+                p95_ms=percentile(ordered, 95),
+                p99_ms=percentile(ordered, 99),
+                by_kind=dict(self._kinds),
+                buckets=tuple(self._buckets),
+                seconds=self._seconds,
+            )
+
+
+def percentile(ordered: list[float], percent: int) -> float:
+    """Return the nearest-rank percentile of sorted seconds, in milliseconds; 0 for none."""
+    if not ordered:
+        return 0.0
+    return 1000 * ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
