@@ -81,8 +81,7 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
     reference = reference_of(model, name or model.name, version)
     with tempfile.TemporaryDirectory() as scratch:
         rows = tuple(
-            _export_one(model, _adapted(profile, precision), reference, Path(scratch), progress)
-            for profile in profiles
+            _export_one(model, _adapted(profile, precision), reference, Path(scratch), progress) for profile in profiles
         )
         done = [row for row in rows if row.variant]
         if not done:
@@ -141,9 +140,7 @@ def _variant(profile: DeviceProfile, artifact: Artifact) -> Variant:
     )
 
 
-def _seal(
-    model: Model, reference: Reference, rows: Sequence[TargetResult], scratch: Path, folder: Path
-) -> Bundle:
+def _seal(model: Model, reference: Reference, rows: Sequence[TargetResult], scratch: Path, folder: Path) -> Bundle:
     variants, sources = _stored_once([row.variant for row in rows if row.variant], scratch)
     golden, golden_files = golden_of(reference, variants, scratch)
     contract = reference.contract

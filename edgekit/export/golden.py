@@ -13,6 +13,7 @@ import msgspec
 from edgekit import plugins
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.export.parity import Reference
+from edgekit.export.quiet import silence
 from edgekit.manifest import Classification, Golden, Variant
 from edgekit.model import LlamaFolder, Model, Split, run_batched
 from edgekit.plugins import extra
@@ -52,7 +53,9 @@ def reference_of(model: Model, name: str, version: str) -> Reference:
     )
     if isinstance(model.network, LlamaFolder):
         tokens = _tokens(model.network)
-        return Reference(tokens, model.network.run(tokens.inputs), contract, "logits")
+        with silence():  # transformers warns of what it does not know in config.json
+            outputs = model.network.run(tokens.inputs)
+        return Reference(tokens, outputs, contract, "logits")
     if model.data is None:
         raise UsageError(f"{model.name} has no data to compare files on", "give --data file.py:function or data.npz")
     samples = model.data.calibration.head(PARITY_SAMPLES)

@@ -71,10 +71,17 @@ def _from_torch(model: Model, network: TorchNetwork, opset: int) -> Graph:
         import onnxscript  # noqa: F401  # torch.onnx needs it and names it badly when it is missing
         import torch
     traced = trace(model)
-    names = {"input_names": list(network.input_names), "output_names": list(network.output_names)}
     try:
         with silence():
-            program = torch.onnx.export(traced, (), dynamo=True, opset_version=opset, verbose=False, **names)
+            program = torch.onnx.export(
+                traced,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                input_names=network.input_names,
+                output_names=network.output_names,
+                verbose=False,
+            )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(
             f"{model.name} has no ONNX form: {_reason(error)}", "replace that operator, or export to another target"

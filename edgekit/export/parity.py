@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edgekit import plugins
 from edgekit.errors import HealthError, MissingExtra, ParityError
+from edgekit.export.quiet import silence
 from edgekit.export.targets import Evaluator
 from edgekit.manifest import Parity
 from edgekit.model import run_batched
@@ -72,6 +73,8 @@ def check(exporter: Exporter, variant: Variant, folder: Path, reference: Referen
         ParityError: the figures are below the limits of the variant's precision, or the engine refuses the file.
     """
     missing = f"no engine for {variant.format} runs on this machine"
+    if reference.contract.task == "text-generation":
+        missing = "engines of language models give words; logits were computed from the file's bytes in PyTorch"
     if _has_engine(variant, reference):
         try:
             return _judge(variant, reference, _run(variant, folder, reference), "checked")
@@ -89,12 +92,12 @@ def check(exporter: Exporter, variant: Variant, folder: Path, reference: Referen
 
 
 def _has_engine(variant: Variant, reference: Reference) -> bool:
-    is_text = reference.contract.task == "text-generation"  # text engines give words, not logits
-    return not is_text and variant.format in plugins.names(backends.__name__)
+    return reference.contract.task != "text-generation" and variant.format in plugins.names(backends.__name__)
 
 
 def _run(variant: Variant, folder: Path, reference: Reference) -> dict[str, Array]:
-    session = open_variant(folder, variant, reference.contract, EngineOptions(threads=1))
+    with silence():  # LiteRT announces its delegates on stderr
+        session = open_variant(folder, variant, reference.contract, EngineOptions(threads=1))
     if not isinstance(session, Session):
         raise HealthError(f"the engine of {variant.format} gives text, the model gives tensors")
     with session:

@@ -65,12 +65,21 @@ def quantize(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> 
     ranges = _complete(prepared, planned, model.data.calibration, progress)
     with extra("export"):
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    weight_type, activation_type = _types(scheme)
     skipped = [node.name for node in prepared.graph.node if node.op_type in _WEIGHTED and node.name not in found]
     with silence():
         quantizer = QDQQuantizer(
-            prepared, True, False, *_types(scheme), _tensors_data(ranges), [], skipped, _operators(),
-            _options(scheme, model.plan),
-        )  # fmt: skip
+            prepared,
+            per_channel=True,
+            reduce_range=False,
+            activation_qType=activation_type,
+            weight_qType=weight_type,
+            tensors_range=_tensors_data(ranges),
+            nodes_to_quantize=[],
+            nodes_to_exclude=skipped,
+            op_types_to_quantize=_operators(),
+            extra_options=_options(scheme, model.plan),
+        )
         quantizer.quantize_model()
     return cast("onnx.ModelProto", quantizer.model.model)
 
@@ -163,7 +172,9 @@ def measure(proto: onnx.ModelProto, names: Iterable[str], calibration: Split, pr
     import onnxruntime
 
     inputs = {v.name for v in proto.graph.input}
-    found = {n: Range(float(calibration.inputs[n].min()), float(calibration.inputs[n].max())) for n in names if n in inputs}
+    found = {
+        n: Range(float(calibration.inputs[n].min()), float(calibration.inputs[n].max())) for n in names if n in inputs
+    }
     wanted = [n for n in names if n not in inputs]
     if not wanted:
         return found

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
@@ -20,6 +19,7 @@ from edgekit.plugins import extra
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import torch
 
@@ -46,7 +46,9 @@ class CoremlExporter:
         """
         del progress
         if not isinstance(model.network, TorchNetwork):
-            raise ExportError(f"{model.name} is no PyTorch network; Core ML is made from one", "give the Python workload")
+            raise ExportError(
+                f"{model.name} is no PyTorch network; Core ML is made from one", "give the Python workload"
+            )
         ios = int(profile.options.get("ios", 17))
         half = profile.options.get("precision") != "fp32"
         graph = _graph(model, model.network)
@@ -83,9 +85,10 @@ def _graph(model: Model, network: TorchNetwork) -> torch.export.ExportedProgram:
     example = tuple(torch.as_tensor(one[name]) for name in network.input_names)
     try:
         with silence():
-            return torch.export.export(network.module, example).run_decompositions({})
+            graph: torch.export.ExportedProgram = torch.export.export(network.module, example).run_decompositions({})
     except _REFUSALS as error:
         raise ExportError(f"{model.name} cannot be traced to a graph: {_first_line(error)}") from error
+    return graph
 
 
 def _convert(model: Model, graph: torch.export.ExportedProgram, ios: int, *, half: bool) -> Any:  # noqa: ANN401  # coremltools is untyped
@@ -97,7 +100,9 @@ def _convert(model: Model, graph: torch.export.ExportedProgram, ios: int, *, hal
         with silence():
             return ct.convert(
                 graph,
-                inputs=[ct.TensorType(name=s.name, shape=(1, *s.shape[1:]), dtype=_dtype(s.dtype)) for s in model.inputs],
+                inputs=[
+                    ct.TensorType(name=s.name, shape=(1, *s.shape[1:]), dtype=_dtype(s.dtype)) for s in model.inputs
+                ],
                 outputs=[ct.TensorType(name=s.name, dtype=_dtype(s.dtype)) for s in model.outputs],
                 minimum_deployment_target=getattr(ct.target, f"iOS{ios}"),
                 compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
@@ -127,7 +132,9 @@ def _quantize(program: Any, plan: QuantizationPlan, graph: torch.export.Exported
             raise ExportError(f"{parameter!r} wants {rule.bits}-bit weights; this exporter writes 8", "set bits = 8")
         found = [c for c in (names.get(parameter, ""), f"{names.get(parameter, '')}_to_fp16") if c in constants]
         if not found:
-            raise ExportError(f"the plan quantizes {parameter!r}, which is no Core ML weight", "leave it out in the recipe")
+            raise ExportError(
+                f"the plan quantizes {parameter!r}, which is no Core ML weight", "leave it out in the recipe"
+            )
         configs[found[-1]] = cto.OpLinearQuantizerConfig(
             mode="linear_symmetric", dtype="int8", granularity=f"per_{rule.granularity}", weight_threshold=0
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
-from edgekit.export import onnx_file, qdq
-from edgekit.export.targets import Artifact, Exporter
+from edgekit.export import qdq
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from edgekit.device_profiles import DeviceProfile
+    from edgekit.export.targets import Artifact, Exporter
     from edgekit.model import Model
     from edgekit.progress import Progress
 

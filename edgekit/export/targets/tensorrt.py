@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgekit.export import qdq
-from edgekit.export.targets import Artifact, Exporter
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from edgekit.device_profiles import DeviceProfile
+    from edgekit.export.targets import Artifact, Exporter
     from edgekit.model import Model
     from edgekit.progress import Progress
 

@@ -45,7 +45,9 @@ class TfliteExporter:
         """
         del profile
         if not isinstance(model.network, TorchNetwork):
-            raise ExportError(f"{model.name} is no PyTorch network; LiteRT is made from one", "give the Python workload")
+            raise ExportError(
+                f"{model.name} is no PyTorch network; LiteRT is made from one", "give the Python workload"
+            )
         ports = tuple(_port(spec, f"args_{i}") for i, spec in enumerate(model.inputs))
         path = folder / "model.tflite"
         path.write_bytes(_convert(model, model.network, ports))

@@ -1,0 +1,154 @@
+"""`edgekit export`: a model and hardware classes in; one sealed bundle out, with what was proved of every file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgekit.cli._terminal import Terminal, command
+
+if TYPE_CHECKING:
+    from edgekit.device_profiles import DeviceProfile
+    from edgekit.export import ExportResult, TargetResult
+
+COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "top-1", "max error")
+
+
+@command(
+    name="export",
+    short_help="Write a model for hardware classes, into one bundle.",
+    help="""Write a model for hardware classes, compare every file with the model, and seal one bundle.
+
+    SOURCE is a folder that `edgekit compress` wrote, file.py:build or package.module:build, an .onnx file, or a
+    Hugging Face folder of a Llama. A target that fails leaves the others; the exit code is that of the first failure.
+    """,
+)
+@click.argument("source", required=False)
+@click.option("--target", "targets", multiple=True, help="Hardware class, or a profile.toml of your own. Repeatable.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle to write.")
+@click.option("--name", help="Name of the bundle; default: the model's.")
+@click.option("--version", default="1", show_default=True, help="Version of the bundle.")
+@click.option("--precision", help="fp32 ignores the plan; language models: f32, f16, q8_0, q4_0.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights for SOURCE: .safetensors or .pt.")
+@click.option("--data", "data_source", help="Data: file.py:function that returns edgekit.model.Data, or an .npz.")
+@click.option("--list", "list_only", is_flag=True, help="Show the targets and what they need, and stop.")
+def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter is an option of the command line
+    terminal: Terminal,
+    *,
+    source: str | None,
+    targets: tuple[str, ...],
+    output: Path | None,
+    name: str | None,
+    version: str,
+    precision: str | None,
+    checkpoint: Path | None,
+    data_source: str | None,
+    list_only: bool,
+) -> None:
+    """Load, lower, compare, seal."""
+    if list_only:
+        _list(terminal)
+        return
+    from edgekit import device_profiles, workload
+    from edgekit.errors import UsageError
+    from edgekit.export import export
+
+    if source is None or output is None or not targets:
+        raise UsageError("SOURCE, --target and -o are needed", "edgekit export SOURCE --target x86-64 -o BUNDLE")
+    profiles = [device_profiles.load(target) for target in targets]
+    refuse_foreign(output)
+    model = workload.load(source, checkpoint, workload.load_data(data_source) if data_source else None)
+    result = export(
+        model, profiles, output, version=version, name=name, precision=precision, progress=terminal.progress
+    )
+    _report(terminal, result, output)
+
+
+def refuse_foreign(output: Path) -> None:
+    """Raise UsageError where writing the bundle would replace something that is no bundle."""
+    from edgekit.bundle import MANIFEST
+    from edgekit.errors import UsageError
+
+    is_ours = not output.exists() or (output / MANIFEST).is_file() or (output.is_dir() and not any(output.iterdir()))
+    if not is_ours:
+        raise UsageError(f"{output} exists and is no bundle; it would be replaced", "give another folder with -o")
+
+
+def _report(terminal: Terminal, result: ExportResult, output: Path) -> None:
+    terminal.table(COLUMNS, [_cells(row) for row in result.rows])
+    for row in result.rows:
+        for note in row.variant.notes if row.variant else ():
+            terminal.say(f"{row.target}: {note}")
+        if row.variant and row.variant.parity.status != "checked":
+            terminal.say(f"{row.target}: {row.variant.parity.status}: {row.variant.parity.reason}")
+        if row.error:
+            terminal.warn(f"{row.target}: {row.error.message}" + (f" ({row.error.hint})" if row.error.hint else ""))
+    if result.bundle:
+        size = result.bundle.size / 2**20
+        terminal.say(f"\nwrote {output}  ({size:.2f} MiB, digest {result.bundle.digest[:16]}…)")
+    terminal.result(_document(result, output))
+    if result.first_error:
+        click.get_current_context().exit(result.first_error.exit_code)
+
+
+def _cells(row: TargetResult) -> tuple[str, ...]:
+    if row.variant is None:
+        return (row.target, row.format, "-", "-", "failed", "-", "-", "-")
+    parity = row.variant.parity
+    size = f"{row.size / 2**20:.2f}" if row.size >= 2**19 else f"{row.size / 2**20:.3f}"
+    figures = (parity.sqnr_db, parity.top1_agreement, parity.max_abs_error)
+    return (row.target, row.format, row.variant.precision, size, parity.status, *map(_number, figures))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _document(result: ExportResult, output: Path) -> dict[str, object]:
+    import msgspec
+
+    rows = [
+        {
+            "target": row.target,
+            "format": row.format,
+            "size": row.size,
+            "variant": msgspec.to_builtins(row.variant),
+            "error": {"kind": type(row.error).__name__, "message": row.error.message, "hint": row.error.hint}
+            if row.error
+            else None,
+        }
+        for row in result.rows
+    ]
+    bundle = result.bundle
+    written = {"bundle": str(output), "digest": bundle.digest, "size": bundle.size} if bundle else {"bundle": None}
+    return {**written, "targets": rows}
+
+
+def _list(terminal: Terminal) -> None:
+    from edgekit import device_profiles
+
+    profiles = [device_profiles.load(name) for name in device_profiles.names()]
+    rows = [(p.name, p.title, p.format, *_ability(p)) for p in profiles]
+    terminal.table(("target", "hardware", "format", "can be written here", "checked by"), rows)
+    keys = ("target", "title", "format", "export", "parity")
+    terminal.result({"targets": [dict(zip(keys, row, strict=True)) for row in rows]})
+
+
+def _ability(profile: DeviceProfile) -> tuple[str, str]:
+    from typing import cast
+
+    from edgekit import plugins
+    from edgekit.cli.doctor import find_extras
+    from edgekit.export import PACKAGE
+    from edgekit.export.targets import Evaluator, Exporter
+    from edgekit.runtime import backends
+
+    exporter = cast("Exporter", plugins.load(PACKAGE, profile.format, "format"))
+    missing = [lack for e in find_extras() if e.name == exporter.extra for lack in e.lacking]
+    if missing:
+        return f"no: {missing[0]}; pip install 'edgekit[{exporter.extra}]'", "-"
+    if isinstance(exporter, Evaluator):
+        return "yes", "evaluation"
+    return "yes", "its engine" if profile.format in plugins.names(backends.__name__) else "nothing"

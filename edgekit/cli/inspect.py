@@ -1,0 +1,104 @@
+"""`edgekit inspect`: check every byte of a bundle, and show what is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgekit.cli._terminal import Terminal, command
+
+if TYPE_CHECKING:
+    from edgekit.bundle import Bundle
+    from edgekit.manifest import FileEntry, Manifest, Parity, Step
+
+
+@command(name="inspect", short_help="Check a bundle's bytes and show what is in it.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+def COMMAND(terminal: Terminal, *, bundle: Path) -> None:  # noqa: N802  # the name is the plugin's
+    """Check every byte of BUNDLE, and show its files, tensors, variants and lineage."""
+    import msgspec
+
+    from edgekit import bundle as bundles
+
+    opened = bundles.read(bundle)
+    _tell(terminal, opened)
+    terminal.result({"digest": opened.digest, "size": opened.size, "manifest": msgspec.to_builtins(opened.manifest)})
+
+
+def _tell(terminal: Terminal, opened: Bundle) -> None:
+    manifest = opened.manifest
+    terminal.say(f"{manifest.name} {manifest.version}  ({manifest.task})")
+    terminal.say(f"digest  {opened.digest}")
+    terminal.say(f"size    {_size(opened.size)} in {len(manifest.files)} files, every byte checked\n")
+    _tell_tensors(terminal, manifest)
+    columns = ("variant", "format", "precision", "size", "batch", "parity", "SQNR dB", "top-1", "main file")
+    terminal.table(columns, [_variant_cells(manifest, name) for name in [v.name for v in manifest.variants]])
+    for variant in manifest.variants:
+        for line in (*variant.notes, *filter(None, [variant.parity.reason])):
+            terminal.say(f"{variant.name}: {line}")
+    terminal.say("\nfiles")
+    for line in _tree(manifest.files):
+        terminal.say(f"  {line}")
+    terminal.say("\nlineage" if manifest.lineage else "\nlineage: none recorded")
+    for number, step in enumerate(manifest.lineage, 1):
+        terminal.say(f"  {number}. {_step(step)}")
+
+
+def _tell_tensors(terminal: Terminal, manifest: Manifest) -> None:
+    for title, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for spec in specs:
+            terminal.say(f"{title:<7} {spec}")
+    if manifest.preprocess:
+        p = manifest.preprocess
+        terminal.say(f"picture {p.mode}, shorter side {p.resize}, crop {p.crop}, {p.interpolation}, into {p.input}")
+    if manifest.postprocess:
+        terminal.say(f"labels  {len(manifest.postprocess.labels)}, from {manifest.postprocess.output}")
+    for prompt, answer in manifest.golden.prompts:
+        terminal.say(f"golden  {prompt!r} -> {answer!r}")
+    terminal.say()
+
+
+def _variant_cells(manifest: Manifest, name: str) -> tuple[str, ...]:
+    variant = manifest.variant(name)
+    size = sum(entry.size for entry in manifest.files if entry.path in variant.files)
+    batch = "any" if variant.batch < 0 else str(variant.batch)
+    return (name, variant.format, variant.precision, _size(size), batch, *_proof(variant.parity), variant.main)
+
+
+def _proof(parity: Parity) -> tuple[str, str, str]:
+    sqnr = "-" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} (>= {parity.min_sqnr_db:g})"
+    top1 = "-" if parity.top1_agreement is None else f"{parity.top1_agreement:.3f} (>= {parity.min_top1_agreement:g})"
+    return (parity.status, sqnr, top1)
+
+
+def _tree(files: tuple[FileEntry, ...]) -> list[str]:
+    """Draw folders once, files under them with size and hash."""
+    lines: list[str] = []
+    shown: tuple[str, ...] = ()
+    for entry in sorted(files, key=lambda e: e.path.split("/")):
+        *folders, name = entry.path.split("/")
+        for depth, folder in enumerate(folders):
+            if shown[: depth + 1] != tuple(folders[: depth + 1]):
+                lines.append("  " * depth + folder + "/")
+        shown = tuple(folders)
+        lines.append(f"{'  ' * len(folders) + name:<44} {_size(entry.size):>10}  {entry.sha256[:12]}")
+    return lines
+
+
+def _step(step: Step) -> str:
+    options = ", ".join(f"{key}={_short(value)}" for key, value in step.options.items())
+    measured = ", ".join(f"{key} {value:.4g}" for key, value in step.measured.items())
+    return f"{step.name}" + (f" ({options})" if options else "") + (f": {measured}" if measured else "")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text
+
+
+def _size(count: int) -> str:
+    if count < 1024:
+        return f"{count} B"
+    return f"{count / 1024:.1f} KiB" if count < 2**20 else f"{count / 2**20:.2f} MiB"

@@ -1,0 +1,145 @@
+"""GGUF for llama.cpp, from a Hugging Face Llama, in pure Python. Writes F32, F16, Q8_0 and Q4_0; no K-quants."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import ExportError, UsageError
+from edgekit.export import llama, vocabulary
+from edgekit.export.targets import Artifact
+from edgekit.model import LlamaFolder, Model
+from edgekit.plugins import extra
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from edgekit.device_profiles import DeviceProfile
+    from edgekit.export.llama import Shape
+    from edgekit.export.targets import Exporter
+    from edgekit.export.vocabulary import Vocabulary
+    from edgekit.progress import Progress
+    from edgekit.tensors import Array
+
+PRECISIONS = ("f32", "f16", "q8_0", "q4_0")
+BLOCK = 32
+
+
+class GgufExporter:
+    """Writes one ``model.gguf``. Reads ``options.precision``."""
+
+    extra = "export"
+
+    def export(self, model: Model, profile: DeviceProfile, folder: Path, progress: Progress) -> Artifact:
+        """Write the file.
+
+        Raises:
+            ExportError: no Llama folder, a tensor or tokenizer that llama.cpp's Llama has no place for.
+            UsageError: an unknown precision, or a damaged folder.
+            MissingExtra: gguf, torch or safetensors is not installed.
+        """
+        if not isinstance(model.network, LlamaFolder):
+            raise ExportError(
+                f"{model.name} is no language model; GGUF holds those", "give a Hugging Face folder, or another target"
+            )
+        precision = str(profile.options.get("precision", "q8_0")).lower()
+        if precision not in PRECISIONS:
+            raise UsageError(f"GGUF is not written as {precision!r}", f"choose {', '.join(PRECISIONS)}")
+        source = model.network.path
+        shape = llama.read_shape(source)
+        words = vocabulary.read(source, shape.vocabulary)
+        path = folder / "model.gguf"
+        types = _write(path, source, (model.name, precision), (shape, words), progress)
+        return Artifact(
+            main=path.name,
+            files=(path.name,),
+            precision=precision,
+            requires={"gguf": "3", "memory_mib": str(path.stat().st_size * 5 // 4 // 2**20 + 64)},
+            notes=(types,),
+        )
+
+    def evaluate(self, main: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute ``logits`` for ``input_ids`` from the file's bytes, in PyTorch."""
+        return {"logits": llama.logits(main, inputs["input_ids"])}
+
+
+def _write(
+    path: Path, source: Path, title: tuple[str, str], parts: tuple[Shape, Vocabulary], progress: Progress
+) -> str:
+    with extra("export"):
+        import gguf
+    name, precision = title
+    shape, words = parts
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(name)
+    _add_shape(writer, shape)
+    _add_vocabulary(writer, words)
+    writer.add_file_type({"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}[precision])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    used: Counter[str] = Counter()
+    odd: set[int] = set()
+    for tensor, array in llama.tensors(source, shape):
+        progress("quantize tensors", sum(used.values()) + 1, 0)
+        kind = tensor_type(tensor, array.shape, precision)
+        if precision.startswith("q") and array.ndim == 2 and kind == "F16":
+            odd.add(array.shape[-1])
+        used[kind] += 1
+        number = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(tensor, gguf.quants.quantize(array, number), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reason = f" (rows of {', '.join(map(str, sorted(odd)))} are no multiple of {BLOCK})" if odd else ""
+    return "tensor types: " + ", ".join(f"{count} {kind}" for kind, count in sorted(used.items())) + reason
+
+
+def tensor_type(name: str, shape: tuple[int, ...], precision: str) -> str:
+    """Choose how a tensor is stored: vectors stay F32, rows that blocks do not divide F16, the vocabulary at least Q8_0.
+
+    llama.cpp itself keeps embedding and output above four bits: they decide which token wins.
+    """
+    if len(shape) < 2 or precision == "f32":
+        return "F32"
+    if precision == "f16" or shape[-1] % BLOCK:
+        return "F16"
+    if precision == "q4_0" and name in ("token_embd.weight", "output.weight"):
+        return "Q8_0"
+    return precision.upper()
+
+
+def _add_shape(writer: Any, shape: Shape) -> None:  # noqa: ANN401  # gguf's writer is untyped here
+    writer.add_vocab_size(shape.vocabulary)
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.width)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.feed_forward)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_size)
+    writer.add_value_length(shape.head_size)
+    writer.add_rope_dimension_count(shape.head_size)
+    writer.add_layer_norm_rms_eps(shape.epsilon)
+    writer.add_rope_freq_base(shape.theta)
+
+
+def _add_vocabulary(writer: Any, words: Vocabulary) -> None:  # noqa: ANN401  # gguf's writer is untyped here
+    writer.add_tokenizer_model(words.model)
+    writer.add_tokenizer_pre(words.pre)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.types)
+    if words.scores:
+        writer.add_token_scores(words.scores)
+    if words.merges:
+        writer.add_token_merges(words.merges)
+    writer.add_add_space_prefix(words.add_space_prefix)
+    if words.bos is not None:
+        writer.add_bos_token_id(words.bos)
+    if words.eos is not None:
+        writer.add_eos_token_id(words.eos)
+    if words.chat_template:
+        writer.add_chat_template(words.chat_template)
+
+
+PLUGIN: Exporter = GgufExporter()
