@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import tempfile
@@ -52,7 +53,8 @@ def new_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
 def new_folder(target: Path) -> Iterator[Path]:
     """Give a scratch folder beside ``target`` that becomes it when the block ends well, and vanishes otherwise.
 
-    A folder that was there is replaced; a kill in between leaves the old one, or none, never half of one.
+    A folder that was there is replaced: on Linux the two are exchanged in one step, so that a kill leaves the old or
+    the new one; elsewhere it may leave none, but never half of one.
     Scratch folders that earlier kills left behind are swept first.
     """
     target = target.absolute()
@@ -85,7 +87,16 @@ def _swap_in(scratch: Path, target: Path) -> None:
     if not target.exists():
         scratch.rename(target)
         return
+    if _exchange(scratch, target):
+        return
     retired = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
     target.rename(retired / "old")
     scratch.rename(target)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders atomically (renameat2 of Linux); say False where the system or the disk cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of fcntl.h and linux/fs.h
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

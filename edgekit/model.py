@@ -5,6 +5,7 @@ Imports torch only inside the functions that compute with it. Knows neither pass
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    import onnxruntime
     import torch
 
     from edgekit.manifest import ImagePreprocess, Step
@@ -104,11 +106,18 @@ class OnnxNetwork:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute the outputs for a batch."""
-        with extra("onnx"):
-            import onnxruntime
-        session = onnxruntime.InferenceSession(str(self.path), providers=["CPUExecutionProvider"])
+        session = _onnx_session(self.path, self.path.stat().st_mtime_ns)
         names = [o.name for o in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+@functools.lru_cache(maxsize=2)
+def _onnx_session(path: Path, changed_ns: int) -> onnxruntime.InferenceSession:
+    """Open a file once for many batches, and again when it changed."""
+    del changed_ns
+    with extra("onnx"):
+        import onnxruntime
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True)

@@ -7,29 +7,30 @@ folder that `edgekit compress` wrote. Knows neither passes nor formats to export
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from edgekit.datasets import load_data, refuse_unfit
 from edgekit.durable import new_folder
 from edgekit.errors import CompressionError, UsageError
 from edgekit.manifest import ImagePreprocess, Step
 from edgekit.model import Data, LlamaFolder, Model, OnnxNetwork, Split, Task, TorchNetwork
 from edgekit.plan import QuantizationPlan
 from edgekit.plugins import extra
+from edgekit.sources import call, first_line, named_object
 from edgekit.tensors import DYNAMIC, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import torch
 
     from edgekit.tensors import Array
+
+__all__ = ["load", "load_data", "named_object", "refuse_foreign", "save", "trace"]
 
 MAX_SAMPLES = 128
 """Calibration samples that travel with a saved model, for the formats that calibrate by themselves."""
@@ -54,48 +55,26 @@ def load(source: str, checkpoint: Path | None = None, data: Data | None = None) 
     Raises:
         UsageError: nothing there, not readable, or the checkpoint does not fit the network.
     """
+    if data is not None and not len(data.calibration):
+        raise UsageError("the calibration split is empty", "give 32 or more samples that look like the device's")
+    model = _load(source, checkpoint, data)
+    refuse_unfit(model)
+    return model
+
+
+def _load(source: str, checkpoint: Path | None, data: Data | None) -> Model:
     path = Path(source)
+    if ":" in source and not path.exists():
+        return _load_torch(source, checkpoint, data)
+    if checkpoint is not None:
+        raise UsageError(f"{source} brings its own weights", "drop --checkpoint")
     if path.is_dir():
         return _load_folder(path, data)
     if path.suffix == ".onnx":
         return _load_onnx(path, data)
-    if ":" not in source:
-        raise UsageError(
-            f"{source!r} is no model", "give file.py:build, package.module:build, a .onnx file, or a model folder"
-        )
-    return _load_torch(source, checkpoint, data)
-
-
-def load_data(source: str) -> Data:
-    """Read data from ``file.py:function`` (returns `Data`) or a ``.npz``.
-
-    An ``.npz`` holds ``<split>.<input>`` arrays and ``<split>.labels``, splits ``calibration``, ``train``,
-    ``validation`` and ``test``.
-
-    Raises:
-        UsageError: nothing there, no calibration split, or the function returns something else.
-    """
-    if source.endswith(".npz"):
-        return _load_npz(Path(source))
-    result = named_object(source)()
-    if not isinstance(result, Data):
-        raise UsageError(f"{source} returned {type(result).__name__}, not edgekit.model.Data")
-    return result
-
-
-def named_object(source: str) -> Callable[[], object]:
-    """Import ``file.py:name`` or ``package.module:name``.
-
-    Raises:
-        UsageError: the file, the module or the name does not exist.
-    """
-    place, _, name = source.rpartition(":")
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    found = getattr(module, name, None)
-    if not callable(found):
-        known = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
-        raise UsageError(f"{place} has no function {name!r}", f"it has: {', '.join(known) or 'none'}")
-    return cast("Callable[[], object]", found)
+    raise UsageError(
+        f"{source!r} is no model", "give file.py:build, package.module:build, a .onnx file, or a model folder"
+    )
 
 
 def save(model: Model, folder: Path, extra_files: Mapping[str, bytes] | None = None) -> None:
@@ -157,7 +136,7 @@ def trace(model: Model) -> torch.export.ExportedProgram:
         return torch.export.export(model.network.module, example, dynamic_shapes=shapes)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise CompressionError(
-            f"{model.name} cannot be traced to a graph: {_first_line(error)}",
+            f"{model.name} cannot be traced to a graph: {first_line(error)}",
             "remove control flow that depends on values, or export it to ONNX yourself and give the .onnx file",
         ) from error
 
@@ -165,7 +144,7 @@ def trace(model: Model) -> torch.export.ExportedProgram:
 def _load_torch(source: str, checkpoint: Path | None, data: Data | None) -> Model:
     with extra("compress"):
         import torch
-    module = named_object(source)()
+    module = call(source)
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"{source} returned {type(module).__name__}, not torch.nn.Module")
     steps = [Step(name="load", options={"source": Path(source).name})]
@@ -193,7 +172,7 @@ def from_module(name: str, module: torch.nn.Module, data: Data, lineage: tuple[S
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = {n: list(a.shape) for n, a in data.calibration.inputs.items()}
         raise UsageError(
-            f"{name} does not take the calibration data {shapes}: {_first_line(error)}", "samples lie on the first axis"
+            f"{name} does not take the calibration data {shapes}: {first_line(error)}", "samples lie on the first axis"
         ) from error
     return Model(
         name=name,
@@ -244,7 +223,7 @@ def _read_checkpoint(path: Path, module: torch.nn.Module) -> dict[str, torch.Ten
             state = torch.load(path, map_location="cpu", weights_only=True)
     except _broken_file_errors() as error:
         raise UsageError(
-            f"{path} is no checkpoint: {_first_line(error)}", "give .safetensors, or .pt with weights only"
+            f"{path} is no checkpoint: {first_line(error)}", "give .safetensors, or .pt with weights only"
         ) from error
     state = state.get("state_dict", state)
     state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
@@ -306,7 +285,7 @@ def _load_onnx(path: Path, data: Data | None) -> Model:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except _onnx_errors() as error:
-        raise UsageError(f"{path} is no valid ONNX model: {_first_line(error)}") from error
+        raise UsageError(f"{path} is no valid ONNX model: {first_line(error)}") from error
     return Model(
         name=path.stem,
         task=_task(data) if data else "tensor",
@@ -351,7 +330,7 @@ def _load_saved(folder: Path, data: Data | None) -> Model:
             with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
                 data = Data(Split(dict(arrays)), preprocess=saved.preprocess, labels=saved.labels)
     except (msgspec.DecodeError, ValueError, OSError) as error:
-        raise UsageError(f"{folder} is damaged: {_first_line(error)}", "run edgekit compress again") from error
+        raise UsageError(f"{folder} is damaged: {first_line(error)}", "run edgekit compress again") from error
     return Model(
         name=saved.name,
         task=saved.task,
@@ -373,7 +352,7 @@ def _load_network(folder: Path, saved: Saved) -> TorchNetwork | OnnxNetwork:
         module = torch.export.load(folder / "network.pt2").module()
     except _broken_file_errors() as error:
         raise UsageError(
-            f"{folder / 'network.pt2'} is damaged: {_first_line(error)}", "run edgekit compress again"
+            f"{folder / 'network.pt2'} is damaged: {first_line(error)}", "run edgekit compress again"
         ) from error
     return TorchNetwork(module, tuple(s.name for s in saved.inputs), tuple(s.name for s in saved.outputs))
 
@@ -387,54 +366,5 @@ def _save_network(model: Model, folder: Path) -> None:
     torch.export.save(trace(model), folder / "network.pt2")
 
 
-def _load_npz(path: Path) -> Data:
-    with extra("compress"):
-        import numpy as np
-    if not path.is_file():
-        raise UsageError(f"there is no data at {path}", "check --data")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (ValueError, OSError, EOFError) as error:
-        raise UsageError(f"{path} is no .npz file: {_first_line(error)}") from error
-    splits: dict[str, dict[str, Array]] = {}
-    for key, array in arrays.items():
-        split, _, name = key.partition(".")
-        if split not in ("calibration", "train", "validation", "test") or not name:
-            raise UsageError(f"{path} holds {key!r}", "name arrays <split>.<input>, as calibration.image")
-        splits.setdefault(split, {})[name] = array
-    if "calibration" not in splits:
-        raise UsageError(f"{path} has no calibration split", "name arrays <split>.<input>, as calibration.image")
-    cut = {name: Split(part, part.pop("labels", None)) for name, part in splits.items()}
-    return Data(cut["calibration"], cut.get("train"), cut.get("validation"), cut.get("test"))
-
-
-def _import_file(path: Path) -> object:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    name = f"edgekit_workload_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{path} cannot be imported as Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _import_module(name: str) -> object:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"there is no module {name!r}: {error}", "check the spelling, or give file.py:build"
-        ) from error
-
-
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgekit.compress.evaluate import figures
-from edgekit.errors import CompressionError
 from edgekit.manifest import Step
 from edgekit.progress import silent
 

@@ -82,7 +82,8 @@ def _round_weight(weight: torch.Tensor, rule: WeightRule) -> torch.Tensor:
     most = 2 ** (rule.bits - 1) - 1
     axes = [i for i in range(weight.dim()) if rule.granularity == "tensor" or i != rule.axis]
     scale = weight.abs().amax(axes, keepdim=True).clamp_min(1e-12) / most
-    return torch.round(weight / scale).clamp(-most, most) * scale
+    rounded: torch.Tensor = torch.round(weight / scale).clamp(-most, most) * scale
+    return rounded
 
 
 def _round_value(values: torch.Tensor, limits: Range) -> torch.Tensor:
@@ -90,4 +91,5 @@ def _round_value(values: torch.Tensor, limits: Range) -> torch.Tensor:
 
     low, high = min(limits.low, 0.0), max(limits.high, 0.0)
     scale = (high - low) / 255 or 1.0
-    return torch.fake_quantize_per_tensor_affine(values, scale, round(-low / scale), 0, 255)
+    rounded: torch.Tensor = torch.fake_quantize_per_tensor_affine(values, scale, round(-low / scale), 0, 255)
+    return rounded

@@ -62,7 +62,7 @@ def train(network: TorchNetwork, split: Split, targets: Targets, schedule: Sched
         mean = 0.0
         for epoch in range(schedule.epochs):
             losses = []
-            for chosen in torch.randperm(len(split))[: len(split) // size * size].split(size):
+            for chosen in torch.randperm(len(split))[: len(split) // size * size].reshape(-1, size):
                 losses.append(loop.step(chosen))
                 done = epoch * (len(split) // size) + len(losses)
                 progress(f"train: loss {losses[-1]:.3f}", done, steps)

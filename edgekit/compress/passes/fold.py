@@ -68,7 +68,7 @@ def _pairs(traced: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
         if len(followers) != 1 or graph.operation(followers[0]) != "batch_norm":
             continue
         parts = (graph.argument(layer, 1), graph.argument(followers[0], 3))
-        if all(graph.parameter(part) and len(part.users) == 1 for part in parts if part) and _folds(layer):
+        if all(part and graph.parameter(part) and len(part.users) == 1 for part in parts) and _folds(layer):
             found.append((layer, followers[0]))
     return found
 
@@ -114,16 +114,25 @@ def _fold_nodes(module: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> None:
 
 
 def _fused(module: torch.nn.Module, layer: fx.Node, norm: fx.Node) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-    from torch.nn.utils import fusion
+    """Return weight and bias of a layer that normalizes by itself: both scaled by gamma / sqrt(variance + eps)."""
+    import torch
 
-    weight, bias = (_tensor(module, graph.argument(layer, i)) for i in (1, 2))
-    scale, shift, mean, variance = (_tensor(module, graph.argument(norm, i)) for i in (1, 2, 3, 4))
-    fuse = fusion.fuse_linear_bn_weights if graph.operation(layer) == "linear" else fusion.fuse_conv_bn_weights
-    return fuse(weight, bias, mean, variance, norm.args[7], scale, shift)
+    weight, bias = (_tensor(module, layer, position) for position in (1, 2))
+    gamma, beta, mean, variance = (_tensor(module, norm, position) for position in (1, 2, 3, 4))
+    if weight is None or mean is None or variance is None:
+        raise CompressionError(f"batch normalization {norm.name} keeps no statistics, so it cannot be folded")
+    scale = torch.rsqrt(variance + float(str(norm.args[7])))
+    scale = scale if gamma is None else scale * gamma
+    shifted = -mean * scale if bias is None else (bias - mean) * scale
+    folded = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return torch.nn.Parameter(folded.detach()), torch.nn.Parameter(
+        (shifted if beta is None else shifted + beta).detach()
+    )
 
 
-def _tensor(module: torch.nn.Module, node: fx.Node | None) -> torch.Tensor | None:
-    name = graph.parameter(node)
+def _tensor(module: torch.nn.Module, node: fx.Node, position: int) -> torch.Tensor | None:
+    """Return the stored tensor that a call takes at that position."""
+    name = graph.parameter(graph.argument(node, position))
     if name is None:
         return None
     owner, _, leaf = name.rpartition(".")

@@ -57,8 +57,9 @@ class Quantize(CompressionPass, frozen=True):
             weights=weights,
             activations=ranges(runner(folded, samples), self.observer, progress),
         )
-        measured = {"folded": count, "weights": len(weights), "activations": len(plan.activations)}
-        note = Step(name="quantize", measured=measured | {"calibration_samples": len(samples)})
+        measured: dict[str, float] = {"folded": count, "weights": len(weights), "activations": len(plan.activations)}
+        measured["calibration_samples"] = len(samples)
+        note = Step(name="quantize", measured=measured)
         return replace(folded, plan=plan, lineage=(*model.lineage, note))
 
 
