@@ -82,6 +82,7 @@ class Agent:
         self._fetcher: ChannelFetcher | None = None
         self._lock_file: TextIOWrapper | None = None
         self._wanted: Desired | None = None
+        self._asked_again = False
         self._news = threading.Condition()
         self._stopping = False
         self._threads: list[threading.Thread] = []
@@ -157,7 +158,8 @@ class Agent:
             log.warning("dropped what came on %s: %s", arrival.topic, error)
             return
         with self._news:
-            self._wanted = wanted
+            # The same wish once more: the server or the broker may have lost our word, so it is given again.
+            self._wanted, self._asked_again = wanted, True
             self._news.notify_all()
 
     def _on_hello(self, arrival: Arrival) -> None:
@@ -187,8 +189,12 @@ class Agent:
             if failures:
                 before = self._wanted
                 self._news.wait_for(lambda: self._stopping or self._wanted != before, self._pause(failures))
-            self._news.wait_for(lambda: self._stopping or self._wanted not in (None, handled))
+            self._news.wait_for(lambda: self._stopping or self._is_news(handled))
+            self._asked_again = False
             return None if self._stopping else self._wanted
+
+    def _is_news(self, handled: Desired | None) -> bool:
+        return self._wanted is not None and (self._wanted != handled or self._asked_again)
 
     def _pause(self, failures: int) -> float:
         # Full jitter: a fleet that failed together must not come back together.
