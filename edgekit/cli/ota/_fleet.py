@@ -1,7 +1,9 @@
-"""What the fleet's commands share: opening a fleet folder, reading shares and counts, showing foreign text."""
+"""What the fleet's commands share: opening a fleet folder, reading shares, being stopped, foreign text."""
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -71,3 +73,11 @@ def plain(text: str, length: int = 80) -> str:
     """Make text that a device wrote safe for a terminal: no control characters, not too long."""
     shown = "".join(c if c.isprintable() else "?" for c in text)
     return shown if len(shown) <= length else shown[: length - 1] + "…"
+
+
+def stop_signal() -> threading.Event:
+    """Return what is set when somebody interrupts or terminates this process."""
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    return stopping

@@ -92,11 +92,7 @@ def _hello(state: DeviceState, hello: Hello) -> DeviceState:
     )
     if not hello.online:
         return state  # a will was written when the connection began: what it says of versions may be old
-    state = replace(state, model=model_of(hello.release), version=hello.version, bundle=hello.bundle)
-    if state.wanted and hello.release == state.wanted and _rank(state.outcome) < _rank("installed"):
-        # It runs what was asked for: the report that said so was lost with a connection.
-        return replace(state, outcome="installed", reason="")
-    return state
+    return replace(state, model=model_of(hello.release), version=hello.version, bundle=hello.bundle)
 
 
 def _answer(state: DeviceState, report: Installed | RolledBack | Refused | Failed) -> DeviceState:

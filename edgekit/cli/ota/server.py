@@ -1,0 +1,45 @@
+"""``edgekit ota server``: run the fleet's service, with a broker of its own on loopback unless one is named."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from edgekit.cli._terminal import Terminal, command
+
+
+@command(name="server")
+@click.argument("fleet", type=click.Path(path_type=Path))
+@click.option("--broker", help="mqtt://HOST:PORT or mqtts://… [default: an embedded one, loopback only]")
+@click.option("--port", default=1883, show_default=True, type=click.IntRange(0, 65535), help="The embedded broker's.")
+def COMMAND(terminal: Terminal, *, fleet: Path, broker: str | None, port: int) -> None:  # noqa: N802  # the frame's name
+    """Serve the fleet in the folder FLEET until interrupted."""
+    from edgekit.cli.ota._fleet import open_store, stop_signal
+    from edgekit.ota import mqtt
+    from edgekit.ota.server.broker import embedded
+    from edgekit.ota.server.service import Service
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    with ExitStack() as stack:
+        store = open_store(fleet)
+        stack.callback(store.close)
+        stopping = stop_signal()
+        url = broker or stack.enter_context(embedded(port))
+        channel = mqtt.connect(url, f"edgekit-server-{store.name}")
+        stack.callback(channel.close)
+        service = Service(fleet, channel, store).start()
+        stack.callback(service.stop)
+        if broker is None:
+            terminal.warn("the embedded broker has no access rules: it listens on this machine only (127.0.0.1)")
+        root = fleet / "repository" / "metadata" / "1.root.json"
+        terminal.say(f"fleet {store.name} is served over {url}")
+        terminal.say(
+            f"on a device: edgekit ota agent --state DIR --root {root} --device ID --target CLASS "
+            f"--broker {url} --fleet {store.name}"
+        )
+        terminal.result({"fleet": store.name, "broker": url, "root": root})
+        stopping.wait()
+        terminal.say("stopping")
