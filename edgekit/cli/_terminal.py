@@ -116,14 +116,13 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], click.Command]: 
             except MemoryError:
                 fail(terminal, ResourceError("out of memory", "use a smaller batch or a smaller model"), debug=debug)
 
-        wrapped: Any = run
-        for option in (
-            click.option("--debug", is_flag=True, help="Show the trace of an error."),
-            click.option("--quiet", is_flag=True, help="Print errors only."),
-            click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text."),
-        ):
-            wrapped = option(wrapped)
-        return click.command(**settings)(wrapped)  # type: ignore[no-any-return]  # click.command is loosely typed
+        made: click.Command = click.command(**settings)(run)
+        made.params += [
+            click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document instead of text."),
+            click.Option(["--quiet"], is_flag=True, help="Print errors only."),
+            click.Option(["--debug"], is_flag=True, help="Show the trace of an error."),
+        ]
+        return made
 
     return decorate
 

@@ -39,8 +39,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name by which the frame finds a comma
     They take turns, so that a noisy machine is noisy for all; the ratio is of medians, to the first one.
     """
     from edgekit.device_profiles import machine
-    from edgekit.runtime.measure import measure
-    from edgekit.runtime.measured import Contender, Settings
+    from edgekit.runtime.measure import Contender, Settings, measure
 
     settings = Settings(threads=threads, seconds=seconds, requests=requests, batch=batch, cpu=cpu)
     contenders = [Contender(bundle, variant) for bundle in bundles for variant in variants or (None,)]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from edgekit.progress import Progress
 
+__all__ = ["Contender", "Measurement", "Settings", "measure", "percentile"]
+
 TURN_SECONDS = 0.2
 LEAVE_SECONDS = 5.0
 RELIABLE_P99 = 662
