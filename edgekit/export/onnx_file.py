@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.errors import ExportError
 from edgekit.export.quiet import silence
+from edgekit.export.refusal import reason
 from edgekit.model import LlamaFolder, Model, OnnxNetwork, TorchNetwork
 from edgekit.plugins import extra
 from edgekit.workload import trace
@@ -84,7 +85,7 @@ def _from_torch(model: Model, network: TorchNetwork, opset: int) -> Graph:
             )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(
-            f"{model.name} has no ONNX form: {_reason(error)}", "replace that operator, or export to another target"
+            f"{model.name} has no ONNX form: {reason(error)}", "replace that operator, or export to another target"
         ) from error
     if program is None or program.exported_program is None:
         raise ExportError(f"{model.name} has no ONNX form: torch.onnx gave no program")
@@ -93,12 +94,6 @@ def _from_torch(model: Model, network: TorchNetwork, opset: int) -> Graph:
     _strip(proto)
     _name_batch(proto)
     return Graph(proto, _value_names(traced, program.exported_program, network))
-
-
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def _require_opset(proto: onnx.ModelProto, wanted: int) -> None:

@@ -49,16 +49,16 @@ SIGNED = Scheme(activations="int8", symmetric=True, quantize_bias=False)
 """For TensorRT: it refuses zero points other than 0 and integer biases."""
 
 
-def quantize(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> onnx.ModelProto:
-    """Return the graph with the model's plan lowered into it.
+def quantize(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> tuple[onnx.ModelProto, str]:
+    """Return the graph with the model's plan lowered into it, and a note on where its ranges come from.
 
     Raises:
-        ExportError: the plan asks for other than 8-bit weights beside quantized activations.
+        ExportError: the plan is weight-only, asks for other than 8 bits, or names a weight that the graph lacks.
         UsageError: the model has no plan or no calibration data.
     """
     if model.plan is None or model.data is None:
         raise UsageError(f"{model.name} has no quantization plan", "compress it first: edgekit compress")
-    _refuse_bits(model.plan)
+    _refuse(model.plan)
     prepared = _prepare(graph.proto)
     found = planned_nodes(prepared, model, model.plan)
     planned = {graph.values.get(name, name): r for name, r in model.plan.activations.items()}
@@ -81,10 +81,17 @@ def quantize(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> 
             extra_options=_options(scheme, model.plan),
         )
         quantizer.quantize_model()
-    return cast("onnx.ModelProto", quantizer.model.model)
+    mine = len(ranges.keys() & planned.keys())
+    note = f"activation ranges: {mine} from the plan, {len(ranges) - mine} measured on the calibration data"
+    return cast("onnx.ModelProto", quantizer.model.model), note
 
 
-def _refuse_bits(plan: QuantizationPlan) -> None:
+def _refuse(plan: QuantizationPlan) -> None:
+    if not plan.activations:
+        raise ExportError(
+            "the plan is weight-only; these ONNX files hold weights and activations in 8 bits",
+            "quantize activations too, or use a Core ML or LiteRT target",
+        )
     for name, rule in plan.weights.items():
         if rule.bits != 8:
             raise ExportError(
@@ -228,7 +235,7 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, scheme: Sch
     """Write the model as ONNX, quantized if it has a plan, and describe the file."""
     opset = int(profile.options.get("opset", 20))
     graph = float_graph(model, opset)
-    proto = quantize(graph, model, scheme, progress) if model.plan else graph.proto
+    proto, *notes = quantize(graph, model, scheme, progress) if model.plan else (graph.proto,)
     path.write_bytes(write(proto))
     return Artifact(
         main=path.name,
@@ -237,5 +244,6 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, scheme: Sch
         inputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.inputs),
         outputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.outputs),
         batch=graph.batch,
+        notes=tuple(notes),
         requires={"onnxruntime": ">=1.20", "opset": str(max(o.version for o in proto.opset_import if not o.domain))},
     )

@@ -1,6 +1,7 @@
 """Reads a language model's tokens as llama.cpp wants them: from tokenizer.json, tokenizer.model or llama2.c's file.
 
-Knows nothing of tensors. Token types are those of GGUF: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
+Knows nothing of tensors. Token types are those of GGUF: 1 normal, 2 unknown, 3 control, 4 user's own, 5 unused,
+6 byte.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def read(folder: Path, size: int) -> Vocabulary:
     llama2.c's ``tok*.bin`` is also looked for beside the folder, where its author keeps it.
 
     Raises:
-        ExportError: there is none, it is of a kind that llama.cpp does not know, or it has more tokens than the network.
+        ExportError: there is none, it is of a kind that llama.cpp does not know, or of too many tokens.
         UsageError: the file is damaged.
     """
     found = _read_any(folder)
@@ -163,7 +164,7 @@ def _piece_type(processor: Any, number: int) -> int:  # noqa: ANN401  # sentence
 
 
 def _read_json(path: Path) -> Vocabulary:
-    """Read a Hugging Face tokenizer: BPE over bytes (``gpt2``), or SentencePiece's BPE with byte fallback (``llama``)."""
+    """Read a Hugging Face tokenizer: BPE over bytes (``gpt2``), or SentencePiece's with byte fallback (``llama``)."""
     document = _json(path)
     model = document.get("model", {})
     if model.get("type") != "BPE":

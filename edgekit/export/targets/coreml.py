@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import ExportError, UsageError
 from edgekit.export import mil
 from edgekit.export.quiet import silence
+from edgekit.export.refusal import REFUSALS, reason
 from edgekit.export.targets import Artifact, Exporter
 from edgekit.manifest import Port
 from edgekit.model import Model, TorchNetwork
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from edgekit.tensors import Array
 
 PACKAGE = "model.mlpackage"
-_REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError)
 
 
 class CoremlExporter:
@@ -86,8 +86,8 @@ def _graph(model: Model, network: TorchNetwork) -> torch.export.ExportedProgram:
     try:
         with silence():
             graph: torch.export.ExportedProgram = torch.export.export(network.module, example).run_decompositions({})
-    except _REFUSALS as error:
-        raise ExportError(f"{model.name} cannot be traced to a graph: {_first_line(error)}") from error
+    except REFUSALS as error:
+        raise ExportError(f"{model.name} cannot be traced to a graph: {reason(error)}") from error
     return graph
 
 
@@ -108,9 +108,9 @@ def _convert(model: Model, graph: torch.export.ExportedProgram, ios: int, *, hal
                 compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
                 skip_model_load=True,
             )
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise ExportError(
-            f"{model.name} has no Core ML form: {_first_line(error)}", "replace that operator, or use another target"
+            f"{model.name} has no Core ML form: {reason(error)}", "replace that operator, or use another target"
         ) from error
 
 
@@ -163,10 +163,6 @@ def _name_items(path: Path) -> None:
     manifest["itemInfoEntries"] = {names[key]: entry for key, entry in entries.items()}
     manifest["rootModelIdentifier"] = names[manifest["rootModelIdentifier"]]
     path.write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 PLUGIN: Exporter = CoremlExporter()

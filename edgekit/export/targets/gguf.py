@@ -96,7 +96,7 @@ def _write(
 
 
 def tensor_type(name: str, shape: tuple[int, ...], precision: str) -> str:
-    """Choose how a tensor is stored: vectors stay F32, rows that blocks do not divide F16, the vocabulary at least Q8_0.
+    """Choose how a tensor is stored: vectors F32, rows that blocks do not divide F16, the vocabulary at least Q8_0.
 
     llama.cpp itself keeps embedding and output above four bits: they decide which token wins.
     """

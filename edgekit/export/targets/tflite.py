@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
 from edgekit.export.quiet import silence
+from edgekit.export.refusal import REFUSALS, reason
 from edgekit.export.targets import Artifact, Exporter
 from edgekit.manifest import Port
 from edgekit.model import Model, TorchNetwork
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 CHANNEL_LAST = (0, 2, 3, 1)
 SIGNATURE = "serving_default"
-_REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError)
 
 
 class TfliteExporter:
@@ -92,9 +92,9 @@ def _convert(model: Model, network: TorchNetwork, ports: Sequence[Port]) -> byte
             module = litert_torch.to_channel_last_io(module, args=pictures) if pictures else module
             litert_torch.convert(module, example).export(f"{scratch}/model.tflite")
             return Path(scratch, "model.tflite").read_bytes()
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise ExportError(
-            f"{model.name} has no LiteRT form: {_first_line(error)}", "replace that operator, or use another target"
+            f"{model.name} has no LiteRT form: {reason(error)}", "replace that operator, or use another target"
         ) from error
 
 
@@ -179,10 +179,6 @@ def _notes(plan: QuantizationPlan | None) -> tuple[str, ...]:
     whole = [name for name, rule in plan.weights.items() if rule.granularity == "tensor"]
     notes = ["activation ranges are LiteRT's own min-max over the calibration data"]
     return (*notes, f"{len(whole)} weights are per channel here, per tensor in the plan") if whole else tuple(notes)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 PLUGIN: Exporter = TfliteExporter()
