@@ -193,21 +193,24 @@ def _read_npy(path: Path) -> Array:
     return array
 
 
-def _main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
+    """Be the child of `try_out`: print one line of JSON, return the exit code."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=check.__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description="Try a bundle out.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--variant")
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args(arguments)
+    code = 0
     try:
         verdict = _Verdict(measured=check(options.bundle, options.variant, options.threads))
     except EdgekitError as error:
         verdict = _Verdict(kind=type(error).__name__, message=error.message, hint=error.hint)
+        code = error.exit_code
     sys.stdout.write("\n" + msgspec.json.encode(verdict).decode() + "\n")
-    return _KINDS[verdict.kind].exit_code if verdict.kind in _KINDS else int(bool(verdict.kind))
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

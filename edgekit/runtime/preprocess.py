@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from edgekit.errors import InputError
+from edgekit.errors import HealthError, InputError
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
@@ -35,15 +35,21 @@ def picture_to_tensor(data: bytes, how: ImagePreprocess) -> Array:
     return np.ascontiguousarray(((values - mean) / std)[None])
 
 
-def best_labels(scores: Array, how: Classification) -> list[tuple[str, float]]:
-    """Return the ``top_k`` labels of one sample's scores with their probabilities, best first."""
+def best_labels(scores: Array, how: Classification, top_k: int) -> list[tuple[str, float]]:
+    """Return the best ``top_k`` labels of one sample's scores with their probabilities, best first.
+
+    Raises:
+        HealthError: a score is NaN or infinite.
+    """
     import numpy as np
 
     values = np.asarray(scores, np.float64).ravel()
+    if not np.isfinite(values).all():
+        raise HealthError(f"the scores {how.output!r} hold NaN or infinity")
     if how.softmax:
         values = np.exp(values - values.max())
         values /= values.sum()
-    order = np.argsort(-values, kind="stable")[: how.top_k]
+    order = np.argsort(-values, kind="stable")[:top_k]
     return [(how.labels[i] if i < len(how.labels) else str(i), float(values[i])) for i in order.tolist()]
 
 

@@ -97,8 +97,8 @@ class Session:
             )
         return {how.input: preprocess.picture_to_tensor(picture, how)}
 
-    def labels(self, outputs: Mapping[str, Array]) -> list[list[tuple[str, float]]]:
-        """Turn the outputs of `run` into the best labels with their probabilities, a list a sample.
+    def labels(self, outputs: Mapping[str, Array], top_k: int = 0) -> list[list[tuple[str, float]]]:
+        """Turn the outputs of `run` into the ``top_k`` labels (0: as the manifest says), a list a sample.
 
         Raises:
             InputError: the manifest does not say how.
@@ -108,7 +108,7 @@ class Session:
         how = self.contract.postprocess
         if how is None:
             raise InputError(f"{self.contract.name} gives no labels", "its manifest has no postprocess")
-        return [preprocess.best_labels(scores, how) for scores in outputs[how.output]]
+        return [preprocess.best_labels(scores, how, top_k or how.top_k) for scores in outputs[how.output]]
 
     def warm(self) -> None:
         """Run once on zeros, so that the first request is not the slow one."""

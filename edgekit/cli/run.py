@@ -1,0 +1,127 @@
+"""``edgekit run``: one inference from the shell."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from edgekit.cli._terminal import command
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edgekit.cli._terminal import Terminal
+    from edgekit.runtime import Session, TextSession
+    from edgekit.tensors import Array
+
+
+@command(short_help="Run a bundle once, on a picture, an array or a prompt.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("source", metavar="INPUT")
+@click.option("--variant", help="Variant to run; by default the one of this hardware.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(min=1), help="Labels to show.")
+@click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Length of an answer.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz file.")
+def COMMAND(  # noqa: N802  # the name under which the command line finds it
+    terminal: Terminal, bundle: Path, source: str, variant: str | None, output: Path | None, **limits: int
+) -> None:
+    """Run BUNDLE once on INPUT.
+
+    INPUT is a picture (its best labels are printed), a .npy or .npz file of arrays by input name (the outputs are
+    summarized, or written with -o), or, for a language model, the prompt (the answer is streamed).
+    """
+    from edgekit.errors import UsageError
+    from edgekit.runtime import TextSession, load
+
+    with load(bundle, variant=variant) as session:
+        if isinstance(session, TextSession):
+            _chat(terminal, session, source, limits["max_tokens"])
+            return
+        path = Path(source)
+        if not path.is_file():
+            raise UsageError(f"there is no file {source}", "give a picture, a .npy or a .npz file")
+        if path.suffix in (".npy", ".npz"):
+            _tensors(terminal, session, path, output)
+        else:
+            _picture(terminal, session, path, limits["top"])
+
+
+def _picture(terminal: Terminal, session: Session, path: Path, top: int) -> None:
+    labels = session.labels(session.run(session.picture_inputs(path.read_bytes())), top)[0]
+    terminal.table(("label", "probability"), [(name, f"{share:.1%}") for name, share in labels])
+    terminal.result({**_about(session), "labels": [{"label": name, "probability": share} for name, share in labels]})
+
+
+def _tensors(terminal: Terminal, session: Session, path: Path, output: Path | None) -> None:
+    outputs = session.run(_arrays(session, path))
+    terminal.table(("output", "dtype", "shape", "min", "mean", "max"), [_row(n, a) for n, a in outputs.items()])
+    document: dict[str, object] = {**_about(session), "shapes": {n: list(a.shape) for n, a in outputs.items()}}
+    if output is None:
+        document["outputs"] = {name: array.tolist() for name, array in outputs.items()}
+    else:
+        _write(outputs, output)
+        terminal.say(f"wrote {output}")
+        document["file"] = str(output)
+    terminal.result(document)
+
+
+def _chat(terminal: Terminal, session: TextSession, prompt: str, max_tokens: int) -> None:
+    from edgekit.runtime.backends import Message, Sampling, TextPiece
+
+    text, last = "", TextPiece("")
+    for last in session.stream([Message("user", prompt)], Sampling(max_tokens=max_tokens, temperature=0.0)):
+        text += last.text
+        if not (terminal.as_json or terminal.quiet):
+            click.echo(last.text, nl=False)
+    terminal.say()
+    counts = {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.completion_tokens}
+    terminal.result({**_about(session), "text": text, "finish": last.finish, **counts})
+
+
+def _arrays(session: Session, path: Path) -> dict[str, Array]:
+    import numpy as np
+
+    from edgekit.errors import InputError
+
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} holds no arrays: {error}", "write it with numpy.save or numpy.savez") from error
+    if path.suffix == ".npz":
+        with loaded:
+            return dict(loaded)
+    names = [spec.name for spec in session.contract.inputs]
+    if len(names) != 1:
+        raise InputError(f"the model takes {len(names)} inputs: {', '.join(names)}", "give a .npz with these names")
+    return {names[0]: cast("Array", loaded)}
+
+
+def _write(outputs: Mapping[str, Array], path: Path) -> None:
+    import numpy as np
+
+    from edgekit.durable import write_file
+
+    file = io.BytesIO()
+    np.savez(file, **outputs)  # type: ignore[arg-type]  # NumPy types allow_pickle into **kwds
+    write_file(path, file.getvalue())
+
+
+def _row(name: str, array: Array) -> tuple[str, ...]:
+    shape = " x ".join(map(str, array.shape))
+    if array.dtype.kind not in "fiub":
+        return name, array.dtype.name, shape, "", "", ""
+    return name, array.dtype.name, shape, *(f"{value:.5g}" for value in (array.min(), array.mean(), array.max()))
+
+
+def _about(session: Session | TextSession) -> dict[str, object]:
+    model = session.contract
+    return {
+        "model": model.name,
+        "version": model.version,
+        "digest": session.digest,
+        "variant": session.variant.name,
+        "engine": session.engine,
+    }

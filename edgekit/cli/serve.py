@@ -1,0 +1,68 @@
+"""``edgekit serve``: a bundle over HTTP until SIGINT or SIGTERM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.cli._terminal import command
+
+if TYPE_CHECKING:
+    from edgekit.cli._terminal import Terminal
+    from edgekit.runtime.host import Host
+
+
+@command(short_help="Serve a bundle over HTTP (Open Inference Protocol, OpenAI).")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--variant", help="Variant to serve; by default the one of this hardware.")
+@click.option("--host", "address", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 takes a free one."
+)
+@click.option("--threads", default=0, type=click.IntRange(min=0), help="Threads of the engine; 0: one a core.")
+def COMMAND(  # noqa: N802  # the name under which the command line finds it
+    terminal: Terminal,
+    bundle: Path,
+    variant: str | None,
+    threads: int,
+    **listening: Any,  # noqa: ANN401  # address and port, as click typed them
+) -> None:
+    """Serve BUNDLE over HTTP until SIGINT or SIGTERM, then answer what is in flight and stop.
+
+    Open Inference Protocol v2 under /v2, OpenAI's API for language models under /v1, pictures at /v1/classify,
+    and /healthz, /readyz, /metrics. There is no authentication: listen on loopback, or put a proxy in front.
+    """
+    import signal
+
+    from edgekit.runtime import load
+    from edgekit.runtime.host import Host
+    from edgekit.runtime.server import serve
+
+    # The server drains on either signal and then raises it again: both end as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    host = Host(load(bundle, variant=variant, threads=threads))
+    try:
+        serve(host, **listening, on_ready=lambda url: _announce(terminal, host, url))
+    except KeyboardInterrupt:
+        counted = host.statistics()
+        terminal.say(f"stopped after {counted.requests} requests, {counted.errors} failed")
+
+
+def _announce(terminal: Terminal, host: Host, url: str) -> None:
+    session = host.session
+    model = session.contract
+    terminal.say(f"{model.name} {model.version}, variant {session.variant.name} ({session.choice}), {session.engine}")
+    terminal.say(f"ready at {url} (digest {session.digest[:12]}); stop with Ctrl-C")
+    terminal.result(
+        {
+            "url": url,
+            "model": model.name,
+            "version": model.version,
+            "digest": session.digest,
+            "variant": session.variant.name,
+            "engine": session.engine,
+            "choice": session.choice,
+        }
+    )
