@@ -57,6 +57,13 @@ def rollout_of(**plan):
     return Rollout(id="cat-v2", plan=Plan(**{**defaults, **plan}))
 
 
+def begin(fleet, **plan):
+    """Ask the canary; return the rollout and whom it asked."""
+    step = advance(rollout_of(**plan), fleet.states, 0.0)
+    fleet.ask(step.rollout, step.assign)
+    return step.rollout, step.assign
+
+
 def play(rollout, fleet, behave=lambda name: Installed, until=50):
     """Advance and answer until nothing changes any more."""
     for now in range(until):
@@ -113,9 +120,9 @@ def test_failures_within_the_limit_do_not_stop_it():
 
 def test_half_of_the_canary_offline_neither_passes_nor_fails_it():
     fleet = fleet_of()
-    canary = advance(rollout_of(), fleet.states, 0.0).assign
+    rollout, canary = begin(fleet)
     fleet.offline(*canary[::2])
-    waiting = play(rollout_of(), fleet)
+    waiting = play(rollout, fleet)
     assert (waiting.status, waiting.wave, waiting.count("pending")) == ("running", 0, 3)
     fleet.online(canary[0])
     assert play(waiting, fleet).wave == 1
@@ -123,9 +130,9 @@ def test_half_of_the_canary_offline_neither_passes_nor_fails_it():
 
 def test_a_canary_that_is_wholly_offline_waits_and_a_failure_in_it_still_halts():
     fleet = fleet_of()
-    canary = advance(rollout_of(), fleet.states, 0.0).assign
+    rollout, canary = begin(fleet)
     fleet.offline(*canary)
-    waiting = play(rollout_of(), fleet)
+    waiting = play(rollout, fleet)
     assert (waiting.status, waiting.wave) == ("running", 0)
     fleet.online(*canary)
     assert play(waiting, fleet, lambda d: Refused).status == "halted"
@@ -133,12 +140,19 @@ def test_a_canary_that_is_wholly_offline_waits_and_a_failure_in_it_still_halts()
 
 def test_a_few_offline_devices_hold_up_the_end_but_not_the_next_wave():
     fleet = fleet_of()
-    canary = advance(rollout_of(), fleet.states, 0.0).assign
+    rollout, canary = begin(fleet)
     fleet.offline(canary[0])
-    final = play(rollout_of(), fleet)
+    final = play(rollout, fleet)
     assert (final.status, final.wave, final.count("installed")) == ("running", 1, 29)
     fleet.online(canary[0])
     assert play(final, fleet).status == "done"
+
+
+def test_devices_that_are_switched_off_are_chosen_last():
+    fleet = fleet_of()
+    fleet.offline(*(name for name in fleet.states if not name.endswith(("001", "007"))))
+    _, canary = begin(fleet)
+    assert sorted(canary) == sorted(f"{c}-{n}" for c in CLASSES for n in ("001", "007"))
 
 
 def test_a_device_whose_transfer_fails_is_no_failure_of_the_release_and_blocks_nobody():

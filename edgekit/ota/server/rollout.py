@@ -217,15 +217,16 @@ def _there(device: DeviceState, plan: Plan) -> bool:
 def _fill(rollout: Rollout, fleet: Mapping[str, DeviceState]) -> Rollout:
     """Ask as many devices of each class as the present wave reaches."""
     plan, added = rollout.plan, dict(rollout.assigned)
-    waiting: dict[str, list[str]] = {}
+    waiting: dict[str, list[DeviceState]] = {}
     for device in _targets(rollout, fleet):
         if device.id not in added and not _there(device, plan):
-            waiting.setdefault(device.profile, []).append(device.id)
+            waiting.setdefault(device.profile, []).append(device)
     for profile, devices in sorted(waiting.items()):
         have = sum(a.profile == profile for a in rollout.assigned.values())
         room = math.ceil(plan.waves[rollout.wave] * (have + len(devices)) - 1e-9) - have
-        for device_id in sorted(devices, key=lambda d: lot(d, rollout.id))[: max(room, 0)]:
-            added[device_id] = Assignment(wave=rollout.wave, profile=profile)
+        # Those that are online first: a canary that is switched off tells nothing.
+        queue = sorted(devices, key=lambda d: (not d.online, lot(d.id, rollout.id)))
+        added.update({d.id: Assignment(wave=rollout.wave, profile=profile) for d in queue[: max(room, 0)]})
     return replace(rollout, assigned=added) if len(added) > len(rollout.assigned) else rollout
 
 
