@@ -1,8 +1,8 @@
 """Compares what the documents say with what is there: commands, options, make targets, links, the help text.
 
-Every ``edgekit …`` and ``make …`` in a shell block or in backticks must exist. A block that opens with ``sh run`` is
-run as well, in a scratch folder beside a copy of the examples. A block that opens with ``text help`` must be what its
-first line prints.
+Every ``edgekit …`` and ``make …`` in a shell block or in backticks must exist. Blocks that open with ``sh run``
+or ``python run`` are run as well, in a scratch folder beside a copy of the examples. A block that opens with
+``text help`` must be what its first line prints.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def wrong_call(words: list[str]) -> str:
         wrong = [word for word in words[1:] if "=" not in word and word not in targets]
         return f"there is no `make {wrong[0]}`" if wrong else ""
     command: click.Command = cli
-    context = click.Context(cli, info_name="edgekit")
+    context = click.Context(cli, help_option_names=["-h", "--help"])
     for word in words[1:]:
         if word.startswith("-") and word != "-":
             name = word.partition("=")[0]
@@ -102,22 +102,23 @@ def dead_link(path: Path, target: str) -> str:
 
 
 def run_blocks(path: Path) -> int:
-    """Run every block that asks for it, each in a scratch folder of its own; return how many there were."""
-    wanted = [body for language, kind, body in blocks_of(path.read_text()) if (language, kind) == ("sh", "run")]
-    for body in wanted:
-        with tempfile.TemporaryDirectory() as scratch:
+    """Run the blocks that ask for it, in order, in one scratch folder; return how many there were."""
+    blocks = [(language, body) for language, kind, body in blocks_of(path.read_text()) if kind == "run"]
+    programs = {"sh": ["bash", "-euxo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with tempfile.TemporaryDirectory() as scratch:
+        for language, body in blocks:
             _stage(Path(scratch))
-            environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-            script = ["bash", "-euxo", "pipefail", "-c", body]
-            subprocess.run(script, cwd=scratch, env=environment, check=True, timeout=RUN_SECONDS)
-    return len(wanted)
+            command = [*programs[language], body]
+            subprocess.run(command, cwd=scratch, env=environment, check=True, timeout=RUN_SECONDS)
+    return len(blocks)
 
 
 def _stage(folder: Path) -> None:
     """Put there what a reader of the README has: the examples, and a photograph of something."""
     import skimage
 
-    shutil.copytree(ROOT / "examples", folder / "examples")
+    shutil.copytree(ROOT / "examples", folder / "examples", dirs_exist_ok=True)
     shutil.copy(Path(skimage.__path__[0]) / "data/chelsea.png", folder / "photo.png")
 
 

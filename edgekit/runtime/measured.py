@@ -16,6 +16,7 @@ import msgspec
 
 from edgekit import bundle
 from edgekit.errors import EdgekitError, HealthError
+from edgekit.runtime.memory import rss_mib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -214,22 +215,15 @@ def _run(request: Request, turn: Turn) -> Samples:
 def memory_mib() -> tuple[float, float]:
     """Return this process's resident memory now and at most, in MiB.
 
-    Not from ``getrusage``: after a fork its maximum still counts the parent's pages.
+    Not from ``getrusage`` where there is ``/proc``: after a fork its maximum still counts the parent's pages.
     """
+    now = rss_mib()
     try:
         text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:
-        return _memory_without_proc()
+        return now, now
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return int(fields["VmRSS"].split()[0]) / 1024, int(fields["VmHWM"].split()[0]) / 1024
-
-
-def _memory_without_proc() -> tuple[float, float]:
-    import resource
-
-    # macOS counts bytes; it has no cheap figure for "now".
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    return most, most
+    return now, max(now, int(fields["VmHWM"].split()[0]) / 1024)
 
 
 if __name__ == "__main__":
