@@ -50,7 +50,9 @@ def tiny_bundle(folder: Path, seed=1, size=2000, status="checked", name="digits"
         f"{OTHER}/model.onnx": noise(f"other{seed}", size),
         "labels.txt": b"zero\none\n",
     }
-    return bundle.seal(folder, Manifest(name=name, version=str(seed), task="tensor", variants=variants, files=()), sources)
+    return bundle.seal(
+        folder, Manifest(name=name, version=str(seed), task="tensor", variants=variants, files=()), sources
+    )
 
 
 @dataclass

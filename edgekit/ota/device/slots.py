@@ -182,7 +182,9 @@ def adopt(folder: Path, release: Release) -> Bundle:
 
 
 def collect(folder: Path, state: State) -> None:
-    """Remove every bundle and every staging folder that the pointer does not name."""
+    """Remove every bundle and every staging folder that the pointer does not name, and what kills left behind."""
+    for path in folder.glob(f".{STATE}.*"):
+        path.unlink()
     named = {release.bundle for release in (state.current, state.previous) if release is not None}
     for path in (folder / "bundles").glob("*"):
         if path.name not in named:

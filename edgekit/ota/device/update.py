@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from edgekit import bundle as bundles
-from edgekit.durable import write_file
 from edgekit.errors import BundleError, HealthError, TrustError
 from edgekit.ota.device import slots, trust
 from edgekit.ota.device.download import download, require_space
@@ -155,7 +154,8 @@ def _stage(device: Device, found: Found, fetcher: Fetcher, progress: Progress) -
     require_space(folder, sum(e.size for e in missing) - _bytes_in(staging, [e.path for e in missing]))
     for entry in missing:
         download(fetcher, entry, staging / entry.path, progress)
-    write_file(staging / bundles.MANIFEST, found.data)
+    staging.mkdir(parents=True, exist_ok=True)
+    (staging / bundles.MANIFEST).write_bytes(found.data)  # plainly: the rename below makes the folder count
     return slots.adopt(folder, release)
 
 

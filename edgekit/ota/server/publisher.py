@@ -293,7 +293,8 @@ def _publish_blob(folder: Path, bundle: Bundle, entry: FileEntry) -> None:
     target = folder / "repository" / "blobs" / entry.sha256
     if target.is_file() and target.stat().st_size == entry.size:
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{target.name}.*"):  # of a killed publish; blobs may be large
+        leftover.unlink()
     hasher = hashlib.sha256()
     with new_file(target) as out, bundle.path(entry.path).open("rb") as source:
         while piece := source.read(1 << 20):

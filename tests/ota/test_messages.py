@@ -1,0 +1,170 @@
+"""Every message survives the wire, and nothing else does."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgekit.errors import MessageError, TrustError
+from edgekit.ota import messages
+from edgekit.ota.messages import (
+    MAX_BLOCK_BYTES,
+    MAX_MESSAGE_BYTES,
+    Block,
+    BlockRequest,
+    Desired,
+    Failed,
+    Health,
+    Hello,
+    Installed,
+    Refused,
+    Report,
+    RolledBack,
+)
+from edgekit.ota.release import Limits, Release, from_custom, to_custom
+
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
+COUNTS = st.integers(0, 1 << 53)
+TEXTS = st.text(max_size=200).filter(lambda t: t.isprintable())
+DIGESTS = st.from_regex(r"([0-9a-f]{64})?", fullmatch=True)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+MEASURED = st.dictionaries(TEXTS, NUMBERS, max_size=4)
+PATHS = st.from_regex(r"models/[A-Za-z0-9._-]{1,20}/[A-Za-z0-9._-]{1,20}/[0-9]{1,9}\.json", fullmatch=True)
+WHO = {"device": NAMES, "deployment": NAMES, "attempt": COUNTS, "version": COUNTS}
+REPORTS = st.one_of(
+    st.builds(
+        Hello,
+        device=NAMES,
+        profile=NAMES,
+        boot=NAMES,
+        online=st.booleans(),
+        release=TEXTS,
+        version=COUNTS,
+        bundle=DIGESTS,
+        agent=TEXTS,
+    ),
+    st.builds(Installed, **WHO, bundle=DIGESTS, measured=MEASURED),
+    st.builds(RolledBack, **WHO, reason=TEXTS, measured=MEASURED),
+    st.builds(Refused, **WHO, reason=TEXTS),
+    st.builds(Failed, **WHO, reason=TEXTS),
+    st.builds(
+        Health, device=NAMES, bundle=DIGESTS, requests=COUNTS, errors=COUNTS, p95_ms=NUMBERS, rss_mib=NUMBERS
+    ),
+)
+
+
+@given(REPORTS)
+def test_report_survives_the_wire(report):
+    assert messages.decode(messages.encode(report), Report) == report
+
+
+@given(st.builds(Desired, deployment=NAMES, attempt=COUNTS, release=PATHS, version=COUNTS))
+def test_desired_survives_the_wire(desired):
+    assert messages.decode(messages.encode(desired), Desired) == desired
+
+
+@given(
+    st.builds(
+        BlockRequest,
+        path=st.one_of(
+            st.from_regex(r"blobs/[0-9a-f]{64}", fullmatch=True),
+            st.from_regex(r"metadata/[0-9a-z._-]{1,100}\.json", fullmatch=True),
+        ),
+        offset=COUNTS,
+        length=st.integers(1, MAX_BLOCK_BYTES),
+    )
+)
+def test_block_request_survives_the_wire(request_):
+    assert messages.decode(messages.encode(request_), BlockRequest) == request_
+
+
+@given(st.builds(Block, total=COUNTS, data=st.binary(max_size=1000), error=TEXTS))
+def test_block_survives_the_wire(block):
+    assert messages.decode_block(messages.encode_block(block)) == block
+
+
+@given(st.binary(max_size=300))
+def test_garbage_is_a_message_error_and_never_anything_else(payload):
+    for kind in (Desired, Report, BlockRequest):
+        with pytest.raises(MessageError):
+            messages.decode(payload, kind)
+    try:
+        messages.decode_block(payload)
+    except MessageError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"deployment": "../x"}, Desired),
+        ({"deployment": "a\n"}, Desired),
+        ({"attempt": -1}, Desired),
+        ({"attempt": True}, Desired),
+        ({"version": 1 << 54}, Desired),
+        ({"release": "models/a/b/../../root.json"}, Desired),
+        ({"release": "models/a/b/1.json\n"}, Desired),
+        ({"surprise": 1}, Desired),
+        ({"path": "../keys/root.pem"}, BlockRequest),
+        ({"path": "keys/root.pem"}, BlockRequest),
+        ({"path": "/etc/passwd"}, BlockRequest),
+        ({"path": "metadata/../../keys/root.json"}, BlockRequest),
+        ({"length": 0}, BlockRequest),
+        ({"length": MAX_BLOCK_BYTES + 1}, BlockRequest),
+        ({"offset": -1}, BlockRequest),
+    ],
+)
+def test_value_out_of_bounds_is_refused(changes, kind):
+    sound = {
+        Desired: {"deployment": "d", "attempt": 1, "release": "models/a/b/1.json", "version": 1},
+        BlockRequest: {"path": "blobs/" + "0" * 64, "offset": 0, "length": 1},
+    }[kind]
+    messages.decode(msgspec.json.encode(sound), kind)
+    with pytest.raises(MessageError):
+        messages.decode(msgspec.json.encode(sound | changes), kind)
+
+
+def test_endless_message_is_refused_before_it_is_parsed():
+    with pytest.raises(MessageError, match="longer than"):
+        messages.decode(b" " * (MAX_MESSAGE_BYTES + 1), Desired)
+    with pytest.raises(MessageError, match="longer than"):
+        messages.decode_block(b"\0" * (MAX_BLOCK_BYTES + 5000))
+
+
+@pytest.mark.parametrize("name", ["#", "../x", "a/b", "", "a b", "é", "-a", "a" * 65, "a\n", "$SYS"])
+def test_name_that_could_change_the_topic_is_refused(name):
+    with pytest.raises(MessageError, match="no identifier"):
+        messages.topic("lab", name, "hello")
+    with pytest.raises(MessageError, match="no identifier"):
+        messages.topic(name, "pi", "hello")
+
+
+@given(NAMES, NAMES)
+def test_topic_tells_its_device(fleet, device):
+    assert messages.device_of(messages.topic(fleet, device, "report")) == device
+
+
+@pytest.mark.parametrize("topic", ["", "a/b", "edgekit/v1/lab/device/pi/hello", "edgekit/v1/lab/devices/pi/a/b"])
+def test_foreign_topic_has_no_device(topic):
+    with pytest.raises(MessageError, match="no topic of a device"):
+        messages.device_of(topic)
+
+
+@given(
+    st.builds(
+        Release,
+        model=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
+        profile=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
+        version=st.integers(1, 999_999_999),
+        bundle=st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
+        limits=st.builds(Limits, max_p95_ms=st.none() | NUMBERS, max_error_rate=NUMBERS),
+    )
+)
+def test_release_survives_its_signed_field(release):
+    assert from_custom(to_custom(release)) == release
+
+
+@pytest.mark.parametrize("custom", [None, {}, {"release": 1}, {"release": "{}"}, {"release": "{}", "more": 1}, "x"])
+def test_malformed_signed_release_is_not_trusted(custom):
+    with pytest.raises(TrustError, match="malformed"):
+        from_custom(custom)
