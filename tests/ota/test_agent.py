@@ -1,0 +1,466 @@
+"""The agent's life, told over memory, the embedded broker and Mosquitto."""
+
+import threading
+import time
+
+import pytest
+from fakes.brokers import KINDS, running
+from fakes.fleets import FLEET, NOW, Fleet, Serving, eventually, install, wish
+
+from edgekit import bundle
+from edgekit.errors import HealthError, ResourceError, TransferError
+from edgekit.ota import messages
+from edgekit.ota.device import slots
+from edgekit.ota.device import update as updates
+from edgekit.ota.device.agent import Agent, Habits, Vitals
+from edgekit.ota.device.fetchers import FolderFetcher, Patience
+from edgekit.ota.device.slots import Trial
+from edgekit.ota.device.update import recover
+from edgekit.ota.memory import MemoryBroker
+from edgekit.ota.messages import Failed, Health, Hello, Installed, Refused, Report, RolledBack
+
+HABITS = Habits(health_seconds=0.05, first_pause=0.05, longest_pause=0.2, will_delay=0, patience=Patience(seconds=1.0))
+
+
+class Town:
+    """A fleet with a server on a broker, one device, and everything the device ever said."""
+
+    def __init__(self, folder, connect, size=2000):
+        self.fleet = Fleet(folder / "fleet", size)
+        self.folder = folder
+        self.connect = connect
+        self.server = connect("server")
+        self.requests = self.fleet.serve(self.server)
+        self.said = []
+        for leaf in ("hello", "report"):
+            self.server.subscribe(messages.topic(FLEET, "+", leaf), self._hear)
+        self.agents = []
+
+    def _hear(self, arrival):
+        if arrival.payload:
+            self.said.append(messages.decode(arrival.payload, Report))
+
+    def agent(self, serving=None, vitals=None, habits=HABITS):
+        device = self.fleet.device(self.folder / "device", serving)
+        agent = Agent(FLEET, device, habits, vitals)
+        agent.clock = lambda: NOW
+        agent.start(lambda will: self.connect("pi-1", will=will))
+        self.agents.append(agent)
+        return agent
+
+    def want(self, release, deployment="d1", attempt=1):
+        payload = messages.encode(wish(release, deployment, attempt)) if release else b""
+        self.server.publish(messages.topic(FLEET, "pi-1", "desired"), payload, retain=True)
+
+    def heard(self, kind, count=1):
+        return eventually(lambda: len(got := [m for m in list(self.said) if isinstance(m, kind)]) >= count and got)[-1]
+
+    def state(self):
+        return slots.load(self.folder / "device")
+
+    def end(self):
+        for agent in self.agents:
+            agent.stop()
+
+
+@pytest.fixture(params=KINDS)
+def any_town(request, tmp_path):
+    with running(request.param, tmp_path) as connect:
+        town = Town(tmp_path, connect, size=700_000)
+        yield town
+        town.end()
+
+
+@pytest.fixture
+def town(tmp_path):
+    with running("memory", tmp_path) as connect:
+        town = Town(tmp_path, connect)
+        yield town
+        town.end()
+
+
+def test_update_arrives_over_the_air_takes_over_and_is_reported(any_town):
+    town = any_town
+    one, two = town.fleet.publish(1), town.fleet.publish(2)
+    serving = Serving()
+    agent = town.agent(serving)
+    first = town.heard(Hello)
+    assert (first.online, first.version, first.device) == (True, 0, "pi-1")
+    town.want(one)
+    installed = town.heard(Installed)
+    assert (installed.version, installed.bundle, installed.measured["p95_ms"]) == (1, one.bundle, 3.5)
+    town.want(two, "d2")
+    eventually(lambda: town.heard(Installed).version == 2)
+    eventually(lambda: town.heard(Hello).bundle == two.bundle)
+    assert serving.active == two.bundle
+    steps = [name for name, digest in serving.calls if digest == two.bundle]
+    assert steps == ["try_out", "activate", "probation"]
+    agent.stop()
+    town.agents.clear()
+    eventually(lambda: not town.heard(Hello).online)
+
+
+def test_bad_model_is_rolled_back_and_the_old_one_serves_again(any_town):
+    town = any_town
+    one, two = town.fleet.publish(1), town.fleet.publish(2)
+    serving = Serving()
+    town.agent(serving)
+    town.want(one)
+    town.heard(Installed)
+    serving.fail_at = "probation"
+    town.want(two, "d2")
+    word = town.heard(RolledBack)
+    assert (word.deployment, word.version) == ("d2", 2)
+    assert "probation failed" in word.reason
+    assert serving.active == one.bundle
+    assert town.state().current == one
+
+
+def test_tampered_update_is_refused_over_the_air(any_town):
+    town = any_town
+    one = town.fleet.publish(1)
+    for blob in (town.fleet.repository / "blobs").iterdir():
+        blob.write_bytes(bytes(blob.stat().st_size))
+    town.agent()
+    town.want(one)
+    assert "not the signed ones" in town.heard(Refused).reason
+
+
+def test_device_that_was_away_finds_its_wish_when_it_comes(any_town):
+    one = any_town.fleet.publish(1)
+    any_town.want(one)
+    any_town.agent()
+    assert any_town.heard(Installed).version == 1
+
+
+def test_poisoned_retained_message_is_dropped_counted_and_harmless(any_town):
+    town = any_town
+    one = town.fleet.publish(1)
+    town.server.publish(messages.topic(FLEET, "pi-1", "desired"), b'{"deployment": "../x"', retain=True)
+    agent = town.agent()
+    eventually(lambda: agent.dropped == 1)
+    town.want(one)
+    assert town.heard(Installed).version == 1
+
+
+def test_try_out_that_fails_never_touches_what_serves(town):
+    one, two = town.fleet.publish(1), town.fleet.publish(2)
+    serving = Serving()
+    town.agent(serving)
+    town.want(one)
+    town.heard(Installed)
+    serving.calls.clear()
+    serving.fail_at = "try_out"
+    town.want(two, "d2")
+    town.heard(RolledBack)
+    assert [name for name, _ in serving.calls] == ["try_out"]
+
+
+def test_bundle_that_cannot_take_over_gives_way_to_the_old_one(town):
+    one, two = town.fleet.publish(1), town.fleet.publish(2)
+    serving = Serving()
+    town.agent(serving)
+    town.want(one)
+    town.heard(Installed)
+    serving.fail_at = "activate"
+    town.want(two, "d2")
+    town.heard(RolledBack)
+    assert serving.active == one.bundle
+
+
+def test_first_bundle_that_fails_leaves_a_device_that_serves_nothing(town):
+    serving = Serving(fail_at="probation")
+    town.agent(serving)
+    town.want(town.fleet.publish(1))
+    town.heard(RolledBack)
+    assert serving.active is None
+    assert town.state().current is None
+
+
+def test_release_that_failed_three_times_is_not_tried_again_but_a_newer_one_is(town):
+    bad = town.fleet.publish(1)
+    serving = Serving()
+    town.agent(serving)
+    for attempt in range(1, 4):
+        serving.fail_at = "probation"
+        town.want(bad, attempt=attempt)
+        town.heard(RolledBack, attempt)
+    serving.calls.clear()
+    town.want(bad, attempt=4)
+    assert "not tried again" in town.heard(RolledBack, 4).reason
+    assert serving.calls == []
+    town.want(town.fleet.publish(2), "d2")
+    assert town.heard(Installed).version == 2
+
+
+def test_same_wish_twice_is_work_once_and_the_same_word_twice(town):
+    one = town.fleet.publish(1)
+    serving = Serving()
+    agent = town.agent(serving)
+    town.want(one)
+    town.heard(Installed)
+    agent.stop()
+    town.agents.clear()
+    calls = [c for c in serving.calls if c[0] == "probation"]
+    town.agent(serving)
+    town.heard(Installed, 2)
+    assert [c for c in serving.calls if c[0] == "probation"] == calls
+    words = [m for m in town.said if isinstance(m, Installed)]
+    assert words[0] == words[1]
+
+
+def test_cleared_wish_is_no_wish(town):
+    town.want(town.fleet.publish(1))
+    town.want(None)
+    serving = Serving()
+    agent = town.agent(serving)
+    town.want(None)
+    time.sleep(0.1)
+    assert agent.dropped == 0
+    assert [name for name, _ in serving.calls] == ["activate"]
+
+
+def test_latest_wish_wins_over_one_that_is_still_coming(tmp_path):
+    broker = MemoryBroker()
+    town = Town(tmp_path, broker.connect, size=3_000_000)
+    one, two = town.fleet.publish(1), town.fleet.publish(2)
+    serving = Serving()
+    agent = town.agent(serving)
+    started, go_on = threading.Event(), threading.Event()
+
+    def hold(what, done, total):
+        if not started.is_set():
+            started.set()
+            assert go_on.wait(10)
+
+    agent.progress = hold
+    town.want(one)
+    assert started.wait(10)
+    town.want(two, "d2")
+    time.sleep(0.05)
+    go_on.set()
+    assert town.heard(Installed).version == 2
+    assert one.bundle not in [digest for name, digest in serving.calls if name == "try_out"]
+    assert not [m for m in town.said if isinstance(m, Failed)]
+    town.end()
+
+
+def test_failed_transfer_is_reported_and_tried_again_until_it_works(town):
+    one = town.fleet.publish(1)
+    blobs = town.fleet.repository / "blobs"
+    blobs.rename(blobs.with_name("elsewhere"))
+    town.agent()
+    town.want(one)
+    assert "no blobs/" in town.heard(Failed, 2).reason
+    blobs.with_name("elsewhere").rename(blobs)
+    assert town.heard(Installed).version == 1
+
+
+def test_full_disk_is_reported_and_tried_again(town, monkeypatch):
+    one = town.fleet.publish(1)
+    full = [True]
+
+    def require(folder, size):
+        if full[0]:
+            raise ResourceError(f"{folder} has 0 bytes free", "free some")
+
+    monkeypatch.setattr(updates, "require_space", require)
+    town.agent()
+    town.want(one)
+    assert "bytes free" in town.heard(Failed).reason
+    full[0] = False
+    town.heard(Installed)
+
+
+def test_read_only_disk_is_a_failure_and_no_crash(town, monkeypatch):
+    town.fleet.publish(1)
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system", "bundles")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(slots, "adopt", refuse)
+        town.agent()
+        town.want(town.fleet.publish(2))
+        assert "Read-only" in town.heard(Failed).reason
+    town.heard(Installed)
+
+
+def test_bug_in_the_serving_does_not_end_the_agent(town):
+    one, two = town.fleet.publish(1), town.fleet.publish(2)
+
+    class Buggy(Serving):
+        bugs = 1
+
+        def try_out(self, bundle, release):
+            if self.bugs:
+                self.bugs -= 1
+                raise ZeroDivisionError("a bug")
+            return super().try_out(bundle, release)
+
+    town.agent(Buggy())
+    town.want(one)
+    assert town.heard(Installed).version == 1
+    town.want(two, "d2")
+    eventually(lambda: town.heard(Installed).version == 2)
+
+
+def test_unmeasurable_values_do_not_spoil_the_report(town):
+    class Odd(Serving):
+        def probation(self, release):
+            return {"nan": float("nan"), "inf": float("inf"), "fine": 1}
+
+    town.agent(Odd())
+    town.want(town.fleet.publish(1))
+    assert town.heard(Installed).measured == {"golden_sqnr_db": 40.0, "fine": 1.0}
+
+
+def test_health_is_told_while_something_serves(town):
+    town.agent(vitals=lambda: Vitals(requests=10, errors=1, p95_ms=2.5, rss_mib=40.0))
+    one = town.fleet.publish(1)
+    town.want(one)
+    word = town.heard(Health, 2)
+    assert (word.bundle, word.requests, word.errors, word.p95_ms) == (one.bundle, 10, 1, 2.5)
+
+
+def test_will_that_comes_although_the_device_is_back_is_corrected(town):
+    agent = town.agent()
+    town.heard(Hello)
+    offline = messages.encode(agent._hello(online=False))
+    town.server.publish(messages.topic(FLEET, "pi-1", "hello"), offline, retain=True)
+    eventually(lambda: not all(m.online for m in town.said) and town.said[-1].online)
+    town.server.publish(messages.topic(FLEET, "pi-1", "hello"), b"garbage", retain=True)
+    eventually(lambda: agent.dropped == 1)
+
+
+def test_second_agent_on_one_state_folder_is_refused(town):
+    town.agent()
+    with pytest.raises(ResourceError, match="another agent uses"):
+        town.agent()
+
+
+def test_agent_that_finds_no_broker_serves_all_the_same_and_may_try_again(town):
+    one = town.fleet.publish(1)
+    device = town.fleet.device(town.folder / "device")
+    install(town.fleet, device, one)
+    device.serving.active = None
+    agent = Agent(FLEET, device, HABITS)
+
+    def unreachable(will):
+        raise TransferError("no broker")
+
+    with pytest.raises(TransferError):
+        agent.start(unreachable)
+    assert device.serving.active == one.bundle
+    agent.start(lambda will: town.connect("pi-1", will=will))
+    agent.stop()
+
+
+def on_trial(town_or_fleet, folder, serving, starts=0):
+    fleet = town_or_fleet
+    device = fleet.device(folder, serving)
+    one, two = fleet.publish(1), fleet.publish(2)
+    install(fleet, device, one)
+    install(fleet, device, two, deployment="d2")
+    state = slots.load(folder)
+    slots.save(folder, slots.on_trial(state, Trial(deployment="d2", attempt=4, starts=starts)))
+    serving.calls.clear()
+    return device, one, two
+
+
+def test_probation_that_a_power_cut_ended_is_taken_up_again(tmp_path):
+    device, _, two = on_trial(Fleet(tmp_path / "f"), tmp_path / "d", Serving())
+    word = recover(device)
+    assert isinstance(word, Installed)
+    assert (word.deployment, word.attempt, word.version) == ("d2", 4, 2)
+    assert [name for name, _ in device.serving.calls] == ["activate", "probation"]
+    assert device.serving.active == two.bundle
+    assert recover(device) is None
+
+
+def test_device_that_restarts_again_and_again_in_a_probation_goes_back(tmp_path):
+    device, one, two = on_trial(Fleet(tmp_path / "f"), tmp_path / "d", Serving(), starts=1)
+    word = recover(device)
+    assert isinstance(word, RolledBack)
+    assert "restarted twice" in word.reason
+    assert device.serving.active == one.bundle
+    assert ("activate", two.bundle) not in device.serving.calls
+
+
+@pytest.mark.parametrize("fail_at", ["activate", "probation"])
+def test_trial_that_misbehaves_after_a_restart_goes_back(tmp_path, fail_at):
+    device, one, _ = on_trial(Fleet(tmp_path / "f"), tmp_path / "d", Serving())
+    device.serving.fail_at = fail_at
+    assert isinstance(recover(device), RolledBack)
+    assert device.serving.active == one.bundle
+
+
+def damage(device, release):
+    path = slots.bundle_folder(device.state, release.bundle) / "labels.txt"
+    path.unlink()  # a hard link may share the bytes with the other bundle
+    path.write_bytes(b"rotten")
+
+
+def test_damaged_bundle_gives_way_to_the_previous_one_and_is_fetched_anew(tmp_path):
+    fleet = Fleet(tmp_path / "f")
+    device = fleet.device(tmp_path / "d")
+    one, two = fleet.publish(1), fleet.publish(2)
+    install(fleet, device, one)
+    install(fleet, device, two, deployment="d2")
+    damage(device, two)
+    word = recover(device)
+    assert isinstance(word, RolledBack)
+    assert "labels.txt" in word.reason
+    assert device.serving.active == one.bundle
+    assert isinstance(install(fleet, device, two, deployment="d2"), Installed)
+    assert device.serving.active == two.bundle
+
+
+def test_only_bundle_damaged_serves_nothing_and_is_fetched_anew(tmp_path):
+    fleet = Fleet(tmp_path / "f")
+    device = fleet.device(tmp_path / "d")
+    one = fleet.publish(1)
+    install(fleet, device, one)
+    damage(device, one)
+    assert recover(device) is None
+    assert device.serving.active is None
+    assert isinstance(install(fleet, device, one), Installed)
+    assert device.serving.active == one.bundle
+    bundle.read(slots.bundle_folder(device.state, one.bundle), one.profile)
+
+
+def test_old_bundle_that_is_lost_too_leaves_a_device_that_still_reports(tmp_path):
+    fleet = Fleet(tmp_path / "f")
+    device = fleet.device(tmp_path / "d")
+    one, two = fleet.publish(1), fleet.publish(2)
+    install(fleet, device, one)
+    damage(device, one)
+    device.serving.fail_at = "probation"
+    word = install(fleet, device, two, deployment="d2")
+    assert isinstance(word, RolledBack)
+    assert device.serving.active is None
+    assert isinstance(install(fleet, device, fleet.publish(3), deployment="d3"), Installed)
+
+
+def test_update_from_a_stick_needs_no_broker(tmp_path):
+    fleet = Fleet(tmp_path / "f")
+    device = fleet.device(tmp_path / "d")
+    one = fleet.publish(1)
+    stick = tmp_path / "stick"
+    fleet.repository.rename(stick)
+    seen = []
+    updates.update(device, wish(one), FolderFetcher(stick), NOW, lambda *step: seen.append(step))
+    assert device.serving.active == one.bundle
+    assert {what for what, _, _ in seen} == {"labels.txt", f"{one.profile}/model.onnx"}
+
+
+def test_health_error_keeps_its_words(tmp_path):
+    fleet = Fleet(tmp_path / "f")
+
+    class Slow(Serving):
+        def probation(self, release):
+            raise HealthError(f"p95 91.0 ms is above the signed 50.0 ms; {'x' * 5000}")
+
+    word = install(fleet, fleet.device(tmp_path / "d", Slow()), fleet.publish(1))
+    assert word.reason.startswith("p95 91.0 ms is above")
+    assert messages.decode(messages.encode(word), Report) == word
