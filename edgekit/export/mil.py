@@ -120,6 +120,22 @@ def _padded(v: Values, spatial: int) -> Any:  # noqa: ANN401  # a tensor
     return torch.nn.functional.pad(x, [n for pair in reversed(pairs) for n in pair], value=fill)
 
 
+def _pad(v: Values) -> torch.Tensor:
+    """Pad the last axes; MIL lists begin and end from the first padded axis on, PyTorch from the last."""
+    import torch
+
+    modes = {"constant": "constant", "reflect": "reflect", "replicate": "replicate"}
+    amounts = v["pad"]
+    pairs = [amounts[i : i + 2] for i in range(0, len(amounts), 2)]
+    while len(pairs) > 1 and pairs[0] == [0, 0]:
+        pairs.pop(0)  # PyTorch mirrors the spatial axes only
+    flat = [n for pair in reversed(pairs) for n in pair]
+    mode = modes[v.get("mode", "constant")]
+    if mode == "constant":
+        return torch.nn.functional.pad(v["x"], flat, value=float(v.get("constant_val", 0.0)))
+    return torch.nn.functional.pad(v["x"], flat, mode=mode)
+
+
 def _conv(v: Values) -> torch.Tensor:
     import torch
 
@@ -213,6 +229,7 @@ OPERATORS: dict[str, Operator] = {
     "matmul": _matmul,
     "max_pool": _max_pool,
     "mul": lambda v: v["x"] * v["y"],
+    "pad": _pad,
     "real_div": lambda v: v["x"] / v["y"],
     "reduce_mean": lambda v: v["x"].mean(v["axes"], keepdim=v["keep_dims"]),
     "reduce_sum": lambda v: v["x"].sum(v["axes"], keepdim=v["keep_dims"]),

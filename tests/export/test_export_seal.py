@@ -1,0 +1,130 @@
+"""One bundle out of many targets: which survive, what is stored, and that the same input gives the same bytes."""
+
+import dataclasses
+
+import msgspec
+import numpy as np
+import pytest
+from fakes.exportable import tiny_model, with_plan
+
+from edgekit import bundle, device_profiles, runtime
+from edgekit.errors import ExportError, InputError, UsageError
+from edgekit.export import export
+
+ALL = ("x86-64", "raspberry-pi-5", "jetson-orin-nano", "pixel-8", "iphone-15")
+
+
+def profiles(*names):
+    return [device_profiles.load(name) for name in names]
+
+
+@pytest.fixture(scope="module")
+def sealed(tiny_int8, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sealed") / "bundle"
+    return export(tiny_int8, profiles(*ALL), folder, version="7", name="digits")
+
+
+def test_every_target_ends_in_one_bundle_whose_every_byte_is_checked(sealed):
+    opened = bundle.read(sealed.bundle.folder)
+    assert opened.digest == sealed.bundle.digest
+    assert [v.name for v in opened.manifest.variants] == list(ALL)
+    assert (opened.manifest.name, opened.manifest.version) == ("digits", "7")
+    assert {v.precision for v in opened.manifest.variants} == {"int8"}
+
+
+def test_the_same_input_gives_the_same_digest(sealed, tmp_path):
+    again = export(with_plan(tiny_model()), profiles(*ALL), tmp_path / "again", version="7", name="digits")
+    assert again.bundle.manifest == sealed.bundle.manifest
+    assert again.bundle.digest == sealed.bundle.digest
+
+
+def test_equal_files_are_stored_once(sealed):
+    manifest = sealed.bundle.manifest
+    assert manifest.variant("x86-64").main == manifest.variant("raspberry-pi-5").main
+    assert manifest.variant("x86-64").main != manifest.variant("jetson-orin-nano").main
+    assert {f.path for f in manifest.files_of("raspberry-pi-5")} >= {manifest.variant("raspberry-pi-5").main}
+
+
+def test_golden_outputs_are_those_of_the_float_model(sealed, tiny):
+    manifest = sealed.bundle.manifest
+    images = np.load(sealed.bundle.path(manifest.golden.inputs["image"]))
+    scores = np.load(sealed.bundle.path(manifest.golden.outputs["scores"]))
+    assert images.shape == (8, 3, 8, 8)
+    assert np.array_equal(images, tiny.data.calibration.inputs["image"][:8])
+    np.testing.assert_allclose(scores, tiny.network.run({"image": images})["scores"], atol=1e-5)
+
+
+def test_the_manifest_says_how_to_read_a_picture_and_name_a_class(sealed, tiny):
+    manifest = sealed.bundle.manifest
+    assert manifest.preprocess == tiny.data.preprocess
+    assert manifest.postprocess.labels == tiny.data.labels
+    assert manifest.postprocess.output == "scores"
+
+
+@pytest.mark.parametrize("name", ["x86-64", "jetson-orin-nano", "pixel-8"])
+def test_the_runtime_answers_the_golden_inputs_from_the_sealed_bundle(sealed, name):
+    manifest = sealed.bundle.manifest
+    images = np.load(sealed.bundle.path(manifest.golden.inputs["image"]))
+    want = np.load(sealed.bundle.path(manifest.golden.outputs["scores"]))
+    with runtime.load(sealed.bundle.folder, variant=name) as session:
+        got = session.run({"image": images})["scores"]
+    assert (got.argmax(-1) == want.argmax(-1)).mean() >= 0.85
+    assert np.abs(got - want).max() < 0.1 * np.abs(want).max()
+
+
+def test_one_failing_target_leaves_the_others(tiny, tmp_path):
+    result = export(tiny, profiles("llama-cpp", "x86-64"), tmp_path / "bundle")
+    failed, done = result.rows
+    assert isinstance(failed.error, ExportError)
+    assert "no language model" in failed.error.message
+    assert result.first_error is failed.error
+    assert done.error is None
+    assert [v.name for v in bundle.read(tmp_path / "bundle").manifest.variants] == ["x86-64"]
+
+
+def test_nothing_is_written_when_every_target_fails(tiny, tmp_path):
+    result = export(tiny, profiles("llama-cpp"), tmp_path / "bundle")
+    assert result.bundle is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_leaves_the_old_bundle(tiny, tmp_path):
+    old = export(tiny, profiles("x86-64"), tmp_path / "bundle").bundle
+    export(tiny, profiles("llama-cpp"), tmp_path / "bundle", version="2")
+    assert bundle.read(tmp_path / "bundle").digest == old.digest
+
+
+def test_fp32_ignores_the_plan(tiny_int8, tmp_path):
+    result = export(tiny_int8, profiles("x86-64"), tmp_path / "bundle", precision="fp32")
+    variant = result.bundle.manifest.variant("x86-64")
+    assert variant.precision == "fp32"
+    assert variant.parity.sqnr_db > 100
+
+
+def test_a_precision_without_a_plan_is_refused(tiny, tmp_path):
+    with pytest.raises(UsageError, match="cannot be exported as int8"):
+        export(tiny, profiles("x86-64"), tmp_path / "bundle", precision="int8")
+
+
+@pytest.mark.parametrize("names", [(), ("x86-64", "x86-64")])
+def test_no_target_and_one_twice_are_refused(tiny, tmp_path, names):
+    with pytest.raises(UsageError, match="give each target once"):
+        export(tiny, profiles(*names), tmp_path / "bundle")
+
+
+def test_a_model_without_data_is_refused(tiny, tmp_path):
+    with pytest.raises(UsageError, match="no data to compare files on"):
+        export(dataclasses.replace(tiny, data=None), profiles("x86-64"), tmp_path / "bundle")
+
+
+def test_a_model_that_gives_nan_is_refused(tmp_path):
+    model = tiny_model()
+    model.network.module.head.bias.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="NaN"):
+        export(model, profiles("x86-64"), tmp_path / "bundle")
+
+
+def test_an_unknown_format_fails_its_target_with_the_known_ones(tiny, tmp_path):
+    odd = msgspec.structs.replace(device_profiles.load("x86-64"), formats=("onxx",))
+    row = export(tiny, [odd], tmp_path / "bundle").rows[0]
+    assert "onnx" in row.error.hint

@@ -1,0 +1,129 @@
+"""Parity: faithful files pass with their figures, wrong ones are named with figures and limits."""
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgekit import device_profiles, plugins
+from edgekit.errors import ParityError
+from edgekit.export import PACKAGE, export, parity
+from edgekit.export.golden import reference_of
+from edgekit.export.parity import LIMITS, Reference, measure
+from edgekit.manifest import Parity, Variant
+from edgekit.model import Split
+from edgekit.runtime import Contract
+
+FORMATS = [name for name in plugins.names(PACKAGE) if name != "gguf"]
+
+
+def profile_of(fmt, **options):
+    for name in device_profiles.names():
+        profile = device_profiles.load(name)
+        if profile.format == fmt:
+            return msgspec.structs.replace(profile, options={**profile.options, **options})
+    pytest.fail(f"no hardware class prefers {fmt}; parity is not proved for it")
+
+
+def reference(outputs, scores=None):
+    some = next(iter(outputs.values()))
+    return Reference(Split({"x": np.zeros((len(some), 1), np.float32)}), outputs, Contract(), scores)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_every_tensor_format_keeps_what_the_model_computes(fmt, precision, tiny, tiny_int8, tmp_path):
+    model = tiny_int8 if precision == "int8" else tiny
+    row = export(model, [profile_of(fmt)], tmp_path / "bundle").rows[0]
+    assert row.error is None, row.error.message
+    figures = row.variant.parity
+    assert figures.status in ("checked", "evaluated")
+    assert figures.samples == 24
+    assert figures.sqnr_db >= {"fp32": 100, "fp16": 45, "int8": 25}[row.variant.precision]
+    assert figures.min_sqnr_db == LIMITS[row.variant.precision].sqnr_db
+    assert figures.top1_agreement >= figures.min_top1_agreement
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(1e-4, 1.0))
+def test_sqnr_is_the_noise_that_was_added(seed, level):
+    rng = np.random.default_rng(seed)
+    want = rng.standard_normal((500, 10))
+    noise = rng.standard_normal((500, 10)) * level
+    figures = measure(reference({"y": want}), {"y": want + noise})
+    assert figures.sqnr_db == pytest.approx(-20 * math.log10(level), abs=0.6)
+    assert figures.max_abs_error == pytest.approx(np.abs(noise).max(), rel=1e-3)
+    assert figures.top1 is None
+
+
+def test_equal_outputs_measure_200_db_and_nan_minus_200():
+    want = np.ones((2, 3))
+    assert measure(reference({"y": want}), {"y": want}).sqnr_db == 200
+    assert measure(reference({"y": want}), {"y": want * np.nan}).sqnr_db == -200
+    assert measure(reference({"y": want * 0}), {"y": want}).sqnr_db == -200
+
+
+def test_the_worst_output_counts():
+    want = {"good": np.ones((2, 3)), "bad": np.ones((2, 3))}
+    got = {"good": np.ones((2, 3)), "bad": np.full((2, 3), 2.0)}
+    assert measure(reference(want), got).sqnr_db == 0
+
+
+def test_top1_counts_the_rows_whose_best_class_stayed():
+    want = np.eye(4)
+    got = want[[0, 1, 2, 0]]
+    assert measure(reference({"y": want}, "y"), {"y": got}).top1 == 0.75
+
+
+def test_a_file_with_other_weights_is_named_with_figures_and_limits(tiny, tmp_path):
+    import onnx
+    from onnx import numpy_helper
+
+    exporter = plugins.load(PACKAGE, "onnx", "format")
+    exporter.export(tiny, device_profiles.load("x86-64"), tmp_path, lambda *_: None)
+    graph = onnx.load(tmp_path / "model.onnx")
+    weight = next(t for t in graph.graph.initializer if t.name == "down.weight")
+    weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), "down.weight"))
+    onnx.save(graph, tmp_path / "model.onnx")
+    with pytest.raises(ParityError, match=r"x86-64: model.onnx .* SQNR -?\d+.* \(at least 60.0\).*top-1"):
+        parity.check(exporter, variant("onnx"), tmp_path, reference_of(tiny, "tiny", "1"))
+
+
+def test_a_file_the_engine_refuses_is_a_parity_error(tiny, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(ParityError, match="refuses"):
+        parity.check(plugins.load(PACKAGE, "onnx", "format"), variant("onnx"), tmp_path, reference_of(tiny, "t", "1"))
+
+
+def test_a_format_nobody_can_compute_here_is_unverified_with_the_reason(tiny, tmp_path):
+    found = parity.check(object(), variant("qnn"), tmp_path, reference_of(tiny, "t", "1"))
+    assert found == Parity(status="unverified", reason="no engine for qnn runs on this machine")
+
+
+def test_an_operator_the_evaluator_lacks_is_unverified_and_named(tiny, tmp_path):
+    class Lacking:
+        def evaluate(self, main, inputs):
+            raise NotImplementedError("the interpreter lacks the Core ML operator 'lstm'")
+
+    found = parity.check(Lacking(), variant("coreml"), tmp_path, reference_of(tiny, "t", "1"))
+    assert found.status == "unverified"
+    assert "'lstm'" in found.reason
+
+
+def test_an_engine_that_is_not_installed_leaves_the_reason(tiny, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    found = parity.check(
+        plugins.load(PACKAGE, "onnx", "format"), variant("onnx"), tmp_path, Reference(
+            tiny.data.calibration, {}, Contract(inputs=tiny.inputs, outputs=tiny.outputs))
+    )  # fmt: skip
+    assert found.status == "unverified"
+    assert "onnxruntime" in found.reason
+
+
+def variant(fmt):
+    unverified = Parity(status="unverified")
+    return Variant(name="x86-64", format=fmt, precision="fp32", main="model.onnx", files=("model.onnx",), parity=unverified)
