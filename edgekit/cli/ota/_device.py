@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgekit.cli._terminal import Terminal
-    from edgekit.ota.channel import Arrival, Channel
+    from edgekit.ota.channel import Arrival, Channel, Will
     from edgekit.ota.device.update import Device
     from edgekit.ota.messages import Desired, Report
 
@@ -74,26 +74,24 @@ def obey_broker(terminal: Terminal, device: Device, link: Link) -> None:
         TransferError: the broker cannot be reached, or no update came in time.
         HealthError, TrustError: that update was rolled back, or refused.
     """
-    from edgekit.ota import mqtt
     from edgekit.ota.device.agent import Agent
 
-    stopping = stop_signal()
     reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
     serving = _host_serving(device)
     agent = Agent(link.fleet, device, vitals=serving.vitals)
     agent.progress = terminal.progress
-    client = f"edgekit-{link.fleet}-{device.name}"
-    try:
-        agent.start(lambda will: Told(mqtt.connect(link.broker, client, will=will), reports.put))
-        terminal.say(f"{device.name} ({device.profile}) listens to fleet {link.fleet} on {link.broker}")
-        _say_url(terminal, serving)
-        if link.timeout is None:
-            _narrate(terminal, serving, reports, stopping)
-        else:
-            _conclude(terminal, _first_answer(terminal, reports, link.timeout))
-    finally:
-        serving.stop()
-        agent.stop()
+    with stop_signal(serving.stop) as stopping:
+        try:
+            agent.start(lambda will: Told(_connect(terminal, device, link, will), reports.put))
+            terminal.say(f"{device.name} ({device.profile}) listens to fleet {link.fleet} on {link.broker}")
+            _say_url(terminal, serving)
+            if link.timeout is None:
+                _narrate(terminal, serving, reports, stopping)
+            else:
+                _conclude(terminal, _first_answer(terminal, reports, link.timeout))
+        finally:
+            serving.stop()
+            agent.stop()
 
 
 def update_from_folder(terminal: Terminal, device: Device, stick: Stick, *, stay: bool) -> None:
@@ -106,14 +104,14 @@ def update_from_folder(terminal: Terminal, device: Device, stick: Stick, *, stay
     from edgekit.ota.device.fetchers import FolderFetcher
     from edgekit.ota.device.update import recover, update
 
-    stopping, serving = stop_signal(), _host_serving(device)
-    desired = newest(stick, device.profile)
-    recover(device)
-    outcome = update(device, desired, FolderFetcher(stick.folder), now(), terminal.progress)
-    _conclude(terminal, outcome)
-    if stay:
-        _say_url(terminal, serving)
-        stopping.wait()
+    serving, desired = _host_serving(device), newest(stick, device.profile)
+    with stop_signal(serving.stop) as stopping:
+        recover(device)
+        outcome = update(device, desired, FolderFetcher(stick.folder), now(), terminal.progress)
+        _conclude(terminal, outcome)
+        if stay:
+            _say_url(terminal, serving)
+            stopping.wait()
 
 
 def newest(stick: Stick, profile: str) -> Desired:
@@ -137,6 +135,21 @@ def newest(stick: Stick, profile: str) -> Desired:
     release = f"models/{model}/{profile}/{version}.json"
     # A new attempt each time: whoever plugs the stick in again wants it tried again.
     return Desired(deployment="local", attempt=int(time.time()), release=release, version=version)
+
+
+def _connect(terminal: Terminal, device: Device, link: Link, will: Will) -> Channel:
+    """Connect; where a model is installed a broker that is away must not stop it from serving."""
+    from edgekit.ota import mqtt
+    from edgekit.ota.device import slots
+
+    client = f"edgekit-{link.fleet}-{device.name}"
+    try:
+        return mqtt.connect(link.broker, client, will=will)
+    except TransferError as error:
+        if link.timeout is not None or slots.load(device.state).current is None:
+            raise
+        terminal.warn(f"{error.message}; the installed model serves, and the agent keeps trying")
+        return mqtt.MqttChannel(link.broker, client, will, None)
 
 
 def _host_serving(device: Device) -> HostServing:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from edgekit.ota.server.store import Store
@@ -75,9 +77,18 @@ def plain(text: str, length: int = 80) -> str:
     return shown if len(shown) <= length else shown[: length - 1] + "…"
 
 
-def stop_signal() -> threading.Event:
-    """Return what is set when somebody interrupts or terminates this process."""
+@contextmanager
+def stop_signal(also: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
+    """Give what is set when somebody interrupts or terminates this process; ``also`` is called then."""
     stopping = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
-    return stopping
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        also()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -26,7 +26,7 @@ def COMMAND(terminal: Terminal, *, fleet: Path, broker: str | None, port: int) -
     with ExitStack() as stack:
         store = open_store(fleet)
         stack.callback(store.close)
-        stopping = stop_signal()
+        stopping = stack.enter_context(stop_signal())
         url = broker or stack.enter_context(embedded(port))
         channel = mqtt.connect(url, f"edgekit-server-{store.name}")
         stack.callback(channel.close)

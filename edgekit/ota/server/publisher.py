@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from edgekit.manifest import FileEntry
 
 ROLES = ("root", "targets", "snapshot", "timestamp")
+LOCK_SECONDS = 2.0
+"""So long one waits for another; the service signs a timestamp in a fraction of it."""
 LIFETIME = {
     "root": timedelta(days=730),
     "targets": timedelta(days=365),
@@ -126,11 +129,20 @@ def _no_fleet(folder: Path) -> UsageError:
 def _sole_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".publisher.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResourceError(f"somebody else publishes into {folder}", "wait until it is done") from error
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _locked(lock.fileno()):
+            if time.monotonic() > deadline:
+                raise ResourceError(f"somebody else publishes into {folder}", "wait until it is done")
+            time.sleep(0.02)
         yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _metadata(folder: Path, name: str) -> Path:

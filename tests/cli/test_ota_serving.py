@@ -1,0 +1,176 @@
+"""What runs models under the agent: real bundles on a real engine, judged in their probation."""
+
+import re
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from fakes.bundles import mlp_bundle, mlp_numpy, null_bundle
+
+from edgekit.cli.ota._serving import HostServing
+from edgekit.errors import HealthError, ResourceError
+from edgekit.ota.release import Limits, Release
+
+X = np.random.default_rng(5).normal(size=(1, 64)).astype(np.float32)
+
+
+def release_of(bundle, profile="x86-64", **limits):
+    defaults = {"probation_requests": 5, "probation_seconds": 20.0}
+    return Release(
+        model="mlp", profile=profile, version=1, bundle=bundle.digest, limits=Limits(**{**defaults, **limits})
+    )
+
+
+@pytest.fixture
+def serving():
+    serving = HostServing("x86-64", port=0, threads=1)
+    yield serving
+    serving.close()
+
+
+@pytest.fixture
+def old(tmp_path):
+    return mlp_bundle(tmp_path / "old", seed=0)
+
+
+@pytest.fixture
+def new(tmp_path):
+    return mlp_bundle(tmp_path / "new", seed=3, version="2")
+
+
+class Traffic:
+    """Asks the host all the time, and remembers what failed."""
+
+    def __init__(self, serving, inputs=None):
+        self.serving, self.errors, self.answers = serving, [], 0
+        self.inputs = inputs or {"image": X}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def _ask(self):
+        while not self._end.wait(0.002):
+            try:
+                self.serving.host.run(self.inputs)
+                self.answers += 1
+            except Exception as error:  # noqa: BLE001  # whatever fails is what the test looks for
+                self.errors.append(error)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._end.set()
+        self._thread.join()
+
+
+def test_a_bundle_is_tried_out_takes_over_and_passes_its_probation_while_requests_flow(serving, old, new):
+    serving.activate(old)
+    with Traffic(serving) as traffic:
+        assert serving.try_out(new, release_of(new))["sqnr_db"] > 40
+        serving.activate(new)
+        figures = serving.probation(release_of(new))
+    assert traffic.errors == []
+    assert figures["requests"] >= 5
+    assert (figures["error_rate"], figures["non_finite"]) == (0.0, 0.0)
+    assert 0.0 <= figures["agreement"] < 1.0
+    assert np.allclose(serving.host.run({"image": X}).outputs["scores"], mlp_numpy(X, 3), atol=1e-4)
+
+
+def test_the_http_server_stays_while_models_come_and_go(serving, old, new):
+    serving.activate(old)
+    url = serving.server.url
+    serving.activate(new)
+    assert serving.server.url == url
+    with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=10) as answer:  # noqa: S310  # our own server
+        assert answer.status == 200
+    serving.activate(None)
+    assert (serving.server, serving.host) == (None, None)
+
+
+def test_wrong_golden_outputs_and_a_slow_try_out_are_health_errors(serving, tmp_path, old):
+    wrong = mlp_bundle(tmp_path / "wrong", wrong_golden=True)
+    with pytest.raises(HealthError, match="sqnr_db is -6"):
+        serving.try_out(wrong, release_of(wrong))
+    with pytest.raises(HealthError, match="p95 of the try-out"):
+        serving.try_out(old, release_of(old, max_p95_ms=1e-6))
+
+
+def test_a_bundle_that_no_engine_here_runs_is_a_health_error_and_the_old_one_serves_on(tmp_path):
+    serving = HostServing("any")
+    works, foreign = null_bundle(tmp_path / "works"), null_bundle(tmp_path / "foreign", file_format="nonesuch")
+    serving.activate(works)
+    with pytest.raises(HealthError, match="cannot run here: no engine runs nonesuch"):
+        serving.try_out(foreign, release_of(foreign, "any"))
+    with pytest.raises(HealthError, match="does not load"):
+        serving.activate(foreign)
+    assert serving.host.digest == works.digest
+    serving.close()
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({"min_agreement": 0.999}, "agreement is"),
+        ({"max_p95_ms": 1e-6}, "p95_live_ms is"),
+    ],
+)
+def test_a_broken_limit_is_told_with_its_figures_and_the_old_model_comes_back(serving, old, new, limits, told):
+    serving.activate(old)
+    serving.try_out(new, release_of(new))
+    serving.activate(new)
+    with Traffic(serving) as traffic, pytest.raises(HealthError, match=told) as caught:
+        serving.probation(release_of(new, **limits, probation_requests=30))
+    assert re.search(r"requests \d\d, error_rate 0, non_finite 0", str(caught.value))
+    serving.activate(old)
+    assert traffic.errors == []
+    assert serving.host.digest == old.digest
+    assert np.allclose(serving.host.run({"image": X}).outputs["scores"], mlp_numpy(X, 0), atol=1e-4)
+
+
+def test_nan_ends_the_probation_at_once(serving, old):
+    serving.activate(old)
+    started = time.monotonic()
+    with Traffic(serving, {"image": np.full((1, 64), np.nan, np.float32)}), pytest.raises(HealthError) as caught:
+        serving.probation(release_of(old, probation_requests=10_000))
+    assert "non_finite is" in str(caught.value)
+    assert time.monotonic() - started < 10
+
+
+def test_without_traffic_the_probation_ends_when_its_time_is_over(serving, old):
+    serving.activate(old)
+    figures = serving.probation(release_of(old, probation_seconds=0.1))
+    assert figures == {"requests": 0.0, "error_rate": 0.0, "non_finite": 0.0, "p95_live_ms": 0.0}
+
+
+def test_a_probation_is_cut_short_when_the_device_stops(serving, old):
+    serving.activate(old)
+    serving.stop()
+    with pytest.raises(ResourceError, match="stopped during the probation"):
+        serving.probation(release_of(old))
+
+
+def test_nothing_installed_has_no_probation_and_no_vitals(serving, old):
+    with pytest.raises(HealthError, match="nothing serves"):
+        serving.probation(release_of(old))
+    assert serving.vitals().requests == 0
+
+
+def test_vitals_count_since_the_last_time_also_across_a_swap(serving, old, new):
+    serving.activate(old)
+    for _ in range(4):
+        serving.host.run({"image": X})
+    assert (serving.vitals().requests, serving.vitals().requests) == (4, 0)
+    serving.activate(new)
+    serving.host.run({"image": X})
+    assert serving.vitals().requests == 1
+    assert serving.vitals().rss_mib > 1
+
+
+def test_activating_what_serves_already_changes_nothing(serving, old):
+    serving.activate(old)
+    session = serving.host.session
+    serving.activate(old)
+    assert serving.host.session is session
