@@ -130,14 +130,13 @@ def _from_json(wire: WireInput) -> Array:
 
 def _flattened(wire: WireInput, flat: type) -> list[Any]:
     """Read data that is nested by axes, as the protocol allows."""
-    values: list[Any] = msgspec.json.decode(wire.data, type=list)
-    for _ in wire.shape[1:]:
-        if not all(isinstance(row, list) for row in values):
-            break
-        values = [item for row in values for item in row]
     try:
+        values: list[Any] = msgspec.json.decode(wire.data, type=list)
+        for _ in wire.shape[1:]:
+            if all(isinstance(row, list) for row in values):
+                values = [item for row in values for item in row]
         return msgspec.convert(values, flat)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         raise InputError(f"input {wire.name!r} is no {wire.datatype}{list(wire.shape)}: {error}") from error
 
 

