@@ -84,6 +84,17 @@ class Parity(_Part, frozen=True, kw_only=True):
     min_top1_agreement: float | None = None
 
 
+class Expected(_Part, frozen=True, kw_only=True):
+    """What this very file answered to the golden inputs at export, and how near another machine has to come.
+
+    The same integers in the same order give nearly the same floats anywhere; a kernel that saturates does not.
+    """
+
+    outputs: dict[str, RelativePath]
+    min_sqnr_db: float
+    min_top1_agreement: float
+
+
 class Variant(_Part, frozen=True, kw_only=True):
     """The model for one hardware class: which format, which files, what it needs, how far it is proved."""
 
@@ -93,11 +104,17 @@ class Variant(_Part, frozen=True, kw_only=True):
     main: RelativePath
     files: tuple[RelativePath, ...]
     parity: Parity
+    expected: Expected | None = None
     inputs: tuple[Port, ...] = ()
     outputs: tuple[Port, ...] = ()
     batch: int = -1
     requires: dict[str, str] = {}
     notes: tuple[str, ...] = ()
+
+    @property
+    def claims(self) -> set[str]:
+        """The files that are there for this variant's sake."""
+        return {*self.files, *(self.expected.outputs.values() if self.expected else ())}
 
 
 class Golden(_Part, frozen=True, kw_only=True):
@@ -147,8 +164,8 @@ class Manifest(_Part, frozen=True, kw_only=True):
         """List the files a device of that class needs: its own and those no variant claims; all for ``None``."""
         if variant is None:
             return self.files
-        mine = set(self.variant(variant).files)
-        others = {path for v in self.variants for path in v.files} - mine
+        mine = self.variant(variant).claims
+        others = {path for v in self.variants for path in v.claims} - mine
         return tuple(entry for entry in self.files if entry.path not in others)
 
 
@@ -189,7 +206,7 @@ def _check(manifest: Manifest) -> None:
     if len(set(listed)) != len(listed):
         raise BundleError("the manifest lists a file twice")
     golden = manifest.golden
-    used = {path for v in manifest.variants for path in (v.main, *v.files)}
+    used = {path for v in manifest.variants for path in (v.main, *v.claims)}
     missing = (used | set(golden.inputs.values()) | set(golden.outputs.values())) - set(listed)
     if missing:
         raise BundleError(f"the manifest uses {min(missing)!r} but does not list it")

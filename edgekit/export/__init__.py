@@ -16,7 +16,7 @@ from edgekit import bundle as bundles
 from edgekit import plugins
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.export import parity, targets
-from edgekit.export.golden import golden_of, reference_of
+from edgekit.export.golden import expected_of, golden_of, reference_of
 from edgekit.manifest import Manifest, Parity, Variant
 from edgekit.model import LlamaFolder, Model
 from edgekit.progress import Progress, silent
@@ -117,7 +117,9 @@ def _export_one(
         artifact = exporter.export(model, profile, folder, progress)
         variant = _variant(profile, artifact)
         progress(f"parity {profile.name}", 0, 0)
-        variant = msgspec.structs.replace(variant, parity=parity.check(exporter, variant, scratch, reference))
+        proof = parity.check(exporter, variant, scratch, reference)
+        expected = expected_of(variant, proof.outputs, scratch) if proof.outputs else None
+        variant = msgspec.structs.replace(variant, parity=proof.parity, expected=expected)
     except EdgekitError as error:
         return TargetResult(profile.name, profile.format, error=error)
     size = sum((scratch / path).stat().st_size for path in variant.files)
@@ -170,6 +172,6 @@ def _stored_once(variants: Sequence[Variant], scratch: Path) -> tuple[tuple[Vari
         if len(variant.files) == 1:
             path = first.setdefault(bundles.hash_file(scratch / path), path)
             variant = msgspec.structs.replace(variant, main=path, files=(path,))  # noqa: PLW2901  # the shared one
-        sources |= {file: scratch / file for file in variant.files}
+        sources |= {file: scratch / file for file in variant.claims}
         kept.append(variant)
     return tuple(kept), sources

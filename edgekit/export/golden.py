@@ -14,7 +14,7 @@ from edgekit import plugins
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.export.parity import Reference
 from edgekit.export.quiet import silence
-from edgekit.manifest import Classification, Golden, Variant
+from edgekit.manifest import Classification, Expected, Golden, Variant
 from edgekit.model import LlamaFolder, Model, Split, run_batched
 from edgekit.plugins import extra
 from edgekit.runtime import Contract, TextSession, backends, open_variant
@@ -22,7 +22,7 @@ from edgekit.runtime.backends import EngineOptions, Sampling
 from edgekit.tensors import DYNAMIC
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from edgekit.tensors import Array
@@ -100,6 +100,20 @@ def golden_of(reference: Reference, variants: Sequence[Variant], folder: Path) -
     outputs = {n: (f"golden/outputs/{n}.npy", a[:GOLDEN_SAMPLES]) for n, a in reference.outputs.items()}
     files = {path: _npy(array) for path, array in [*inputs.values(), *outputs.values()]}
     return Golden(inputs={n: p for n, (p, _) in inputs.items()}, outputs={n: p for n, (p, _) in outputs.items()}), files
+
+
+def expected_of(variant: Variant, outputs: Mapping[str, Array], folder: Path) -> Expected:
+    """Write what the file answered to the golden inputs, for devices to compare with; return where it lies.
+
+    Integer kernels agree across machines but for the last bit of a rounding; the limit leaves room for a few of those
+    and none for saturation, which costs more than 20 dB.
+    """
+    paths = {name: f"golden/expected/{variant.name}/{name}.npy" for name in outputs}
+    (folder / "golden" / "expected" / variant.name).mkdir(parents=True)
+    for name, path in paths.items():
+        (folder / path).write_bytes(_npy(outputs[name][:GOLDEN_SAMPLES]))
+    sqnr = 25.0 if variant.precision.startswith("int") else 40.0
+    return Expected(outputs=paths, min_sqnr_db=sqnr, min_top1_agreement=0.85)
 
 
 def _npy(array: Array) -> bytes:

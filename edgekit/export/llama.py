@@ -124,7 +124,7 @@ def to_gguf(name: str, array: Array, shape: Shape) -> tuple[str, Array]:
         import gguf
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.layers)
     found = table.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None:
+    if found is None or _part(found) not in {*_BLOCK, *_WHOLE}:
         raise ExportError(f"tensor {name!r} has no place in GGUF's Llama", "use llama.cpp's own converter")
     heads = _rotated_heads(found, shape)
     return found, _interleave(array, heads) if heads else array
@@ -170,6 +170,12 @@ def logits(path: Path, tokens: Array) -> Array:
         network.load_state_dict(weights)
         result: Array = network.eval()(torch.as_tensor(tokens)).logits.numpy()
     return result
+
+
+def _part(name: str) -> str:
+    """Drop block number and suffix: ``blk.3.attn_q.weight`` is ``attn_q``."""
+    stem = name.rpartition(".")[0]
+    return stem.split(".", 2)[2] if stem.startswith("blk.") else stem
 
 
 def _hugging_face(name: str) -> str:

@@ -57,6 +57,14 @@ layout, scale or operator, which falls to 0 dB, not a model that quantizes badly
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What was measured, and what the file answered where it ran in its engine here."""
+
+    parity: Parity
+    outputs: Mapping[str, Array] | None = None
+
+
+@dataclass(frozen=True)
 class Reference:
     """Inputs with the outputs of the compressed float model. ``scores`` names the output whose best entry counts."""
 
@@ -66,7 +74,7 @@ class Reference:
     scores: str | None = None
 
 
-def check(exporter: Exporter, variant: Variant, folder: Path, reference: Reference) -> Parity:
+def check(exporter: Exporter, variant: Variant, folder: Path, reference: Reference) -> Proof:
     """Run the variant's file, which lies under ``folder``, on the reference and judge the figures.
 
     Raises:
@@ -77,18 +85,19 @@ def check(exporter: Exporter, variant: Variant, folder: Path, reference: Referen
         missing = "engines of language models give words; logits were computed from the file's bytes in PyTorch"
     if _has_engine(variant, reference):
         try:
-            return _judge(variant, reference, _run(variant, folder, reference), "checked")
+            outputs = _run(variant, folder, reference)
+            return Proof(_judge(variant, reference, outputs, "checked"), outputs)
         except MissingExtra as error:
             missing = error.message
         except HealthError as error:
             raise ParityError(f"{variant.name}: {error.message}", error.hint) from error
     if not isinstance(exporter, Evaluator):
-        return Parity(status="unverified", reason=missing)
+        return Proof(Parity(status="unverified", reason=missing))
     try:
         outputs = exporter.evaluate(folder / variant.main, reference.inputs.inputs)
     except NotImplementedError as error:
-        return Parity(status="unverified", reason=f"{missing}; {error}")
-    return _judge(variant, reference, outputs, "evaluated", missing)
+        return Proof(Parity(status="unverified", reason=f"{missing}; {error}"))
+    return Proof(_judge(variant, reference, outputs, "evaluated", missing))
 
 
 def _has_engine(variant: Variant, reference: Reference) -> bool:

@@ -27,7 +27,7 @@ from edgekit.runtime.telemetry import percentile
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from edgekit.manifest import Golden, Parity
+    from edgekit.manifest import Expected, Golden, Parity
     from edgekit.tensors import Array
 
 MIN_RUNS = 20
@@ -52,11 +52,13 @@ def check(folder: Path, variant: str | None = None, threads: int = 0) -> dict[st
         measured = {"load_ms": 1000 * (time.perf_counter() - started)}
         golden = bundle.read(folder, session.variant.name).manifest.golden
         if isinstance(session, Session):
-            measured |= _check_tensors(session, folder, golden)
+            expected = session.variant.expected
+            outputs = expected.outputs if expected else golden.outputs
+            measured |= _check_tensors(session, folder, msgspec.structs.replace(golden, outputs=outputs))
         else:
             measured |= _check_prompts(session, golden)
         measured["rss_mib"] = rss_mib()
-        _hold_limits(measured, session.variant.parity)
+        _hold_limits(measured, session.variant.expected or session.variant.parity)
     return {name: round(value, 3) for name, value in measured.items()}
 
 
@@ -173,8 +175,8 @@ def _check_prompts(session: TextSession, golden: Golden) -> dict[str, float]:
     return {"p95_ms": percentile(sorted(times), 95), "top1_agreement": same / len(golden.prompts)}
 
 
-def _hold_limits(measured: Mapping[str, float], parity: Parity) -> None:
-    limits = {"sqnr_db": parity.min_sqnr_db, "top1_agreement": parity.min_top1_agreement}
+def _hold_limits(measured: Mapping[str, float], wanted: Expected | Parity) -> None:
+    limits = {"sqnr_db": wanted.min_sqnr_db, "top1_agreement": wanted.min_top1_agreement}
     for name, limit in limits.items():
         if limit is not None and name in measured and measured[name] < limit:
             figures = ", ".join(f"{key} {value:.4g}" for key, value in measured.items())
