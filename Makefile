@@ -3,6 +3,7 @@
 #   VENV=.venv              where the environment lies; one that exists is used
 #   TORCH_INDEX=<index>     an index of CPU wheels of torch, where plain pip would fetch a CUDA build
 #   PYTEST='tests/cli -x'   what `make test` hands to pytest; anything given lifts the coverage bar
+#   JOBS=2                  test files at once
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench clean mosquitto
@@ -11,6 +12,7 @@ VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3 || echo python3)
 TORCH_INDEX ?=
 PYTEST ?=
+JOBS ?= 1
 BIN := $(VENV)/bin
 READY := $(VENV)/.edgekit-ready
 DEMO ?=
@@ -23,7 +25,7 @@ demo: $(READY) ## Play the whole way once, from checkpoint to an updated device
 
 test: $(READY) mosquitto ## Run all tests with coverage
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest $(PYTEST)
+	$(BIN)/python -m coverage run -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(PYTEST)
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --skip-covered $(if $(PYTEST),--fail-under=0)
 

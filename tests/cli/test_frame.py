@@ -51,8 +51,8 @@ def test_every_command_says_what_it_does(name):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; sys.argv = ['edgekit', '--help']\nfrom edgekit.cli import main\n"
-        "try: main()\nexcept SystemExit: pass\nprint('MODULES', *sys.modules)"
+        "import sys; sys.argv = ['edgekit', '--help']; before = set(sys.modules)\nfrom edgekit.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\nprint('MODULES', *(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     text, _, modules = done.stdout.partition("MODULES")
