@@ -1,7 +1,8 @@
 """What `compress` decided and every exporter lowers: bits, scheme, granularity and range, tensor by tensor.
 
-Weights are named by their parameter (``features.0.weight``), activations by the node of the exported
-graph that makes them (``conv2d_3``). Knows no file format and no engine.
+Weights are named by their parameter (``features.0.weight``) or ONNX initializer; activations by the node of
+`workload.trace` or the ONNX value that holds them (``conv2d_3``), inputs and outputs by their public names.
+Knows no file format and no engine.
 """
 
 from __future__ import annotations

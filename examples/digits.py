@@ -79,9 +79,7 @@ def data() -> Data:
     order = np.random.default_rng(0).permutation(len(digits.target))
     images = (digits.images[order, None] / 16).astype(np.float32)
     labels = digits.target[order].astype(np.int64)
-    splits = [
-        Split({"image": images[start:end]}, labels[start:end]) for start, end in itertools.pairwise(CUTS)
-    ]
+    splits = [Split({"image": images[start:end]}, labels[start:end]) for start, end in itertools.pairwise(CUTS)]
     train_split, calibration, validation, test = splits
     return Data(
         calibration=calibration,

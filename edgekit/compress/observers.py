@@ -49,9 +49,10 @@ def _histograms(run: Run, extremes: dict[str, Range], progress: Progress) -> dic
     counts: dict[str, Array] = {name: np.zeros(BINS, np.int64) for name in extremes}
 
     def watch(name: str, values: Array) -> None:
-        if values.size:
-            limits = (extremes[name].low, extremes[name].high)
-            counts[name] += np.histogram(values, BINS, limits)[0]
+        limits = (extremes[name].low, extremes[name].high)
+        if values.size and limits[0] < limits[1]:
+            # float64: 2,048 bins between two neighbouring float32 values have no width in float32
+            counts[name] += np.histogram(values.astype(np.float64), BINS, limits)[0]
 
     run(watch, progress)
     return counts

@@ -28,20 +28,20 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What the scores are pulled to: a teacher's ``scores`` by ``alpha``, the labels by ``1 - alpha``.
+class Lesson:
+    """What is learned: the labels of ``split`` by ``1 - alpha``, a teacher's ``scores`` for it by ``alpha``.
 
     The loss is ``alpha T^2 KL(teacher/T || student/T) + (1 - alpha) CE(labels)`` (Hinton, Vinyals, Dean 2015,
     "Distilling the Knowledge in a Neural Network", section 2).
     """
 
-    labels: Array | None = None
+    split: Split
     scores: Array | None = None
     alpha: float = 0.0
     temperature: float = 1.0
 
 
-def train(network: TorchNetwork, split: Split, targets: Targets, schedule: Schedule, progress: Progress) -> float:
+def train(network: TorchNetwork, lesson: Lesson, schedule: Schedule, progress: Progress) -> float:
     """Train the module of ``network`` in place and leave it in eval mode; return the last epoch's mean loss.
 
     The same seed gives the same weights on the same machine. Batches are drawn without replacement; a remainder
@@ -52,13 +52,14 @@ def train(network: TorchNetwork, split: Split, targets: Targets, schedule: Sched
     """
     with extra("compress"):
         import torch
+    split = lesson.split
     size = min(schedule.batch, len(split))
     if size < 2:
         raise CompressionError(f"the train split has {len(split)} sample(s): nothing can be learned from it")
     steps = schedule.epochs * (len(split) // size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(schedule.seed)
-        loop = _Loop(network, split, targets, schedule, steps)
+        loop = _Loop(network, lesson, schedule, steps)
         mean = 0.0
         for epoch in range(schedule.epochs):
             losses = []
@@ -74,14 +75,15 @@ def train(network: TorchNetwork, split: Split, targets: Targets, schedule: Sched
 class _Loop:
     """One optimizer at work on one network."""
 
-    def __init__(self, network: TorchNetwork, split: Split, targets: Targets, schedule: Schedule, steps: int) -> None:
+    def __init__(self, network: TorchNetwork, lesson: Lesson, schedule: Schedule, steps: int) -> None:
         import torch
 
         self._module = network.module.train()
+        split = lesson.split
         self._inputs = [torch.as_tensor(split.inputs[name]) for name in network.input_names]
-        self._labels = None if targets.labels is None else torch.as_tensor(targets.labels).long()
-        self._scores = None if targets.scores is None else torch.as_tensor(targets.scores)
-        self._targets = targets
+        self._labels = None if split.labels is None else torch.as_tensor(split.labels).long()
+        self._scores = None if lesson.scores is None else torch.as_tensor(lesson.scores)
+        self._lesson = lesson
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=1e-4)
         self._rate = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda done: _rate(done, steps))
@@ -102,7 +104,7 @@ class _Loop:
     def _loss(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         from torch.nn import functional
 
-        alpha, heat = self._targets.alpha, self._targets.temperature
+        alpha, heat = self._lesson.alpha, self._lesson.temperature
         loss = scores.new_zeros(())
         if self._labels is not None and alpha < 1:
             loss = (1 - alpha) * functional.cross_entropy(scores, self._labels[chosen])

@@ -12,7 +12,7 @@ import msgspec
 from edgekit import workload
 from edgekit.compress.passes import CompressionPass
 from edgekit.compress.passes.prune import trainable
-from edgekit.compress.training import Schedule, Targets, train
+from edgekit.compress.training import Lesson, Schedule, train
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
 from edgekit.model import run_batched
@@ -31,8 +31,8 @@ class Distill(CompressionPass, frozen=True):
 
     teacher: str
     teacher_checkpoint: str = ""
-    temperature: Annotated[float, msgspec.Meta(gt=0)] = 4.0
-    alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.7
+    temperature: Annotated[float, msgspec.Meta(gt=0)] = 2.0
+    alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     epochs: Annotated[int, msgspec.Meta(ge=1)] = 20
     lr: Annotated[float, msgspec.Meta(gt=0)] = 5e-3
     batch: Annotated[int, msgspec.Meta(ge=2)] = 32
@@ -52,10 +52,10 @@ class Distill(CompressionPass, frozen=True):
         if split.labels is None and self.alpha < 1:
             raise CompressionError(f"alpha {self.alpha} needs labels, the train split has none", "set alpha = 1")
         progress("distill: the teacher's scores", 0, 1)
-        targets = Targets(split.labels, self._teach(model, split), self.alpha, self.temperature)
+        lesson = Lesson(split, self._teach(model, split), self.alpha, self.temperature)
         student = replace(network, module=copy.deepcopy(network.module))
         schedule = Schedule(epochs=self.epochs, lr=self.lr, batch=self.batch, seed=self.seed)
-        loss = train(student, split, targets, schedule, progress)
+        loss = train(student, lesson, schedule, progress)
         note = Step(name="distill", measured={"train_loss": loss})
         return replace(model, network=student, lineage=(*model.lineage, note))
 

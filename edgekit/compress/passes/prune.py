@@ -10,7 +10,7 @@ import msgspec
 
 from edgekit.compress import graph
 from edgekit.compress.passes import CompressionPass
-from edgekit.compress.training import Schedule, Targets, train
+from edgekit.compress.training import Lesson, Schedule, train
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
 from edgekit.model import TorchNetwork, run_batched
@@ -59,9 +59,9 @@ class Prune(CompressionPass, frozen=True):
         if self.epochs and model.data and model.data.train:
             split = model.data.train
             scores = None if split.labels is not None else next(iter(run_batched(network, split).values()))
-            targets = Targets(labels=split.labels, scores=scores, alpha=0.0 if scores is None else 1.0)
+            lesson = Lesson(split, scores, 0.0 if scores is None else 1.0)
             schedule = Schedule(epochs=self.epochs, lr=self.lr, batch=self.batch, seed=self.seed)
-            measured["train_loss"] = train(smaller, split, targets, schedule, progress)
+            measured["train_loss"] = train(smaller, lesson, schedule, progress)
         return replace(changed, lineage=(*model.lineage, Step(name="prune", measured=measured)))
 
 
