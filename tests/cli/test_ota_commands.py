@@ -166,6 +166,12 @@ def test_an_agent_that_runs_once_tells_by_its_exit_code_how_it_went(fleet, proce
     ota("rollout", "start", fleet, "mlp")
     reached(fleet, "mlp-v2")
     assert "rolled back version 2" in ota(*once, code=11).output
+    ota("publish", fleet, mlp_bundle(tmp_path / "b3", seed=3).folder, *FAST)
+    ota("rollout", "start", fleet, "mlp")
+    reached(fleet, "mlp-v3")
+    shutil.rmtree(fleet / "repository" / "blobs")
+    failed = ota(*once, "--timeout", 3, code=8).output
+    assert "version 3 did not come and will be tried again: the repository has no blobs/" in failed
 
 
 def test_a_stick_updates_a_device_without_any_network(fleet, tmp_path):
@@ -192,6 +198,18 @@ def test_a_stick_updates_a_device_without_any_network(fleet, tmp_path):
     ota("publish", fleet, mlp_bundle(tmp_path / "dog", name="dog").folder, *FAST)
     shutil.copytree(fleet / "repository", stick, dirs_exist_ok=True)
     assert "several models (dog, mlp)" in ota(*base, "--repository", stick, code=2).output
+
+
+def test_a_device_that_was_updated_from_a_stick_may_stay_and_serve(fleet, processes, tmp_path):
+    ota("publish", fleet, mlp_bundle(tmp_path / "b1").folder, *FAST)
+    agent = processes(
+        "agent", *agent_arguments(fleet, "none")[:9], "--repository", fleet / "repository", "--port", free_port()
+    )
+    agent.says("installed version 1")
+    url = agent.says("serving on").split()[-1]
+    with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=10) as answer:  # noqa: S310  # our own server
+        assert answer.status == 200
+    assert agent.end() == 0
 
 
 def publisher_digest(fleet):

@@ -8,7 +8,7 @@ import pytest
 from edgekit.errors import ResourceError
 from edgekit.ota import messages
 from edgekit.ota.memory import MemoryBroker
-from edgekit.ota.messages import Block, BlockRequest, Desired, Hello, Installed, RolledBack
+from edgekit.ota.messages import Block, BlockRequest, Desired, Health, Hello, Installed, RolledBack
 from edgekit.ota.server import publisher
 from edgekit.ota.server.rollout import Plan, abort
 from edgekit.ota.server.service import BATCH, Service
@@ -70,9 +70,12 @@ class World:
         self.settle()
 
     def settle(self):
-        for _ in range(12):
+        quiet = 0
+        while quiet < 4:  # nothing came and nothing changed, four times in a row
+            before = (self.service.counts.total(), self.store.rollouts())
             self.now += 1
-            self.service.step(0.02)
+            self.service.step(0.04)
+            quiet = quiet + 1 if before == (self.service.counts.total(), self.store.rollouts()) else 0
 
     def fleet(self):
         return self.store.devices()
@@ -269,3 +272,34 @@ def test_a_missing_key_does_not_stop_the_service(world, caplog):
         key.unlink()
     world.service._refresh()
     assert "cannot sign" in caplog.text
+
+
+def test_one_fleet_has_one_server_and_a_stopped_one_makes_room(world):
+    world.service.start()
+    second = world.new_service()
+    with pytest.raises(ResourceError, match="another server serves"):
+        second.start()
+    world.service.stop()
+    second.start().stop()
+
+
+def test_health_is_shown_and_not_kept(world):
+    world.add("pi-1", script=None)
+    for requests in (5, 7):
+        health = Health(device="pi-1", bundle="", requests=requests, errors=1, p95_ms=2.5)
+        world.devices["pi-1"].say("report", health)
+    world.settle()
+    state = world.fleet()["pi-1"]
+    assert (state.requests, state.errors, state.p95_ms) == (7, 1, 2.5)
+    assert world.store.reports("pi-1") == []
+
+
+def test_what_comes_faster_than_it_can_be_taken_is_dropped_and_counted(world, monkeypatch):
+    monkeypatch.setattr("edgekit.ota.server.service.MAX_WAITING", 3)
+    world.service = world.new_service()
+    device = Device(world.broker, "pi-1", script=None)
+    for _ in range(5):
+        device.hello()
+    time.sleep(0.2)
+    world.settle()
+    assert (world.service.counts["reports"], world.service.counts["dropped"]) == (3, 3)

@@ -71,7 +71,8 @@ class Lab:
 
 
 @pytest.fixture(params=brokers.KINDS)
-def lab(request, tmp_path):
+def lab(request, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgekit.ota.server.service.TICK_SECONDS", 0.2)
     with brokers.running(request.param, tmp_path) as connect:
         lab = Lab(tmp_path, connect)
         for name in ("pi-1", "pi-2", "pi-3"):

@@ -143,10 +143,11 @@ def _connect(terminal: Terminal, device: Device, link: Link, will: Will) -> Chan
     from edgekit.ota.device import slots
 
     client = f"edgekit-{link.fleet}-{device.name}"
+    serves = link.timeout is None and slots.load(device.state).current is not None
     try:
-        return mqtt.connect(link.broker, client, will=will)
+        return mqtt.connect(link.broker, client, will=will, patience=2.0 if serves else 10.0)
     except TransferError as error:
-        if link.timeout is not None or slots.load(device.state).current is None:
+        if not serves:
             raise
         terminal.warn(f"{error.message}; the installed model serves, and the agent keeps trying")
         return mqtt.MqttChannel(link.broker, client, will, None)

@@ -6,6 +6,7 @@ retained desired state, computed from the store, so that a service killed at any
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import queue
 import threading
@@ -14,15 +15,16 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from edgekit.errors import EdgekitError, MessageError, TransferError
+from edgekit.errors import EdgekitError, MessageError, ResourceError, TransferError
 from edgekit.ota import messages
-from edgekit.ota.messages import BlockRequest, Desired, Hello, Report
+from edgekit.ota.messages import BlockRequest, Desired, Health, Hello, Report
 from edgekit.ota.server import publisher, repository
 from edgekit.ota.server.fleet import DeviceState, expect, fold
 from edgekit.ota.server.rollout import advance, live, wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from io import TextIOWrapper
     from pathlib import Path
 
     from edgekit.ota.channel import Arrival, Channel
@@ -53,11 +55,22 @@ class Service:
         self._reports: list[Arrival] = []  # taken but not yet in the store: kept while the disk refuses
         self._published: dict[str, bytes] = {}
         self._refresh_at = float("-inf")
+        self._lock: TextIOWrapper | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="edgekit-fleet", daemon=True)
 
     def start(self) -> Service:
-        """Subscribe and work in a thread of its own until `stop`."""
+        """Subscribe and work in a thread of its own until `stop`.
+
+        Raises:
+            ResourceError: another service serves this folder; two would cut off each other's connection.
+        """
+        self._lock = (self.folder / ".service.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise ResourceError(f"another server serves {self.folder}", "stop it first") from error
         self.subscribe()
         self._thread.start()
         return self
@@ -67,6 +80,8 @@ class Service:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
+        if self._lock is not None:
+            self._lock.close()
 
     def subscribe(self) -> None:
         """Ask the channel for every device's hello, reports and block requests."""
@@ -149,7 +164,8 @@ class Service:
             if (new.boot, new.online) != (old.boot, old.online):
                 self._published.pop(report.device, None)  # say again what it should run: a broker may have forgotten
             return
-        self.store.remember(report.device, arrival.payload, now)
+        if not isinstance(report, Health):  # those come every minute and are only worth their last figures
+            self.store.remember(report.device, arrival.payload, now)
         if new.outcome != old.outcome:
             self.store.note(new.deployment, f"{new.id} {new.outcome}{': ' if new.reason else ''}{new.reason}", now)
 
