@@ -240,6 +240,8 @@ OPERATORS: dict[str, Operator] = {
     "sigmoid_hard": lambda v: (v["x"] * v["alpha"] + v["beta"]).clamp(0, 1),
     "silu": lambda v: v["x"] * v["x"].sigmoid(),
     "softmax": lambda v: v["x"].softmax(v["axis"]),
+    "split": lambda v: list(v["x"].split(v["split_sizes"], v["axis"])),
+    "squeeze": lambda v: v["x"].squeeze(tuple(v["axes"])),
     "sub": lambda v: v["x"] - v["y"],
     "tanh": lambda v: v["x"].tanh(),
     "transpose": lambda v: v["x"].permute(v["perm"]),

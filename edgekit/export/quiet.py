@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,11 +23,13 @@ def silence() -> Iterator[None]:
     logging.disable(logging.ERROR)
     kept = (os.dup(1), os.dup(2))
     try:
-        with tempfile.TemporaryFile() as nowhere, warnings.catch_warnings():
+        with tempfile.TemporaryFile("w") as nowhere, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
-            yield
+            # Python's own streams need not write to 1 and 2: click and pytest put others in their place.
+            with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

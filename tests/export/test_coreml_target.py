@@ -1,0 +1,156 @@
+"""Core ML: the package computes the model, holds integer weights, and differs in no byte between two runs."""
+
+import dataclasses
+
+import msgspec
+import numpy as np
+import pytest
+from fakes.exportable import tiny_model, with_plan
+
+pytest.importorskip("coremltools", reason="needs the export extra")
+
+from edgekit import device_profiles, plugins
+from edgekit.errors import ExportError, UsageError
+from edgekit.export import PACKAGE, mil
+from edgekit.model import OnnxNetwork
+from edgekit.plan import QuantizationPlan
+from edgekit.progress import silent
+
+EXPORTER = plugins.load(PACKAGE, "coreml", "format")
+
+
+def write(model, folder, **options):
+    profile = device_profiles.load("iphone-15")
+    profile = msgspec.structs.replace(profile, options={**profile.options, **options})
+    folder.mkdir(exist_ok=True)
+    return EXPORTER.export(model, profile, folder, silent)
+
+
+def computed(model, folder, **options):
+    artifact = write(model, folder, **options)
+    inputs = model.data.calibration.head(4).inputs
+    return EXPORTER.evaluate(folder / artifact.main, inputs)["scores"], model.network.run(inputs)["scores"]
+
+
+def test_the_package_lists_its_files_and_nothing_random(tiny_int8, tmp_path):
+    first = write(tiny_int8, tmp_path / "a")
+    second = write(tiny_int8, tmp_path / "b")
+    assert first == second
+    assert first.main == "model.mlpackage/Manifest.json"
+    for path in first.files:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
+    assert len(first.files) == 3
+
+
+def test_weights_are_bytes(tiny, tiny_int8, tmp_path):
+    weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+    write(tiny, tmp_path / "half")
+    write(tiny_int8, tmp_path / "int8")
+    program = mil._read(tmp_path / "int8" / "model.mlpackage")
+    assert len(program.find_ops(op_type="constexpr_affine_dequantize")) == 4
+    assert (tmp_path / "int8" / weights).stat().st_size < (tmp_path / "half" / weights).stat().st_size
+
+
+def test_a_layer_the_plan_leaves_out_stays_float(tmp_path):
+    write(with_plan(tiny_model(), weights=["down.weight"]), tmp_path)
+    program = mil._read(tmp_path / "model.mlpackage")
+    assert len(program.find_ops(op_type="constexpr_affine_dequantize")) == 1
+
+
+def test_a_weight_only_plan_is_what_core_ml_holds(tiny_int8, tmp_path):
+    plan = QuantizationPlan(8, "none", tiny_int8.plan.weights, {})
+    got, want = computed(dataclasses.replace(tiny_int8, plan=plan), tmp_path)
+    np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
+
+
+def test_fp32_compute_is_exact(tiny, tmp_path):
+    assert write(tiny, tmp_path / "a", precision="fp32").precision == "fp32"
+    got, want = computed(tiny, tmp_path / "b", precision="fp32")
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_core_ml_cannot_hold_is_refused(tiny, tiny_int8, tmp_path):
+    with pytest.raises(ExportError, match="no PyTorch network") as caught:
+        write(dataclasses.replace(tiny, network=OnnxNetwork(tmp_path / "m.onnx")), tmp_path)
+    assert "Python workload" in caught.value.hint
+    with pytest.raises(ExportError, match="no iOS 3"):
+        write(tiny, tmp_path, ios=3)
+    with pytest.raises(ExportError, match="4-bit"):
+        write(with_plan(tiny, bits=4), tmp_path)
+    ghost = msgspec.structs.replace(tiny_int8.plan, weights={"ghost.weight": tiny_int8.plan.weights["stem.weight"]})
+    with pytest.raises(ExportError, match=r"'ghost.weight'"):
+        write(dataclasses.replace(tiny_int8, plan=ghost), tmp_path)
+    with pytest.raises(UsageError, match="no data"):
+        write(dataclasses.replace(tiny, data=None), tmp_path)
+
+
+def test_an_operator_without_a_core_ml_form_is_named(tmp_path):
+    import torch
+
+    class Zeta(torch.nn.Module):
+        def forward(self, image):
+            return torch.special.zeta(image + 2, image + 1).mean((2, 3))
+
+    with pytest.raises(ExportError, match="zeta"):
+        write(tiny_model(Zeta()), tmp_path)
+
+
+def networks():
+    import torch
+    from torch import nn
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+            self.project = nn.Linear(8, 24)
+
+        def forward(self, image):
+            q, k, v = self.project(self.norm(image.flatten(1, 2))).split(8, dim=-1)
+            return (torch.softmax(q @ k.transpose(1, 2) / 3, -1) @ v).mean(1)
+
+    class Mixed(nn.Module):
+        def forward(self, image):
+            padded = nn.functional.pad(image, (1, 0, 2, 1))
+            mirrored = nn.functional.pad(image, (1, 1, 1, 1), mode="reflect")
+            pooled = torch.cat([nn.functional.max_pool2d(padded, 3, 2, 1), nn.functional.max_pool2d(mirrored, 2)], 1)[:, :, :4]
+            return torch.cat([pooled.sigmoid().mean((2, 3)), torch.tanh(padded).sum((2, 3)), (image - 2 * image).clamp(-1, 0.5).amax((2, 3))], 1)
+
+    return {
+        "activations": nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.SiLU(), nn.Hardsigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        "pooling": nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.MaxPool2d(2), nn.Flatten()),
+        "uneven average": nn.Sequential(nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.Flatten()),
+        "batch norm": nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(-1)),
+        "attention": Attention(),
+        "mixed": Mixed(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["activations", "pooling", "uneven average", "batch norm", "attention"])
+def test_the_interpreter_computes_what_pytorch_computes(name, tmp_path):
+    got, want = computed(tiny_model(networks()[name]), tmp_path, precision="fp32")
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_operator_the_interpreter_lacks_is_named(tmp_path, tiny, monkeypatch):
+    monkeypatch.delitem(mil.OPERATORS, "conv")
+    with pytest.raises(NotImplementedError, match="'conv'"):
+        computed(tiny, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pad", "options", "want"),
+    [
+        ([0, 0, 1, 2], {}, (1, 2, 7, {})),
+        ([1, 1, 2, 0], {"mode": "reflect"}, None),
+        ([0, 0, 1, 0, 0, 1], {"mode": "constant", "constant_val": 5.0}, None),
+    ],
+)
+def test_padding_follows_numpy(pad, options, want):
+    import torch
+
+    x = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+    pairs = [(0, 0)] * (3 - len(pad) // 2) + [tuple(pad[i : i + 2]) for i in range(0, len(pad), 2)]
+    kind = {"mode": options["mode"]} if options.get("mode") == "reflect" else {"constant_values": options.get("constant_val", 0)}
+    got = mil._pad({"x": torch.from_numpy(x), "pad": pad, **options}).numpy()
+    np.testing.assert_array_equal(got, np.pad(x, pairs, **kind))

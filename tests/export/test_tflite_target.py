@@ -1,0 +1,112 @@
+"""LiteRT: channel-last inputs described by ports, int8 inside and float outside, ranges that no average shrinks."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from fakes.exportable import tiny_model, with_plan
+
+pytest.importorskip("litert_torch", reason="needs the export extra")
+
+from edgekit import device_profiles, plugins
+from edgekit.errors import ExportError, UsageError
+from edgekit.export import PACKAGE
+from edgekit.export.quiet import silence
+from edgekit.export.targets import tflite
+from edgekit.model import OnnxNetwork
+from edgekit.plan import QuantizationPlan
+from edgekit.progress import silent
+
+EXPORTER = plugins.load(PACKAGE, "tflite", "format")
+
+
+def write(model, folder):
+    return EXPORTER.export(model, device_profiles.load("pixel-8"), folder, silent)
+
+
+def details(path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    with silence():
+        interpreter = Interpreter(str(path), experimental_preserve_all_tensors=True)
+        interpreter.allocate_tensors()
+    return interpreter
+
+
+def test_pictures_are_channel_last_and_the_port_says_how(tiny, tmp_path):
+    artifact = write(tiny, tmp_path)
+    (port,) = artifact.inputs
+    assert (port.name, port.axes, artifact.batch) == ("image", (0, 2, 3, 1), 1)
+    assert details(tmp_path / artifact.main).get_input_details()[0]["shape"].tolist() == [1, 8, 8, 3]
+
+
+def test_a_plan_makes_bytes_inside_and_leaves_floats_outside(tiny_int8, tmp_path):
+    interpreter = details(tmp_path / write(tiny_int8, tmp_path).main)
+    ends = interpreter.get_input_details() + interpreter.get_output_details()
+    assert {d["dtype"] for d in ends} == {np.float32}
+    assert sum(d["dtype"] is np.int8 for d in interpreter.get_tensor_details()) > 8
+
+
+def test_ranges_are_the_extremes_of_all_samples_not_a_moving_average(tiny_int8, tmp_path):
+    images = np.full((20, 3, 8, 8), 0.5, np.float32)
+    images[7, 0, 0, 0] = 4.0  # one sample of twenty; a moving average with weight 0.05 would keep 0.7 of it
+    split = dataclasses.replace(tiny_int8.data.calibration, inputs={"image": images}, labels=None)
+    model = dataclasses.replace(tiny_int8, data=dataclasses.replace(tiny_int8.data, calibration=split))
+    interpreter = details(tmp_path / write(model, tmp_path).main)
+    scales = [d["quantization"][0] for d in interpreter.get_tensor_details() if d["shape"].tolist() == [1, 8, 8, 3]]
+    assert max(scales) == pytest.approx(4.0 / 255, rel=1e-3)
+
+
+def test_two_samples_ranges_join():
+    one = {"x": {"min": np.array([1.0]), "max": np.array([2.0])}, "only": {"min": np.zeros(1)}}
+    other = {"x": {"min": np.array([0.0]), "max": np.array([1.5])}}
+    joined = tflite._wider(one, other)
+    assert (joined["x"]["min"], joined["x"]["max"]) == ([0.0], [2.0])
+    assert "only" in joined
+
+
+def test_two_runs_give_the_same_bytes(tiny_int8, tmp_path):
+    write(tiny_int8, tmp_path)
+    first = (tmp_path / "model.tflite").read_bytes()
+    write(tiny_int8, tmp_path)
+    assert (tmp_path / "model.tflite").read_bytes() == first
+
+
+def test_a_weight_only_plan_shrinks_the_file(tmp_path):
+    import torch
+
+    wide = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    model = with_plan(tiny_model(wide))
+    only = dataclasses.replace(model, plan=QuantizationPlan(8, "none", model.plan.weights, {}))
+    write(dataclasses.replace(model, plan=None), tmp_path)
+    size = (tmp_path / "model.tflite").stat().st_size
+    write(only, tmp_path)
+    assert (tmp_path / "model.tflite").stat().st_size < 0.5 * size
+
+
+def test_what_litert_changes_of_the_plan_is_noted(tmp_path):
+    notes = write(with_plan(tiny_model(), granularity="tensor"), tmp_path).notes
+    assert any("4 weights are per channel here" in note for note in notes)
+
+
+def test_what_litert_cannot_hold_is_refused(tiny, tmp_path):
+    import torch
+
+    class Zeta(torch.nn.Module):
+        def forward(self, image):
+            return torch.special.zeta(image + 2, image + 1).mean((2, 3))
+
+    with pytest.raises(ExportError, match="no LiteRT form"):
+        write(tiny_model(Zeta()), tmp_path)
+    with pytest.raises(ExportError, match="no PyTorch network") as caught:
+        write(dataclasses.replace(tiny, network=OnnxNetwork(tmp_path / "m.onnx")), tmp_path)
+    assert "Python workload" in caught.value.hint
+    with pytest.raises(ExportError, match="4-bit"):
+        write(with_plan(tiny, bits=4), tmp_path)
+    with pytest.raises(UsageError, match="no data"):
+        write(dataclasses.replace(tiny, data=None), tmp_path)
+
+
+def test_the_converters_say_nothing(tiny_int8, tmp_path, capfd):
+    write(tiny_int8, tmp_path)
+    assert capfd.readouterr() == ("", "")
