@@ -82,7 +82,8 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path):
+def world(tmp_path, monkeypatch):
+    monkeypatch.setattr("edgekit.ota.server.service.TICK_SECONDS", 0.0)
     world = World(tmp_path / "fleet")
     yield world
     world.service.stop()
@@ -303,3 +304,17 @@ def test_what_comes_faster_than_it_can_be_taken_is_dropped_and_counted(world, mo
     time.sleep(0.2)
     world.settle()
     assert (world.service.counts["reports"], world.service.counts["dropped"]) == (3, 3)
+
+
+def test_block_requests_alone_do_not_make_the_service_look_at_every_device(world, monkeypatch):
+    monkeypatch.setattr("edgekit.ota.server.service.TICK_SECONDS", 60.0)
+    world.add("pi-1", script=None)
+    looks = []
+    monkeypatch.setattr(world.service, "_look", lambda: looks.append(1))
+    device = world.devices["pi-1"]
+    request = messages.encode(BlockRequest(path="metadata/1.root.json", offset=0, length=10))
+    for _ in range(20):
+        device.channel.publish(device.topic("request"), request, reply_to=device.topic("blocks"), correlation=b"c")
+    world.settle()
+    assert world.service.counts["blocks"] == 20
+    assert looks == []

@@ -54,7 +54,7 @@ class Service:
         self._waiting: queue.Queue[Arrival] = queue.Queue(MAX_WAITING)
         self._reports: list[Arrival] = []  # taken but not yet in the store: kept while the disk refuses
         self._published: dict[str, bytes] = {}
-        self._refresh_at = float("-inf")
+        self._refresh_at = self._next_look = float("-inf")
         self._lock: TextIOWrapper | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="edgekit-fleet", daemon=True)
@@ -93,6 +93,12 @@ class Service:
         if len(self._reports) < BATCH:
             for arrival in self._drain(wait):
                 self._sort(arrival)
+        # Block requests come by the hundred during a wave; only news or the tick is worth a look at every device.
+        if self._reports or time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + TICK_SECONDS
+            self._look()
+
+    def _look(self) -> None:
         now = self.clock()
         changed: dict[str, DeviceState] = {}
         with self.store.transaction():
