@@ -141,7 +141,7 @@ class ChannelFetcher:
         raise TransferError(
             f"no answer for {question.request.path} at byte {question.request.offset} after "
             f"{self._patience.attempts} tries of {self._patience.seconds:g} s",
-            "see that the fleet server runs: edgekit ota serve",
+            "see that the fleet server runs: edgekit ota server",
         )
 
     def _forget(self, question: _Question) -> None:
