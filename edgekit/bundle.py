@@ -52,8 +52,11 @@ def seal(folder: Path, draft: Manifest, sources: Mapping[str, Path | bytes]) -> 
     The same draft and bytes give the same digest anywhere.
 
     Raises:
-        BundleError: the draft uses a file that ``sources`` lacks.
+        BundleError: a path of ``sources`` is unsafe, or the draft uses a file that ``sources`` lacks. Nothing was written.
     """
+    # Before the first write: a path such as ../x or /etc/x would land outside the folder.
+    unread = tuple(FileEntry(path=relative, size=0, sha256="0" * 64) for relative in sorted(sources))
+    manifests.decode(manifests.encode(msgspec.structs.replace(draft, files=unread)))
     with new_folder(folder) as scratch:
         for relative, source in sources.items():
             target = scratch / relative

@@ -1,0 +1,196 @@
+"""A manifest from anywhere: what decodes is safe and complete, and encodes to the same bytes again."""
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgekit import manifest as manifests
+from edgekit.errors import BundleError, UnknownName
+from edgekit.manifest import (
+    Classification,
+    FileEntry,
+    Golden,
+    ImagePreprocess,
+    Manifest,
+    Parity,
+    Port,
+    Step,
+    Variant,
+)
+from edgekit.tensors import TensorSpec
+
+ZERO = "0" * 64
+
+
+def entry(path="m/model.onnx", **changes):
+    return FileEntry(**{"path": path, "size": 3, "sha256": ZERO, **changes})
+
+
+def variant(name="x86-64", path="m/model.onnx", **changes):
+    parity = Parity(status="checked", samples=8, sqnr_db=40.0, min_sqnr_db=10.0)
+    return Variant(**{"name": name, "format": "onnx", "precision": "int8", "main": path, "files": (path,), "parity": parity, **changes})
+
+
+def manifest(**changes):
+    return Manifest(**{"name": "tiny", "version": "1", "task": "tensor", "variants": (variant(),), "files": (entry(),), **changes})
+
+
+def document(**changes):
+    return {**json.loads(manifests.encode(manifest())), **changes}
+
+
+def decode(value):
+    return manifests.decode(json.dumps(value).encode())
+
+
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def whole(draw):
+    names = draw(st.lists(NAMES, min_size=1, max_size=4, unique=True))
+    return manifest(
+        name=draw(NAMES),
+        version=draw(st.text(max_size=10)),
+        task=draw(st.sampled_from(["tensor", "classification", "text-generation"])),
+        inputs=tuple(TensorSpec(n, "float32", draw(st.tuples(st.integers(-1, 9), st.integers(-1, 9)))) for n in names),
+        preprocess=draw(st.none() | st.builds(ImagePreprocess, input=NAMES, resize=st.integers(1, 8192), crop=st.just(8))),
+        postprocess=draw(st.none() | st.builds(Classification, output=NAMES, labels=st.tuples(st.text(max_size=9)))),
+        variants=tuple(
+            variant(n, inputs=(Port(name=n, key="args_0", dtype="float32", axes=(0, 2, 3, 1)),),
+                    parity=Parity(status="unverified", reason=draw(st.text(max_size=9)), sqnr_db=draw(st.none() | FINITE)))
+            for n in names
+        ),
+        golden=Golden(prompts=draw(st.lists(st.tuples(st.text(max_size=9), st.text(max_size=9)), max_size=2).map(tuple))),
+        lineage=(Step(name="prune", options={"ratio": draw(FINITE), "on": True, "n": 3}, measured={"top1": draw(FINITE)}),),
+    )  # fmt: skip
+
+
+@given(whole())
+def test_decode_undoes_encode_and_encoding_is_canonical(value):
+    data = manifests.encode(value)
+    assert manifests.decode(data) == value
+    assert manifests.encode(manifests.decode(data)) == data
+    assert manifests.digest(manifests.decode(data)) == manifests.digest(value)
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused_with_one_kind_of_error(data):
+    with pytest.raises(BundleError):
+        manifests.decode(data)
+
+
+@given(st.binary(min_size=1, max_size=4), st.integers(0))
+def test_a_manifest_with_noise_inside_decodes_or_is_refused(noise, at):
+    data = bytearray(manifests.encode(manifest()))
+    at %= len(data)
+    data[at : at + len(noise)] = noise
+    try:
+        manifests.decode(bytes(data))
+    except BundleError as error:
+        assert error.exit_code == 7
+
+
+PATHS = ["/etc/passwd", "../up", "a/../b", "a/..", "..", ".", "a//b", "a/", "./a", ".hidden", "", "a\\b", "a\n", "a\0b", "x" * 301,
+         "manifest.json", "a/./b"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_unsafe_path_is_refused(path):
+    files = [msgspec.to_builtins(entry()), {"path": path, "size": 1, "sha256": ZERO}]
+    with pytest.raises(BundleError):
+        decode(document(files=files))
+
+
+@given(st.text(max_size=12))
+def test_a_path_that_is_accepted_stays_inside_the_folder(path):
+    from pathlib import PurePosixPath
+
+    try:
+        decode(document(files=[msgspec.to_builtins(entry()), {"path": path, "size": 1, "sha256": ZERO}]))
+    except BundleError:
+        return
+    pure = PurePosixPath("/bundle") / path
+    assert pure.is_relative_to("/bundle")
+    assert ".." not in pure.parts
+    assert str(pure) == f"/bundle/{path}"
+
+
+def test_a_file_listed_twice_is_refused():
+    with pytest.raises(BundleError, match="lists a file twice"):
+        decode(document(files=[msgspec.to_builtins(entry())] * 2))
+
+
+def test_a_variant_named_twice_is_refused():
+    with pytest.raises(BundleError, match="names a variant twice"):
+        decode(document(variants=[msgspec.to_builtins(variant())] * 2))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"variants": [msgspec.to_builtins(variant(path="other"))]},
+        {"golden": {"inputs": {"x": "other"}}},
+        {"golden": {"outputs": {"x": "other"}}},
+        {"variants": [{**msgspec.to_builtins(variant()), "files": ["m/model.onnx", "other"]}]},
+    ],
+)
+def test_a_file_that_is_used_but_not_listed_is_named(changes):
+    with pytest.raises(BundleError, match="uses 'other' but does not list it"):
+        decode(document(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": 2},
+        {"surprise": 1},
+        {"variants": []},
+        {"name": "../x"},
+        {"name": "x" * 101},
+        {"task": "magic"},
+        {"files": [{"path": "m/model.onnx", "size": -1, "sha256": ZERO}]},
+        {"files": [{"path": "m/model.onnx", "size": 1, "sha256": "abc"}]},
+        {"files": [{"path": "m/model.onnx", "size": 1, "sha256": "A" * 64}]},
+        {"preprocess": {"input": "x", "resize": 0, "crop": 8}},
+        {"preprocess": {"input": "x", "resize": 8, "crop": 1 << 40}},
+    ],
+)
+def test_what_the_format_does_not_know_is_refused(changes):
+    with pytest.raises(BundleError, match="no manifest of format 1"):
+        decode(document(**changes))
+
+
+def test_a_manifest_beyond_the_bound_is_refused_before_it_is_parsed():
+    with pytest.raises(BundleError, match="more than"):
+        manifests.decode(b" " * (manifests.MAX_MANIFEST_BYTES + 1))
+
+
+def test_more_files_than_the_bound_are_refused():
+    files = [msgspec.to_builtins(entry(f"f{n}")) for n in range(10_001)]
+    with pytest.raises(BundleError):
+        decode(document(files=files))
+
+
+def test_an_unknown_variant_offers_the_nearest():
+    with pytest.raises(UnknownName) as caught:
+        manifest().variant("x86_64")
+    assert "x86-64" in caught.value.hint
+
+
+def test_shared_and_unclaimed_files_belong_to_every_variant():
+    paths = ("one", "two", "shared", "golden.npy")
+    value = manifest(
+        files=tuple(entry(p) for p in paths),
+        variants=(
+            variant("a", "one", files=("one", "shared")),
+            variant("b", "two", files=("two", "shared")),
+        ),
+    )
+    assert {e.path for e in value.files_of("a")} == {"one", "shared", "golden.npy"}
+    assert {e.path for e in value.files_of("b")} == {"two", "shared", "golden.npy"}
+    assert {e.path for e in value.files_of(None)} == set(paths)
