@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from contextlib import contextmanager
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from edgekit.errors import MissingExtra, UnknownName
@@ -32,6 +31,8 @@ def extra(name: str) -> Iterator[None]:
 
 def names(package: str) -> list[str]:
     """List the plugins of ``package`` (its files and its entry points) without importing any."""
+    from importlib.metadata import entry_points  # slow to import: a tenth of what `edgekit --help` takes
+
     folder = importlib.import_module(package).__path__
     own = {m.name for m in pkgutil.iter_modules(folder) if not m.name.startswith("_")}
     return sorted(own | {point.name for point in entry_points(group=package)})
@@ -44,6 +45,8 @@ def load(package: str, name: str, kind: str) -> object:
         UnknownName: neither a file nor an entry point has that name.
         MissingExtra: the plugin's own file needs a package that is not installed.
     """
+    from importlib.metadata import entry_points
+
     if name not in names(package):
         raise UnknownName(kind, name, names(package))
     for point in entry_points(group=package, name=name):

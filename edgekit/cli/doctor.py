@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from importlib import metadata
 
 import msgspec
 
@@ -90,6 +89,8 @@ def COMMAND(terminal: Terminal) -> None:  # noqa: N802  # the name by which the 
 
 def find_extras() -> list[Extra]:
     """Read edgekit's extras and look up every package they would install."""
+    from importlib import metadata
+
     try:
         requirements = metadata.requires("edgekit") or []
     except metadata.PackageNotFoundError:  # run from a folder that was never installed
@@ -134,6 +135,8 @@ def _reach(direct: dict[str, list[str]], name: str) -> list[str]:
 
 
 def _look_up(name: str, wanted: str) -> Package:
+    from importlib import metadata
+
     try:
         return Package(name, wanted, metadata.version(name))
     except metadata.PackageNotFoundError:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edgekit.cli import cli, doctor
+from edgekit.cli import cli
 from edgekit.cli.doctor import ENABLES, Extra, Package, find_extras
 from edgekit.device_profiles import machine
 
@@ -35,7 +35,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
             raise metadata.PackageNotFoundError(name)
         return "99.0"
 
-    monkeypatch.setattr(doctor.metadata, "version", absent)
+    monkeypatch.setattr(metadata, "version", absent)
     done = CliRunner().invoke(cli, ["doctor"])
     assert done.exit_code == 0
     assert "onnx lacks onnxruntime" in done.stdout
@@ -65,7 +65,7 @@ def test_doctor_runs_where_edgekit_was_never_installed(monkeypatch):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor.metadata, "requires", absent)
+    monkeypatch.setattr(metadata, "requires", absent)
     done = CliRunner().invoke(cli, ["doctor"])
     assert done.exit_code == 0
     assert "pip install -e ." in done.stderr
