@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ def play(story: Story, shop: Workshop, whole: Bundle, small: Bundle) -> None:
     for old in ("fleet", "devices"):
         shutil.rmtree(shop.out / old, ignore_errors=True)
     with cast.running(shop.out / "fleet", shop.out / "devices", picture, samples) as fleet:
-        _first_release(story, fleet, whole)
+        _first_release(story, fleet, whole, picture)
         marks["tampered"] = fleet.now()
         name = _tampered(story, fleet, whole, small)
         marks["v2"] = fleet.now()
@@ -53,7 +54,7 @@ def play(story: Story, shop: Workshop, whole: Bundle, small: Bundle) -> None:
     _nothing_failed(story, fleet, {"v1 fp32": whole.digest, "v2 int8": small.digest}, marks)
 
 
-def _first_release(story: Story, fleet: Fleet, whole: Bundle) -> None:
+def _first_release(story: Story, fleet: Fleet, whole: Bundle, picture: bytes) -> None:
     story.chapter("A fleet of six gets its first model, signed, over MQTT")
     story.tell("pi-1 is a process of its own with an HTTP server; pi-2 to pi-6 run in threads. The broker is embedded.")
     fleet.publish(whole, LIMITS)
@@ -63,6 +64,7 @@ def _first_release(story: Story, fleet: Fleet, whole: Bundle) -> None:
     fleet.wait("pi-1 answers over HTTP", lambda: bool(fleet.requests))
     label, share = fleet.requests[-1].labels[0]
     story.tell(f"pi-1 sees the photograph of a cat: {label}, {share:.0%} sure.")
+    story.show("Chelsea, as pi-1 was asked about her", plots.picture(picture))
 
 
 def _tampered(story: Story, fleet: Fleet, whole: Bundle, small: Bundle) -> str:
@@ -148,25 +150,21 @@ def _bad_release(story: Story, shop: Workshop, fleet: Fleet, small: Bundle) -> N
     story.check("the canary rolled back to v2 by itself", ", ".join(rolled_back) or "nobody", holds=bool(rolled_back))
     fleet.wait("the canary serves v2", lambda: _running(fleet, small) == 6)
     untouched = 6 - len(halted.assigned)
-    story.check(
-        "the rollout halted in its canary wave", f"{untouched} of 6 devices never saw v3; {halted.reason}",
-        holds=halted.wave == 0 and untouched >= 4,
-    )  # fmt: skip
+    seen = f"{untouched} of 6 devices never saw v3; {halted.reason}"
+    story.check("the rollout halted in its canary wave", seen, holds=halted.wave == 0 and untouched >= 4)
     story.check("every device serves v2", f"{_running(fleet, small)} of 6", holds=_running(fleet, small) == 6)
 
 
 def _nothing_failed(story: Story, fleet: Fleet, versions: dict[str, str], marks: dict[str, float]) -> None:
     failed, total = fleet.failed_requests(), len(fleet.requests) + fleet.others
-    story.check(
-        "not one request failed in the whole story", f"{len(failed)} of {total:,} failed{': ' if failed else ''}{''.join(failed[:1])}",
-        holds=not failed and total > 200,
-    )  # fmt: skip
+    seen = f"{len(failed)} of {total:,} failed{': ' if failed else ''}{''.join(failed[:1])}"
+    story.check("not one request failed in the whole story", seen, holds=not failed and total > 200)
     names = {digest: name for name, digest in versions.items()}
     points: dict[str, list[tuple[float, float]]] = {}
     for request in fleet.requests:
         if not request.error:
             points.setdefault(names.get(request.digest, "v3 bad"), []).append((request.at, request.ms))
-    story.plot(
+    story.show(
         "Every request to pi-1: its latency over HTTP, coloured by the version that answered",
         plots.timeline(points, marks),
     )
@@ -190,7 +188,9 @@ def _shifted(model: Model) -> Model:
     """Return the model with the rows of its classifier moved by one, as a wrong class list would."""
     if not isinstance(model.network, TorchNetwork):
         raise UsageError(f"{model.name} is no PyTorch network")
-    module = copy.deepcopy(model.network.module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch copies its own graphs with a deprecated call
+        module = copy.deepcopy(model.network.module)
     state = module.state_dict()
     for name in [n for n in state if n.endswith(("_fc.weight", "_fc.bias"))]:
         state[name] = state[name].roll(1, 0)

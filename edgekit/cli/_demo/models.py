@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import edgekit
 from edgekit import device_profiles, workload
+from edgekit.cli._demo import plots
 from edgekit.compress import compress, evaluate
 from edgekit.compress import recipe as recipes
 from edgekit.errors import UsageError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from edgekit.bundle import Bundle
     from edgekit.cli._demo.story import Story
     from edgekit.model import Data, Model
+    from edgekit.runtime.measure import Measurement
 
 MIB = 1 << 20
 CLASSES = ("raspberry-pi-5", "jetson-orin-nano", "iphone-15", "pixel-8", "x86-64")
@@ -145,9 +147,7 @@ def five_classes(story: Story, shop: Workshop) -> tuple[Bundle, Bundle]:
 def _compare_sizes(story: Story, whole: Bundle, small: Bundle) -> None:
     sizes = {"fp32 ONNX": _bytes(whole, whole.manifest.variants[0].files) / MIB}
     sizes |= {f"int8 {v.format}, {v.name}": _bytes(small, v.files) / MIB for v in small.manifest.variants}
-    from edgekit.cli._demo import plots
-
-    story.plot("File size for each hardware class", plots.bars(sizes, "MiB"))
+    story.show("File size for each hardware class", plots.bars(sizes, "MiB"))
     share = sizes["int8 onnx, raspberry-pi-5"] / sizes["fp32 ONNX"]
     story.check("int8 takes at most 0.30 of fp32's bytes", f"{share:.3f}", holds=share <= 0.30)
 
@@ -163,18 +163,20 @@ def side_by_side(story: Story, whole: Bundle, small: Bundle) -> None:
     rows = [
         (
             m.precision,
-            f"{m.p50_ms:.2f}",
-            f"{m.p90_ms:.2f}",
-            f"{m.p99_ms:.2f}",
-            f"{m.per_second:.0f}",
-            f"{m.load_ms:.0f}",
-            f"{m.rss_mib:.0f}",
+            *(f"{ms:.2f}" for ms in _percentiles(m).values()),
+            *(f"{n:.0f}" for n in (m.per_second, m.load_ms, m.rss_mib)),
         )
         for m in (first, second)
     ]
     story.table(["model", "p50 ms", "p90 ms", "p99 ms", "images/s", "load ms", "RSS MiB"], rows)
+    times = {f"{m.precision} {name}": value for m in (first, second) for name, value in _percentiles(m).items()}
+    story.show("Latency of one picture, one thread", plots.bars(times, "ms"))
     story.tell("One thread, taking turns in short rounds, each in a process of its own.")
     story.check("int8 answers in at most 0.65 of fp32's median time", f"{second.ratio:.2f}", holds=second.ratio <= 0.65)
+
+
+def _percentiles(measured: Measurement) -> dict[str, float]:
+    return {"p50": measured.p50_ms, "p90": measured.p90_ms, "p99": measured.p99_ms}
 
 
 def _bytes(bundle: Bundle, files: tuple[str, ...]) -> int:

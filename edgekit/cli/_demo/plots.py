@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from typing import TYPE_CHECKING
 
@@ -25,19 +26,6 @@ def bars(values: Mapping[str, float], unit: str) -> str:
         axes.text(values[name], i, f" {values[name]:.3g}", va="center", fontsize=9)
     axes.set_xlabel(unit)
     axes.margins(x=0.12)
-    return _svg(figure)
-
-
-def cumulative(samples: Mapping[str, Sequence[float]], unit: str) -> str:
-    """Draw the share of requests answered within a time, one curve a name."""
-    figure, axes = _figure(7.0, 2.8)
-    for i, (name, values) in enumerate(samples.items()):
-        ordered = sorted(values)
-        share = [100 * (k + 1) / len(ordered) for k in range(len(ordered))]
-        axes.step(ordered, share, where="post", color=PALETTE[i % 6], label=name)
-    axes.set_xlabel(unit)
-    axes.set_ylabel("% of requests")
-    axes.legend(frameon=False)
     return _svg(figure)
 
 
@@ -73,3 +61,14 @@ def _svg(figure: Figure) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def picture(data: bytes, width: int = 360) -> str:
+    """Return a photograph as an HTML image that carries its own bytes, made smaller."""
+    with extra("device"):
+        from PIL import Image
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image.thumbnail((width, width))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -6,10 +6,10 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from edgekit.cli._demo.story import Table
+from edgekit.cli._demo.story import Check, Figure, Table
 
 if TYPE_CHECKING:
-    from edgekit.cli._demo.story import Chapter, Check, Story
+    from edgekit.cli._demo.story import Chapter, Story
 
 
 def page(story: Story, seconds: float, machine: str) -> str:
@@ -20,27 +20,30 @@ def page(story: Story, seconds: float, machine: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>edgekit demo</title><style>{style}</style></head><body>"
-        f"<h1>From a checkpoint to a healthy fleet</h1><p>{verdict}; {seconds:.0f} seconds on {escape(machine)}.</p>"
-        f"{body}<h2>What was claimed and seen</h2>{_checks(story.checks)}</body></html>\n"
+        f"<h1>From a checkpoint to a healthy fleet</h1><p>{len(story.checks)} claims, {verdict}; "
+        f"{seconds:.0f} seconds on {escape(machine)}.</p>{body}</body></html>\n"
     )
 
 
 def _chapter(number: int, chapter: Chapter) -> str:
-    parts = "".join(_table(p) if isinstance(p, Table) else f"<p>{escape(p)}</p>" for p in chapter.parts)
-    plots = "".join(f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for text, svg in chapter.plots)
-    return f"<h2>{number}. {escape(chapter.title)} <small>{chapter.seconds:.0f} s</small></h2>{parts}{plots}"
+    parts = "".join(map(_part, chapter.parts))
+    return f"<h2>{number}. {escape(chapter.title)} <small>{chapter.seconds:.0f} s</small></h2>{parts}"
+
+
+def _part(part: str | Table | Check | Figure) -> str:
+    if isinstance(part, Table):
+        return _table(part)
+    if isinstance(part, Check):
+        kind, mark = ("good", "&#10004;") if part.holds else ("bad", "&#10008; DID NOT HOLD:")
+        return (
+            f'<p class="check"><b class="{kind}">{mark}</b> {escape(part.claim)} <small>{escape(part.seen)}</small></p>'
+        )
+    if isinstance(part, Figure):
+        return f"<figure>{part.html}<figcaption>{escape(part.caption)}</figcaption></figure>"
+    return f"<p>{escape(part)}</p>"
 
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{escape(c)}</th>" for c in table.columns)
     rows = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row) + "</tr>" for row in table.rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _checks(checks: list[Check]) -> str:
-    rows = "".join(
-        f"<tr><td class={'good' if c.holds else 'bad'}>{'held' if c.holds else 'DID NOT HOLD'}</td>"
-        f"<td>{escape(c.claim)}</td><td>{escape(c.seen)}</td></tr>"
-        for c in checks
-    )
-    return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'

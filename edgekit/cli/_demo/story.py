@@ -29,13 +29,20 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True)
+class Figure:
+    """Something to look at in the report: a piece of HTML (SVG or an image) and its caption."""
+
+    html: str
+    caption: str
+
+
 @dataclass
 class Chapter:
-    """A heading, its prose, tables and plots (SVG), in the order they were told."""
+    """A heading, and what was told, in order."""
 
     title: str
-    parts: list[str | Table] = field(default_factory=list)
-    plots: list[tuple[str, str]] = field(default_factory=list)
+    parts: list[str | Table | Check | Figure] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -66,14 +73,15 @@ class Story:
         self.chapters[-1].parts.append(table)
         self.terminal.table(table.columns, table.rows)
 
-    def plot(self, caption: str, svg: str) -> None:
-        """Keep a plot for the report."""
-        self.chapters[-1].plots.append((caption, svg))
+    def show(self, caption: str, html: str) -> None:
+        """Keep a plot or a picture for the report."""
+        self.chapters[-1].parts.append(Figure(html, caption))
 
     def check(self, claim: str, seen: object, *, holds: bool) -> None:
         """State a claim with what was really seen; a claim that does not hold makes the demo fail."""
         check = Check(claim, bool(holds), str(seen))
         self.checks.append(check)
+        self.chapters[-1].parts.append(check)
         mark = "✔" if check.holds else "✘"
         self.terminal.say(f"  {mark} {claim} ({check.seen})")
 
