@@ -152,9 +152,8 @@ def test_empty_prompt_is_a_400(echo):
 def test_tensor_model_refuses_a_chat(tmp_path):
     bundles.null_bundle(tmp_path / "b", name="pictures")
     host = Host(edgekit.load(tmp_path / "b"))
-    with serve_in_thread(host) as running:
-        with pytest.raises(openai.BadRequestError, match="is no language model"):
-            client_of(running.url).chat.completions.create(model="pictures", messages=USER)
+    with serve_in_thread(host) as running, pytest.raises(openai.BadRequestError, match="is no language model"):
+        client_of(running.url).chat.completions.create(model="pictures", messages=USER)
     host.close()
 
 

@@ -133,6 +133,8 @@ def _open_xllamacpp(main: Path, threads: int, context: int) -> GgufEngine:
     settings.api_keys = [secrets.token_hex(16)]
     try:
         server = xllamacpp.Server(settings)
+        # Deleting a server whose loop has not begun waits forever (seen in 2026.10): an answer proves that it has.
+        server.handle_completions({"prompt": "a", "max_tokens": 1})
     except RuntimeError as error:
         raise HealthError(f"llama.cpp refuses {main.name}: {error}", "the file is damaged or too new") from error
 
