@@ -82,9 +82,7 @@ def _tampered(story: Story, fleet: Fleet, whole: Bundle, small: Bundle) -> str:
     reason = fleet.devices()[refused[0]].reason if refused else "nobody refused it"
     story.check("the tampered v2 was refused", f"{', '.join(refused)}: {reason}", holds=bool(refused))
     story.check("every device still serves v1", f"{_running(fleet, whole)} of 6", holds=_running(fleet, whole) == 6)
-    story.tell(
-        f"The rollout stopped by itself: {fleet.rollout(name).reason}. The operator restores the file and resumes."
-    )
+    story.tell(f"The rollout halted: {fleet.rollout(name).reason}. The operator restores the file and resumes.")
     _overwrite(blob, genuine)
     fleet.store.change(name, rollouts.resume, time.time())
     return name
