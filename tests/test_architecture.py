@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "_examples" not in path.pa
 LIGHT = ("edgekit.runtime", "edgekit.ota.device", "edgekit.ota.messages", "edgekit.bundle", "edgekit.device_profiles")
 WORKSTATION = {
     "torch", "onnx", "onnxscript", "torch_pruning", "transformers", "coremltools", "litert_torch",
-    "edgekit.model", "edgekit.workload", "edgekit.compress", "edgekit.export", "edgekit.ota.server",
+    "edgekit.model", "edgekit.workload", "edgekit.datasets", "edgekit.compress", "edgekit.export", "edgekit.ota.server",
 }  # fmt: skip
 PLUGIN_FOLDERS = ("edgekit.compress.passes", "edgekit.export.targets", "edgekit.runtime.backends")
 EMPTY_WORDS = {"utils", "util", "common", "base", "manager", "helper", "helpers", "handler", "misc"}
@@ -57,6 +58,13 @@ def test_importing_edgekit_brings_no_third_party_package():
     assert {name.partition(".")[0] for name in done.stdout.split()} <= {"edgekit", *sys.stdlib_module_names}
 
 
+def test_every_room_has_its_layer():
+    contracts = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layered = {name.strip() for line in contracts[0]["layers"] for name in line.split("|")}
+    rooms = {f"edgekit.{m.name}" for m in pkgutil.iter_modules(edgekit.__path__) if not m.name.startswith("_")}
+    assert layered == rooms
+
+
 @pytest.mark.parametrize("folder", PLUGIN_FOLDERS)
 def test_the_last_line_of_a_plugin_is_its_plugin(folder):
     for info in pkgutil.iter_modules(importlib.import_module(folder).__path__):
@@ -82,7 +90,8 @@ def test_modules_are_nouns_of_the_domain():
 
 
 def test_every_module_opens_with_what_it_knows():
-    assert [relative(path) for path in FILES if not ast.get_docstring(ast.parse(path.read_text()))] == []
+    opening = {relative(path): ast.get_docstring(ast.parse(path.read_text())) or "" for path in FILES}
+    assert [name for name, text in opening.items() if len(text) < 20] == []
 
 
 def test_functions_are_short():
