@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -39,7 +40,7 @@ MAX_SAMPLES = 128
 class Saved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The file ``model.json`` of a saved model."""
 
-    version: int = 1
+    version: Literal[1] = 1
     name: str
     task: Task
     inputs: tuple[TensorSpec, ...]
@@ -225,7 +226,9 @@ def _read_checkpoint(path: Path, module: torch.nn.Module) -> dict[str, torch.Ten
         raise UsageError(
             f"{path} is no checkpoint: {first_line(error)}", "give .safetensors, or .pt with weights only"
         ) from error
-    state = state.get("state_dict", state)
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise UsageError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not tensors by name")
     state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     _refuse_misfit(path, state, module.state_dict())
     return state
@@ -244,6 +247,7 @@ def _broken_file_errors() -> tuple[type[Exception], ...]:
         OSError,
         AttributeError,
         pickle.UnpicklingError,
+        zipfile.BadZipFile,
         SafetensorError,
     )
 
@@ -293,7 +297,11 @@ def _load_onnx(path: Path, data: Data | None) -> Model:
         data=data,
         inputs=tuple(_onnx_spec(i) for i in session.get_inputs()),
         outputs=tuple(_onnx_spec(o) for o in session.get_outputs()),
-        lineage=(Step(name="load", options={"source": path.name, "checkpoint": _sha256(path)}),),
+        lineage=(
+            Step(
+                name="load", options={"source": path.name, "checkpoint": hashlib.sha256(_whole_onnx(path)).hexdigest()}
+            ),
+        ),
     )
 
 
@@ -304,6 +312,16 @@ def _onnx_spec(value: object) -> TensorSpec:
     kind = str(value.type).removeprefix("tensor(").removesuffix(")")  # type: ignore[attr-defined]  # NodeArg is untyped
     shape = tuple(n if isinstance(n, int) else DYNAMIC for n in value.shape)  # type: ignore[attr-defined]  # the same
     return TensorSpec(str(value.name), _ONNX_DTYPES.get(kind, kind), shape)  # type: ignore[attr-defined]  # the same
+
+
+def _whole_onnx(path: Path) -> bytes:
+    """Return an ONNX file as one piece, with the weights that lie in files beside it."""
+    with extra("onnx"):
+        import onnx
+    proto = onnx.load(path, load_external_data=False)
+    if not any(onnx.external_data_helper.uses_external_data(tensor) for tensor in proto.graph.initializer):
+        return path.read_bytes()
+    return bytes(onnx.load(path).SerializeToString(deterministic=True))
 
 
 def _load_folder(folder: Path, data: Data | None) -> Model:
@@ -329,7 +347,7 @@ def _load_saved(folder: Path, data: Data | None) -> Model:
         if data is None and (folder / "samples.npz").exists():
             with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
                 data = Data(Split(dict(arrays)), preprocess=saved.preprocess, labels=saved.labels)
-    except (msgspec.DecodeError, ValueError, OSError) as error:
+    except (msgspec.DecodeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{folder} is damaged: {first_line(error)}", "run edgekit compress again") from error
     return Model(
         name=saved.name,
@@ -359,7 +377,7 @@ def _load_network(folder: Path, saved: Saved) -> TorchNetwork | OnnxNetwork:
 
 def _save_network(model: Model, folder: Path) -> None:
     if isinstance(model.network, OnnxNetwork):
-        (folder / "model.onnx").write_bytes(model.network.path.read_bytes())
+        (folder / "model.onnx").write_bytes(_whole_onnx(model.network.path))
         return
     import torch
 

@@ -62,5 +62,6 @@ def onnx_file():
 
     path = checkpoint().parent / "digits.onnx"
     program = workload.trace(quantized())
-    torch.onnx.export(program, f=path, dynamo=True, input_names=["image"], output_names=["scores"], verbose=False)
+    names = {"input_names": ["image"], "output_names": ["scores"]}
+    torch.onnx.export(program, f=path, dynamo=True, external_data=False, verbose=False, **names)
     return path
