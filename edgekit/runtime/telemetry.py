@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -49,7 +50,7 @@ class Telemetry:
 
     def answered(self, seconds: float) -> None:
         """Count an answer and how long it took."""
-        slot = next((i for i, bound in enumerate(BUCKETS) if seconds <= bound), len(BUCKETS))
+        slot = bisect_left(BUCKETS, seconds)
         with self._lock:
             self._requests += 1
             self._window.append(seconds)
