@@ -1,5 +1,5 @@
 # Two commands set everything up: `make demo` and `make test`. Each makes the virtual environment if there is none.
-#   PYTHON=python3.12       another interpreter (3.11 or later)
+#   PYTHON=python3.12       which interpreter; else the first of 3.11 or later that works
 #   VENV=.venv              where the environment lies; one that exists is used
 #   TORCH_INDEX=<index>     an index of CPU wheels of torch, where plain pip would fetch a CUDA build
 #   PYTEST='tests/cli -x'   what `make test` hands to pytest; anything given lifts the coverage bar
@@ -9,7 +9,7 @@
 .PHONY: help demo test check bench clean mosquitto
 
 VENV ?= .venv
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3 || echo python3)
+PYTHON ?=
 TORCH_INDEX ?=
 PYTEST ?=
 JOBS ?= 1

