@@ -6,7 +6,7 @@ import hashlib
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgekit import bundle
 from edgekit.errors import HealthError, MessageError
@@ -18,6 +18,9 @@ from edgekit.ota.device.update import Device, update
 from edgekit.ota.messages import Block, BlockRequest, Desired
 from edgekit.ota.release import Limits
 from edgekit.ota.server import publisher, repository
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 FLEET = "lab"

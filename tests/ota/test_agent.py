@@ -305,6 +305,33 @@ def test_bug_in_the_serving_does_not_end_the_agent(town):
     eventually(lambda: town.heard(Installed).version == 2)
 
 
+@pytest.mark.parametrize(("bugs", "end"), [(1, Installed), (2, RolledBack)])
+def test_probation_that_a_bug_cut_short_is_taken_up_again_but_not_for_ever(town, bugs, end):
+    one, two = town.fleet.publish(1), town.fleet.publish(2)
+
+    class Buggy(Serving):
+        bugs = 0
+        passed = 0
+
+        def probation(self, release):
+            if self.bugs:
+                self.bugs -= 1
+                raise ZeroDivisionError("a bug")
+            self.passed += 1
+            return super().probation(release)
+
+    serving = Buggy()
+    town.agent(serving)
+    town.want(one)
+    town.heard(Installed)
+    serving.bugs = bugs
+    town.want(two, "d2")
+    eventually(lambda: town.heard(end).deployment == "d2")
+    assert serving.passed == (2 if end is Installed else 1)
+    assert serving.active == (two if end is Installed else one).bundle
+    assert town.state().trial is None
+
+
 def test_unmeasurable_values_do_not_spoil_the_report(town):
     class Odd(Serving):
         def probation(self, release):
@@ -382,7 +409,7 @@ def test_device_that_restarts_again_and_again_in_a_probation_goes_back(tmp_path)
     device, one, two = on_trial(Fleet(tmp_path / "f"), tmp_path / "d", Serving(), starts=1)
     word = recover(device)
     assert isinstance(word, RolledBack)
-    assert "restarted twice" in word.reason
+    assert "interrupted twice" in word.reason
     assert device.serving.active == one.bundle
     assert ("activate", two.bundle) not in device.serving.calls
 

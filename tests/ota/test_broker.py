@@ -1,6 +1,7 @@
 """The embedded broker: on the loopback interface only, and honest about a port that is taken."""
 
 import socket
+from pathlib import Path
 
 import pytest
 from fakes.fleets import eventually
@@ -28,7 +29,8 @@ def test_broker_listens_on_the_loopback_interface_only_and_is_gone_afterwards():
         channel.subscribe("a", got.append)
         eventually(lambda: (channel.publish("a", b"x"), got)[1])
         channel.close()
-        listening = [line.split()[1] for line in open("/proc/net/tcp") if f":{port:04X} 00000000:0000" in line]
+        lines = Path("/proc/net/tcp").read_text().splitlines()
+        listening = [line.split()[1] for line in lines if f":{port:04X} 00000000:0000" in line]
         assert listening == [f"0100007F:{port:04X}"]
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), 1)

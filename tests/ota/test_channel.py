@@ -37,7 +37,7 @@ def test_message_reaches_every_subscriber_whose_pattern_covers_the_topic(connect
         one.publish("f/a/b", published)
         return exact and plus and rest
 
-    eventually(lambda: seen(), 10)
+    eventually(seen, 10)
     assert {a.payload for a in [*exact, *plus, *rest]} == {published}
     assert other == []
 
@@ -69,7 +69,7 @@ def test_request_is_answered_with_its_own_correlation_data(connect):
         asker.publish("ask", payload, reply_to="answers/asker", correlation=f"c{number}".encode())
         return len(answers) > 5
 
-    eventually(lambda: all_answered())
+    eventually(all_answered)
     assert all(a.payload == asked[a.correlation][::-1] for a in answers)
 
 

@@ -197,7 +197,7 @@ def test_server_that_never_answers_is_named_after_bounded_tries(broker, tmp_path
     asked = []
     broker.connect("watcher").subscribe(messages.topic(FLEET, "pi-1", "request"), asked.append)
     one = fetcher(broker, Patience(window=4, seconds=0.05, attempts=4))
-    with pytest.raises(TransferError, match="no answer for blobs/.* after 4 tries") as caught:
+    with pytest.raises(TransferError, match=r"no answer for blobs/.* after 4 tries") as caught:
         download(one, ENTRY, tmp_path / "m")
     assert "edgekit ota serve" in caught.value.hint
     assert len({a.correlation for a in asked}) == 1

@@ -1,6 +1,6 @@
 """What only a real network shows: brokers that are away, die in the middle, refuse, or speak TLS."""
 
-import datetime
+import datetime as dt
 import ipaddress
 import threading
 
@@ -34,9 +34,11 @@ def test_address_that_is_none_is_a_usage_error(url):
 
 
 def test_broker_that_wants_a_password_is_named_as_refusing_us(tmp_path):
-    with Mosquitto(tmp_path, ["allow_anonymous false"]) as broker:
-        with pytest.raises(TransferError, match=r"(?i)refused us: not authorized"):
-            mqtt.connect(broker.url, "pi", patience=1.0)
+    with (
+        Mosquitto(tmp_path, ["allow_anonymous false"]) as broker,
+        pytest.raises(TransferError, match=r"(?i)refused us: not authorized"),
+    ):
+        mqtt.connect(broker.url, "pi", patience=1.0)
 
 
 def test_channel_outlives_a_restart_of_the_broker(tmp_path):
@@ -109,7 +111,7 @@ def test_broker_restart_in_the_middle_of_a_download_costs_no_byte_twice(tmp_path
 
 def authority(folder):
     """Make a CA and certificates for the broker and a device, as PEM files."""
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     made = {}
 
     def certificate(name, signer=None):
@@ -122,8 +124,8 @@ def authority(folder):
             .issuer_name(issuer)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_before(now - dt.timedelta(days=1))
+            .not_valid_after(now + dt.timedelta(days=1))
             .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
             .add_extension(
                 x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
@@ -185,7 +187,11 @@ def test_queue_that_is_full_is_a_transfer_error_and_no_endless_memory(tmp_path):
     with Mosquitto(tmp_path) as broker:
         channel = mqtt.connect(broker.url, "one")
         broker.stop()
-        with pytest.raises(TransferError, match="messages to .* wait already"):
+
+        def flood():
             for _ in range(2 * mqtt.QUEUE_LENGTH):
                 channel.publish("a", b"x")
+
+        with pytest.raises(TransferError, match=r"messages to .* wait already"):
+            flood()
         channel.close()

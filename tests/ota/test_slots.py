@@ -1,6 +1,7 @@
 """Killed anywhere, the device comes up with the old bundle or the new one, whole, and the update then completes."""
 
 import os
+import shutil
 
 import pytest
 from fakes.fleets import NOW, PROFILE, Fleet, Serving, install, wish
@@ -169,10 +170,10 @@ def whole(device):
 def test_kill_at_any_step_of_an_update_leaves_the_old_or_the_new_bundle_whole(fleet, tmp_path, fail_at):
     one, two = fleet.publish(1), fleet.publish(2)
     points = 0
+    install(fleet, fleet.device(tmp_path / "before"), one)
     for at in range(1, 300):
-        device = fleet.device(tmp_path / f"device-{at}")
-        install(fleet, device, one)
-        device.serving.fail_at = fail_at
+        shutil.copytree(tmp_path / "before", tmp_path / f"device-{at}")
+        device = fleet.device(tmp_path / f"device-{at}", Serving(one.bundle, fail_at=fail_at))
 
         if not run_and_kill(lambda device=device: install(fleet, device, two, deployment="d2"), at):
             break
@@ -210,12 +211,13 @@ def test_kill_at_any_step_of_the_first_installation_leaves_nothing_or_the_whole_
 
 def test_kill_during_recovery_is_recovered_from(fleet, tmp_path):
     one, two = fleet.publish(1), fleet.publish(2)
+    before = fleet.device(tmp_path / "before")
+    install(fleet, before, one)
+    install(fleet, before, two, deployment="d2")
+    slots.save(before.state, slots.on_trial(slots.load(before.state), Trial(deployment="d2", attempt=1)))
     for at in range(1, 100):
+        shutil.copytree(before.state, tmp_path / f"device-{at}")
         device = fleet.device(tmp_path / f"device-{at}")
-        install(fleet, device, one)
-        install(fleet, device, two, deployment="d2")
-        state = slots.load(device.state)
-        slots.save(device.state, slots.on_trial(state, Trial(deployment="d2", attempt=1)))
         killed = run_and_kill(lambda device=device: recover(device), at)
         recover(device)
         assert whole(device) in (one, two)

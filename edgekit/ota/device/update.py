@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 MAX_TRIES = 3
 """So often may one release be rolled back on this device before it is not tried again."""
 MAX_STARTS = 1
-"""So often may the device start anew during a probation; once more is a crash loop."""
+"""So often may a probation be taken up again after a restart or a bug; once more is a crash loop."""
 
 
 class Serving(Protocol):
@@ -84,8 +84,10 @@ def update(device: Device, desired: Desired, fetcher: Fetcher, now: datetime, pr
     Raises:
         TransferError, ResourceError, BundleError, OSError: the bytes did not come or do not fit; call again.
     """
+    if slots.load(device.state).trial is not None:
+        recover(device)  # something cut a probation short: nothing is installed before it is settled
     state = slots.load(device.state)
-    if state.outcome is not None and _same_wish(state.outcome, desired) and state.trial is None:
+    if state.outcome is not None and _same_wish(state.outcome, desired):
         return state.outcome
     if state.rolled_back.get(desired.release, 0) >= MAX_TRIES:
         reason = f"rolled back {MAX_TRIES} times on this device: it is not tried again"
@@ -101,9 +103,9 @@ def update(device: Device, desired: Desired, fetcher: Fetcher, now: datetime, pr
 
 
 def recover(device: Device) -> Outcome | None:
-    """Bring into service what the pointer names, after a start; settle a probation that a kill cut short.
+    """Bring into service what the pointer names, after a start; settle a probation that was cut short.
 
-    A damaged bundle, one that does not come up, or a second restart in its probation gives way to the one before.
+    A damaged bundle, one that does not come up, or a probation cut short twice gives way to the one before.
     Returns a report where that settled something.
     """
     state = slots.load(device.state)
@@ -212,7 +214,7 @@ def _serve_what_is_left(device: Device, state: State) -> None:
 def _one_more_start(device: Device, state: State) -> State:
     assert state.trial is not None  # noqa: S101  # the caller asked
     if state.trial.starts >= MAX_STARTS:
-        raise HealthError("the device restarted twice during the probation")
+        raise HealthError("the probation was interrupted twice")
     trial = slots.Trial(deployment=state.trial.deployment, attempt=state.trial.attempt, starts=state.trial.starts + 1)
     state = slots.on_trial(state, trial)
     slots.save(device.state, state)
