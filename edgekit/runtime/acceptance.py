@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgekit import bundle
 from edgekit.errors import BundleError, EdgekitError, HealthError, ResourceError, UsageError, from_os
 from edgekit.plugins import extra
 from edgekit.runtime.backends import Sampling
 from edgekit.runtime.memory import rss_mib
-from edgekit.runtime.opening import load
+from edgekit.runtime.opening import load, read_manifest
 from edgekit.runtime.session import Session, TextSession
 from edgekit.runtime.telemetry import percentile
 
@@ -50,7 +49,7 @@ def check(folder: Path, variant: str | None = None, threads: int = 0) -> dict[st
     started = time.perf_counter()
     with load(folder, variant=variant, threads=threads) as session:
         measured = {"load_ms": 1000 * (time.perf_counter() - started)}
-        golden = bundle.read(folder, session.variant.name).manifest.golden
+        golden = read_manifest(folder).golden
         if isinstance(session, Session):
             expected = session.variant.expected
             outputs = expected.outputs if expected else golden.outputs

@@ -34,7 +34,7 @@ def load(path: str | Path, *, variant: str | None = None, threads: int = 0) -> S
         HealthError: the engine refuses the file.
     """
     folder = Path(path)
-    manifest = _peek(folder)
+    manifest = read_manifest(folder)
     missing: MissingExtra | None = None
     for candidate, choice in candidates(folder, manifest, variant):
         checked = bundle.read(folder, candidate.name)
@@ -114,7 +114,13 @@ def contract_of(manifest: Manifest, digest: str) -> Contract:
     )
 
 
-def _peek(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """Read a bundle's manifest without checking its files.
+
+    Raises:
+        UsageError: there is no bundle at that path.
+        BundleError: it is no manifest.
+    """
     path = folder / bundle.MANIFEST
     if not path.is_file():
         raise UsageError(f"{folder} is no bundle: it has no {bundle.MANIFEST}", "make one with: edgekit export")
