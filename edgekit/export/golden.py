@@ -6,6 +6,7 @@ Knows no format. The reference is the compressed float model, before any plan is
 from __future__ import annotations
 
 import io
+import re
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,7 +23,7 @@ from edgekit.runtime.backends import EngineOptions, Sampling
 from edgekit.tensors import DYNAMIC
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from edgekit.tensors import Array
@@ -96,10 +97,18 @@ def golden_of(reference: Reference, variants: Sequence[Variant], folder: Path) -
     if reference.contract.task == "text-generation":
         return Golden(prompts=_prompts(reference.contract, variants, folder)), {}
     samples = reference.inputs.head(GOLDEN_SAMPLES).inputs
-    inputs = {name: (f"golden/inputs/{name}.npy", array) for name, array in samples.items()}
-    outputs = {n: (f"golden/outputs/{n}.npy", a[:GOLDEN_SAMPLES]) for n, a in reference.outputs.items()}
-    files = {path: _npy(array) for path, array in [*inputs.values(), *outputs.values()]}
-    return Golden(inputs={n: p for n, (p, _) in inputs.items()}, outputs={n: p for n, (p, _) in outputs.items()}), files
+    golden = Golden(inputs=_paths("golden/inputs", samples), outputs=_paths("golden/outputs", reference.outputs))
+    files = {path: _npy(samples[name]) for name, path in golden.inputs.items()}
+    files |= {path: _npy(reference.outputs[name][:GOLDEN_SAMPLES]) for name, path in golden.outputs.items()}
+    return golden, files
+
+
+def _paths(folder: str, names: Iterable[str]) -> dict[str, str]:
+    """Name a file after each tensor; a tensor's name that is no file name, as ``input/0:1``, gets its number."""
+    return {
+        name: f"{folder}/{name if re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}', name) else f'tensor {number}'}.npy"
+        for number, name in enumerate(names)
+    }
 
 
 def expected_of(variant: Variant, outputs: Mapping[str, Array], folder: Path) -> Expected:
@@ -108,7 +117,7 @@ def expected_of(variant: Variant, outputs: Mapping[str, Array], folder: Path) ->
     Integer kernels agree across machines but for the last bit of a rounding; the limit leaves room for a few of those
     and none for saturation, which costs more than 20 dB.
     """
-    paths = {name: f"golden/expected/{variant.name}/{name}.npy" for name in outputs}
+    paths = _paths(f"golden/expected/{variant.name}", outputs)
     (folder / "golden" / "expected" / variant.name).mkdir(parents=True)
     for name, path in paths.items():
         (folder / path).write_bytes(_npy(outputs[name][:GOLDEN_SAMPLES]))

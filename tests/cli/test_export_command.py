@@ -28,10 +28,8 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(saved):
-    code, out, err = edgekit(
-        "export", saved, "--target", "x86-64", "--target", "jetson-orin-nano", "-o", saved.parent / "b", "--name", "digits",
-        "--version", "3",
-    )  # fmt: skip
+    targets = ("--target", "x86-64", "--target", "jetson-orin-nano")
+    code, out, err = edgekit("export", saved, *targets, "-o", saved.parent / "b", "--name", "digits", "--version", "3")
     assert code == 0, err
     return saved.parent / "b", out, err
 
@@ -45,7 +43,9 @@ def test_export_shows_a_table_with_what_was_proved(exported):
 
 
 def test_one_failure_keeps_the_rest_and_sets_the_exit_code(saved, tmp_path):
-    code, out, err = edgekit("export", saved, "--target", "llama-cpp", "--target", "x86-64", "-o", tmp_path / "b", "--json")
+    code, out, err = edgekit(
+        "export", saved, "--target", "llama-cpp", "--target", "x86-64", "-o", tmp_path / "b", "--json"
+    )
     assert code == 5
     document = json.loads(out)
     assert document["digest"] == bundle.read(tmp_path / "b").digest
@@ -76,7 +76,7 @@ def test_all_failures_write_nothing(saved, tmp_path):
 )
 def test_a_wrong_call_is_exit_code_2_with_a_hint(saved, tmp_path, words, told):
     words = [str(saved) if w == "SAVED" else w for w in words]
-    code, out, err = edgekit("export", *words, "-o", tmp_path / "b")
+    code, _out, err = edgekit("export", *words, "-o", tmp_path / "b")
     assert code == 2, err
     assert told in err
     assert "Traceback" not in err

@@ -112,21 +112,28 @@ def networks():
     class Mixed(nn.Module):
         def forward(self, image):
             padded = nn.functional.pad(image, (1, 0, 2, 1))
-            mirrored = nn.functional.pad(image, (1, 1, 1, 1), mode="reflect")
-            pooled = torch.cat([nn.functional.max_pool2d(padded, 3, 2, 1), nn.functional.max_pool2d(mirrored, 2)], 1)[:, :, :4]
-            return torch.cat([pooled.sigmoid().mean((2, 3)), torch.tanh(padded).sum((2, 3)), (image - 2 * image).clamp(-1, 0.5).amax((2, 3))], 1)
+            pooled = torch.cat(
+                [nn.functional.max_pool2d(padded, 3, 2, 1), nn.functional.avg_pool2d(padded, 3, 2, 1)], 1
+            )
+            scores = [
+                pooled.sigmoid().mean((2, 3)),
+                torch.tanh(padded).sum((2, 3)),
+                (image - 2 * image).mean((2, 3)) / 3,
+            ]
+            return torch.cat(scores, 1)
 
+    squashed = (nn.Conv2d(3, 4, 3), nn.GELU(), nn.SiLU(), nn.Hardsigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return {
-        "activations": nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.SiLU(), nn.Hardsigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        "activations": nn.Sequential(*squashed),
         "pooling": nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.MaxPool2d(2), nn.Flatten()),
         "uneven average": nn.Sequential(nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.Flatten()),
         "batch norm": nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(-1)),
         "attention": Attention(),
         "mixed": Mixed(),
-    }  # fmt: skip
+    }
 
 
-@pytest.mark.parametrize("name", ["activations", "pooling", "uneven average", "batch norm", "attention"])
+@pytest.mark.parametrize("name", ["activations", "pooling", "uneven average", "batch norm", "attention", "mixed"])
 def test_the_interpreter_computes_what_pytorch_computes(name, tmp_path):
     got, want = computed(tiny_model(networks()[name]), tmp_path, precision="fp32")
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
@@ -151,6 +158,10 @@ def test_padding_follows_numpy(pad, options, want):
 
     x = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
     pairs = [(0, 0)] * (3 - len(pad) // 2) + [tuple(pad[i : i + 2]) for i in range(0, len(pad), 2)]
-    kind = {"mode": options["mode"]} if options.get("mode") == "reflect" else {"constant_values": options.get("constant_val", 0)}
+    kind = (
+        {"mode": options["mode"]}
+        if options.get("mode") == "reflect"
+        else {"constant_values": options.get("constant_val", 0)}
+    )
     got = mil._pad({"x": torch.from_numpy(x), "pad": pad, **options}).numpy()
     np.testing.assert_array_equal(got, np.pad(x, pairs, **kind))

@@ -128,3 +128,50 @@ def test_an_unknown_format_fails_its_target_with_the_known_ones(tiny, tmp_path):
     odd = msgspec.structs.replace(device_profiles.load("x86-64"), formats=("onxx",))
     row = export(tiny, [odd], tmp_path / "bundle").rows[0]
     assert "onnx" in row.error.hint
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", "golden", "-x", "x" * 101])
+def test_a_name_that_is_no_file_name_is_refused_before_any_work(tiny, tmp_path, name):
+    odd = msgspec.structs.replace(device_profiles.load("x86-64"), name=name)
+    with pytest.raises(UsageError, match="cannot name a bundle or target"):
+        export(tiny, [odd], tmp_path / "bundle")
+    if name:
+        with pytest.raises(UsageError, match="cannot name a bundle or target"):
+            export(tiny, profiles("x86-64"), tmp_path / "bundle", name=name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_with_names_that_are_no_file_names_get_golden_files_all_the_same(tmp_path):
+    from fakes import bundles
+
+    from edgekit.model import Data, Model, OnnxNetwork, Split
+    from edgekit.tensors import TensorSpec
+
+    names = ("input/../0:1", "a b/c")
+    (tmp_path / "odd.onnx").write_bytes(bundles.gemm_onnx(np.eye(3), names=names))
+    model = Model(
+        name="odd",
+        task="tensor",
+        network=OnnxNetwork(tmp_path / "odd.onnx"),
+        inputs=(TensorSpec(names[0], "float32", (-1, 3)),),
+        outputs=(TensorSpec(names[1], "float32", (-1, 3)),),
+        data=Data(Split({names[0]: np.eye(3, dtype=np.float32)})),
+    )
+    sealed = export(model, profiles("x86-64"), tmp_path / "bundle").bundle
+    opened = bundle.read(sealed.folder)
+    golden = opened.manifest.golden
+    assert np.array_equal(np.load(opened.path(golden.inputs[names[0]])), np.eye(3))
+    assert np.array_equal(np.load(opened.path(golden.outputs[names[1]])), np.eye(3))
+
+
+def test_what_a_checked_file_answered_travels_with_its_variant_only(sealed):
+    manifest = sealed.bundle.manifest
+    variant = manifest.variant("pixel-8")
+    path = variant.expected.outputs["scores"]
+    assert path in {f.path for f in manifest.files_of("pixel-8")}
+    assert path not in {f.path for f in manifest.files_of("x86-64")}
+    images = np.load(sealed.bundle.path(manifest.golden.inputs["image"]))
+    with runtime.load(sealed.bundle.folder, variant="pixel-8") as session:
+        got = session.run({"image": images})["scores"]
+    np.testing.assert_allclose(got, np.load(sealed.bundle.path(path)), atol=1e-5)
+    assert manifest.variant("iphone-15").expected is None

@@ -1,5 +1,6 @@
 """GGUF: names, row order and numbers survive; the real llama.cpp says what the float network says."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -69,7 +70,9 @@ def test_types_follow_the_rule():
 
 
 def test_biases_and_tied_embeddings_survive(tmp_path):
-    variant = only(seal(llama_folder(tmp_path / "m", attention_bias=True, tie_word_embeddings=True), tmp_path / "b", "f32"))
+    variant = only(
+        seal(llama_folder(tmp_path / "m", attention_bias=True, tie_word_embeddings=True), tmp_path / "b", "f32")
+    )
     assert variant.parity.sqnr_db > 150
 
 
@@ -93,7 +96,11 @@ def greedy(prompt, count):
     words = vocabulary.read(STORIES, 512)
     pieces = list("▁" + prompt.replace(" ", "▁"))
     while True:  # SentencePiece: merge the pair with the best score until none is a token
-        scored = [(words.scores[words.tokens.index(a + b)], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False)) if a + b in words.tokens]
+        scored = [
+            (words.scores[words.tokens.index(a + b)], -i)
+            for i, (a, b) in enumerate(itertools.pairwise(pieces))
+            if a + b in words.tokens
+        ]
         if not scored:
             break
         at = -max(scored)[1]
@@ -141,7 +148,7 @@ def test_a_damaged_folder_is_told(folder, tmp_path):
     with pytest.raises(UsageError, match="damaged"):
         list(llama.tensors(other, shape))
     (other / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match="no .safetensors"):
+    with pytest.raises(UsageError, match=r"no .safetensors"):
         list(llama.tensors(other, shape))
     (other / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="vocab_size"):
@@ -156,7 +163,7 @@ def workload_export(folder, tmp_path):
 
 
 def test_a_tensor_without_a_place_is_named(folder):
-    with pytest.raises(ExportError, match="'model.layers.0.moe.gate.weight'"):
+    with pytest.raises(ExportError, match=r"'model.layers.0.moe.gate.weight'"):
         llama.to_gguf("model.layers.0.moe.gate.weight", np.zeros((4, 4)), llama.read_shape(folder))
 
 
@@ -179,10 +186,12 @@ def test_llama2c_tokens_keep_scores_and_get_their_types(folder):
     assert (words.bos, words.eos) == (1, 2)
 
 
-@pytest.mark.parametrize("data", [b"\7\0\0\0\0\0\0\0\xff\xff\xff\x7fab", b"\7\0\0\0\0\0", b"\7\0\0\0\0\0\0\0\2\0\0\0\xff\xfe"])
+@pytest.mark.parametrize(
+    "data", [b"\7\0\0\0\0\0\0\0\xff\xff\xff\x7fab", b"\7\0\0\0\0\0", b"\7\0\0\0\0\0\0\0\2\0\0\0\xff\xfe"]
+)
 def test_a_damaged_llama2c_tokenizer_is_told(tmp_path, data):
     (tmp_path / "tokenizer.bin").write_bytes(data)
-    with pytest.raises(UsageError, match="no llama2.c tokenizer"):
+    with pytest.raises(UsageError, match=r"no llama2.c tokenizer"):
         vocabulary.read(tmp_path, 8)
 
 
@@ -253,8 +262,8 @@ def test_an_unknown_cut_or_model_or_numbering_is_refused(tmp_path):
 
 def test_merges_of_a_sentencepiece_tokenizer_become_scores_in_their_order(tmp_path):
     vocab = {"<unk>": 0, "<0x0A>": 1, "a": 2, "b": 3, "ab": 4, "abb": 5}
-    write_json(tmp_path, model={"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": [["a", "b"], ["ab", "b"]]},
-               added_tokens=[])  # fmt: skip
+    model = {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": [["a", "b"], ["ab", "b"]]}
+    write_json(tmp_path, model=model, added_tokens=[])
     words = vocabulary.read(tmp_path, 6)
     assert words.model == "llama"
     assert words.scores[4] > words.scores[5] > words.scores[2]

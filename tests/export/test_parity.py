@@ -126,4 +126,6 @@ def test_an_engine_that_is_not_installed_leaves_the_reason(tiny, tmp_path, monke
 
 def variant(fmt):
     unverified = Parity(status="unverified")
-    return Variant(name="x86-64", format=fmt, precision="fp32", main="model.onnx", files=("model.onnx",), parity=unverified)
+    return Variant(
+        name="x86-64", format=fmt, precision="fp32", main="model.onnx", files=("model.onnx",), parity=unverified
+    )

@@ -12,7 +12,7 @@ from edgekit.manifest import ImagePreprocess
 from edgekit.model import Data, Split
 from edgekit.plan import QuantizationPlan, Range, WeightRule
 
-LABELS = tuple("zero one two three four five six seven eight nine".split())
+LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def tiny_model(network=None, count=24):
@@ -58,7 +58,11 @@ def with_plan(model, *, bits=8, granularity="channel", weights=None):
     class Watch(torch.fx.Interpreter):
         def run_node(self, n):
             result = super().run_node(n)
-            if isinstance(result, torch.Tensor) and result.is_floating_point() and n.op in ("placeholder", "call_function"):
+            if (
+                isinstance(result, torch.Tensor)
+                and result.is_floating_point()
+                and n.op in ("placeholder", "call_function")
+            ):
                 found[n.name] = Range(float(result.min()), float(result.max()))
             return result
 
