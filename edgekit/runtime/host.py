@@ -235,7 +235,8 @@ class Host:
         return shadow
 
     def _observe(self, digest: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        if not all(map(_is_finite, outputs.values())):
+        # A client that sends NaN gets NaN: that is no fault of the model, and must not roll it back.
+        if not all(map(_is_finite, outputs.values())) and all(map(_is_finite, inputs.values())):
             telemetry = self._known.get(digest)
             if telemetry:
                 telemetry.saw_non_finite()

@@ -214,6 +214,12 @@ def test_outputs_that_are_not_finite_are_counted(tmp_path, value):
     assert host.statistics().non_finite == 1
 
 
+def test_a_caller_that_sends_nan_does_not_make_the_model_look_ill(load):
+    host = Host(load(0.0))
+    host.run({"image": np.full((1, 4), np.nan, np.float32)})
+    assert host.statistics().non_finite == 0
+
+
 def test_statistics_are_kept_by_digest_for_a_bounded_number_of_models(load):
     host = Host(load(0.0))
     first = host.digest

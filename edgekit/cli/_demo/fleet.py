@@ -46,7 +46,7 @@ def play(story: Story, shop: Workshop, whole: Bundle, small: Bundle) -> None:
         marks["tampered"] = fleet.now()
         name = _tampered(story, fleet, whole, small)
         marks["v2"] = fleet.now()
-        _under_load(story, fleet, name, whole, small)
+        _under_load(story, fleet, name, (whole, small))
         marks["replay"] = fleet.now()
         _replayed(story, fleet, small)
         marks["bad v3"] = fleet.now()
@@ -88,8 +88,9 @@ def _tampered(story: Story, fleet: Fleet, whole: Bundle, small: Bundle) -> str:
     return name
 
 
-def _under_load(story: Story, fleet: Fleet, name: str, whole: Bundle, small: Bundle) -> None:
+def _under_load(story: Story, fleet: Fleet, name: str, versions: tuple[Bundle, Bundle]) -> None:
     story.chapter("v2 (int8) arrives in two waves while requests keep flowing")
+    whole, small = versions
     before = len(fleet.requests)
     took = fleet.wait("the rollout is done", lambda: fleet.rollout(name).status == "done")
     fleet.wait("pi-1 answers with v2", lambda: fleet.requests[-1].digest == small.digest)
@@ -134,10 +135,8 @@ def _bad_release(story: Story, shop: Workshop, fleet: Fleet, small: Bundle) -> N
     story.tell(
         "The file computes exactly what its model computes, and every signature is right. Only live traffic can tell."
     )
-    wrong = models.bundle_of(
-        _shifted(workload.load(str(shop.out / "efficientnet-int8"))), [cast.CLASS], shop.out / "efficientnet-v3.edgekit",
-        version="3", name=cast.MODEL,
-    )  # fmt: skip
+    model, target = _shifted(workload.load(str(shop.out / "efficientnet-int8"))), shop.out / "efficientnet-v3.edgekit"
+    wrong = models.bundle_of(model, [cast.CLASS], target, version="3", name=cast.MODEL)
     fleet.publish(wrong, LIMITS)
     name = fleet.roll_out(3, (0.3, 1.0))
     fleet.wait("the rollout halts", lambda: fleet.rollout(name).status == "halted")
