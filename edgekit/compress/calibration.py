@@ -52,23 +52,32 @@ def runner(model: Model, samples: Split) -> Run:
     else:
         raise CompressionError(f"{model.name} cannot be calibrated: it is a folder of a language model")
 
+    whole, size = whole_batches(model, samples)
+
     def run(watch: Watch, progress: Progress) -> None:
         done = 0
-        for batch in samples.batches(batch_size(model)):
+        for batch in whole.batches(size):
             compute(batch, _checked(watch))
             done += len(batch)
-            progress("calibrate", done, len(samples))
+            progress("calibrate", done, len(whole))
 
     return run
 
 
-def batch_size(model: Model) -> int:
-    """Return how many samples the network takes at once: its fixed batch, else a good one.
+def whole_batches(model: Model, split: Split) -> tuple[Split, int]:
+    """Return how many samples the network takes at once, and the split without a remainder it would refuse.
 
-    A network with a fixed batch above one cannot compute a remainder: its split must be a multiple.
+    Raises:
+        CompressionError: the network has a fixed batch, and the split is smaller.
     """
     fixed = [spec.shape[0] for spec in model.inputs if spec.shape and spec.shape[0] > 0]
-    return fixed[0] if fixed else BATCH
+    if not fixed:
+        return split, BATCH
+    if len(split) < fixed[0]:
+        raise CompressionError(
+            f"{model.name} takes {fixed[0]} samples at once, a split has {len(split)}", "export it with a dynamic batch"
+        )
+    return split.head(len(split) - len(split) % fixed[0]), fixed[0]
 
 
 def _checked(watch: Watch) -> Watch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from edgekit.compress.calibration import batch_size
+from edgekit.compress.calibration import whole_batches
 from edgekit.compress.simulation import planned_network
 from edgekit.errors import CompressionError, InputError, UsageError
 from edgekit.model import LlamaFolder, OnnxNetwork, TorchNetwork, run_batched
@@ -44,7 +44,7 @@ def choices(network: Network, split: Split, batch: int = 16) -> Array:
 
 def score(model: Model, reference: Model, split: Split) -> tuple[str, float]:
     """Measure a model, its plan applied: ``top1`` where there are labels, else ``agreement`` with the reference."""
-    batch = batch_size(model)
+    split, batch = whole_batches(model, split)
     network = planned_network(model)
     try:
         if split.labels is not None:

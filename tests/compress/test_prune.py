@@ -158,3 +158,10 @@ def test_one_picture_is_not_enough_to_learn_from():
     model = replace(small(), data=Data(data.calibration, train=data.train.head(1)))
     with pytest.raises(CompressionError, match="1 sample"):
         Prune(ratio=0.5, epochs=1).apply(model, silent)
+
+
+def test_a_network_without_channels_to_cut_says_so():
+    images = np.zeros((2, 4), np.float32)
+    model = workload.from_module("plain", nn.Sequential(nn.Linear(4, 3)), Data(Split({"x": images})))
+    with pytest.raises(CompressionError, match="removes no channel"):
+        Prune(ratio=0.5, round_to=1, epochs=0).apply(model, silent)

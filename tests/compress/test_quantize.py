@@ -13,7 +13,7 @@ from edgekit.compress import compress, evaluate
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.recipe import Recipe, default
 from edgekit.compress.simulation import planned_network
-from edgekit.errors import CompressionError, UsageError
+from edgekit.errors import CompressionError, InputError, UsageError
 from edgekit.model import Data, LlamaFolder, Model, Split
 from edgekit.plan import Range, WeightRule
 from edgekit.progress import silent
@@ -242,3 +242,32 @@ def test_scores_without_classes_cannot_be_judged():
         compress(model, default())
     with pytest.raises(UsageError, match="needs labels"):
         evaluate.top1(model.network, Split({"x": images}))
+
+
+def fixed_batch(path, size):
+    onnx = pytest.importorskip("onnx")
+    proto = onnx.load(digits.onnx_file())
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = size
+    onnx.save(proto, path)
+    return workload.load(str(path), None, digits.example().data())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_onnx_file_with_a_fixed_batch_is_fed_in_that_size(tmp_path, size):
+    result = compress(fixed_batch(tmp_path / "m.onnx", size), default())
+    assert result.lineage[-1].measured["validation_top1"] > 0.95
+    near = digits.quantized().plan.activations["relu"].high
+    assert result.plan.activations["relu"].high == pytest.approx(near, rel=0.05)
+
+
+def test_a_split_smaller_than_the_fixed_batch_is_refused(tmp_path):
+    with pytest.raises(CompressionError, match="takes 200 samples at once, a split has 128"):
+        quantize(fixed_batch(tmp_path / "m.onnx", 200))
+
+
+def test_data_by_other_names_is_refused_where_no_loader_looked(tmp_path):
+    model = workload.load(str(digits.onnx_file()))
+    data = Data(Split({"picture": np.zeros((4, 1, 8, 8), np.float32)}))
+    with pytest.raises(InputError, match=r"the data has the inputs \['picture'\], the network takes \['image'\]"):
+        quantize(replace(model, data=data))
