@@ -81,12 +81,13 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
     reference = reference_of(model, name or model.name, version)
     with tempfile.TemporaryDirectory() as scratch:
         rows = tuple(
-            _export_one(model, _adapted(profile, precision), reference, Path(scratch), progress) for profile in profiles
+            _export_one(model, _adapted(profile, precision), reference, scratch=Path(scratch), progress=progress)
+            for profile in profiles
         )
         done = [row for row in rows if row.variant]
         if not done:
             return ExportResult(None, rows)
-        return ExportResult(_seal(model, reference, done, Path(scratch), folder), rows)
+        return ExportResult(_seal(model, reference, done, scratch=Path(scratch), folder=folder), rows)
 
 
 def _refuse_names(name: str, given: Sequence[str]) -> None:
@@ -116,7 +117,7 @@ def _adapted(profile: DeviceProfile, precision: str | None) -> DeviceProfile:
 
 
 def _export_one(
-    model: Model, profile: DeviceProfile, reference: Reference, scratch: Path, progress: Progress
+    model: Model, profile: DeviceProfile, reference: Reference, *, scratch: Path, progress: Progress
 ) -> TargetResult:
     progress(f"export {profile.name}", 0, 0)
     folder = scratch / profile.name
@@ -151,7 +152,7 @@ def _variant(profile: DeviceProfile, artifact: Artifact) -> Variant:
     )
 
 
-def _seal(model: Model, reference: Reference, rows: Sequence[TargetResult], scratch: Path, folder: Path) -> Bundle:
+def _seal(model: Model, reference: Reference, rows: Sequence[TargetResult], *, scratch: Path, folder: Path) -> Bundle:
     variants, sources = _stored_once([row.variant for row in rows if row.variant], scratch)
     golden, golden_files = golden_of(reference, variants, scratch)
     contract = reference.contract

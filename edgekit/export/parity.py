@@ -97,7 +97,7 @@ def check(exporter: Exporter, variant: Variant, folder: Path, reference: Referen
         outputs = exporter.evaluate(folder / variant.main, reference.inputs.inputs)
     except NotImplementedError as error:
         return Proof(Parity(status="unverified", reason=f"{missing}; {error}"))
-    return Proof(_judge(variant, reference, outputs, "evaluated", missing))
+    return Proof(_judge(variant, reference, outputs, "evaluated", reason=missing))
 
 
 def _has_engine(variant: Variant, reference: Reference) -> bool:
@@ -114,7 +114,7 @@ def _run(variant: Variant, folder: Path, reference: Reference) -> dict[str, Arra
 
 
 def _judge(
-    variant: Variant, reference: Reference, outputs: Mapping[str, Array], status: Status, reason: str = ""
+    variant: Variant, reference: Reference, outputs: Mapping[str, Array], status: Status, *, reason: str = ""
 ) -> Parity:
     limit = LIMITS[variant.precision]
     figures = measure(reference, outputs)

@@ -231,7 +231,7 @@ def _options(scheme: Scheme, plan: QuantizationPlan) -> dict[str, Any]:
     }
 
 
-def write_artifact(model: Model, profile: DeviceProfile, path: Path, scheme: Scheme, progress: Progress) -> Artifact:
+def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: Scheme, progress: Progress) -> Artifact:
     """Write the model as ONNX, quantized if it has a plan, and describe the file."""
     opset = int(profile.options.get("opset", 20))
     graph = float_graph(model, opset)

@@ -50,7 +50,7 @@ class GgufExporter:
         shape = llama.read_shape(source)
         words = vocabulary.read(source, shape.vocabulary)
         path = folder / "model.gguf"
-        types = _write(path, source, (model.name, precision), (shape, words), progress)
+        types = _write(path, source, (model.name, precision), (shape, words), progress=progress)
         return Artifact(
             main=path.name,
             files=(path.name,),
@@ -65,7 +65,7 @@ class GgufExporter:
 
 
 def _write(
-    path: Path, source: Path, title: tuple[str, str], parts: tuple[Shape, Vocabulary], progress: Progress
+    path: Path, source: Path, title: tuple[str, str], parts: tuple[Shape, Vocabulary], *, progress: Progress
 ) -> str:
     with extra("export"):
         import gguf

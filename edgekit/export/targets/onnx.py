@@ -33,7 +33,7 @@ class OnnxExporter:
         kind = str(profile.options.get("activations", "uint8"))
         if kind not in _SCHEMES:
             raise UsageError(f"{profile.name}: options.activations is {kind!r}", f"use {' or '.join(_SCHEMES)}")
-        return qdq.write_artifact(model, profile, folder / "model.onnx", _SCHEMES[kind], progress)
+        return qdq.write_artifact(model, profile, folder / "model.onnx", scheme=_SCHEMES[kind], progress=progress)
 
 
 PLUGIN: Exporter = OnnxExporter()

@@ -30,7 +30,7 @@ class TensorrtExporter:
             ExportError: an operator has no ONNX form, or the plan asks for other than 8 bits.
             MissingExtra: torch, onnx, onnxscript or onnxruntime is not installed.
         """
-        artifact = qdq.write_artifact(model, profile, folder / "model.onnx", qdq.SIGNED, progress)
+        artifact = qdq.write_artifact(model, profile, folder / "model.onnx", scheme=qdq.SIGNED, progress=progress)
         return replace(artifact, notes=(*artifact.notes, NOTE))
 
 
