@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from fakes import bundles
-from fakes.http import ask
+from fakes.requests_to import ask
 
 
 def start(*arguments):

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from fakes import bundles
-from fakes.http import ask, raw
+from fakes.requests_to import ask, raw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

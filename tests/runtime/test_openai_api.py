@@ -5,7 +5,7 @@ import time
 
 import pytest
 from fakes import bundles
-from fakes.http import ask, post_json
+from fakes.requests_to import ask, post_json
 
 import edgekit
 from edgekit.errors import HealthError

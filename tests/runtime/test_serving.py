@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from fakes import bundles
-from fakes.http import ask, post_json
+from fakes.requests_to import ask, post_json
 from PIL import Image
 
 import edgekit
