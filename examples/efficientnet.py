@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 SIZE = 224
 PREPROCESS = ImagePreprocess(input="image", resize=256, crop=SIZE, mean=(127.0,) * 3, std=(128.0,) * 3)
-CALIBRATION = ("rocket.jpg", "china.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
-VALIDATION = ("flower.jpg", "astronaut.png")
+CALIBRATION = ("astronaut.png", "rocket.jpg", "china.jpg", "motorcycle_left.png")
+VALIDATION = ("flower.jpg", "camera.png")
 TEST = ("chelsea.png", "coffee.png")
 """Photographs of one split appear in no other."""
 
