@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from edgekit.errors import InputError, UsageError
+from edgekit.errors import CompressionError, InputError, UsageError
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
@@ -136,13 +136,31 @@ class LlamaFolder:
             return {"logits": network(torch.as_tensor(inputs["input_ids"])).logits.numpy()}
 
 
+@dataclass(frozen=True)
+class GgufFile:
+    """A language model that is a GGUF file already: sealed as it stands, run by llama.cpp only."""
+
+    path: Path
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Refuse: only llama.cpp computes it.
+
+        Raises:
+            CompressionError: always; says what to give instead.
+        """
+        del inputs
+        raise CompressionError(
+            f"{self.path.name} is quantized already", "give the Hugging Face folder it was made from"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """What flows from load through compress to export. ``network`` holds float weights; ``plan`` says their bits."""
 
     name: str
     task: Task
-    network: TorchNetwork | OnnxNetwork | LlamaFolder
+    network: TorchNetwork | OnnxNetwork | LlamaFolder | GgufFile
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     data: Data | None = None

@@ -18,7 +18,7 @@ from edgekit.datasets import load_data, refuse_unfit
 from edgekit.durable import new_folder
 from edgekit.errors import CompressionError, UsageError
 from edgekit.manifest import ImagePreprocess, Step
-from edgekit.model import Data, LlamaFolder, Model, OnnxNetwork, Split, Task, TorchNetwork
+from edgekit.model import Data, GgufFile, LlamaFolder, Model, OnnxNetwork, Split, Task, TorchNetwork
 from edgekit.plan import QuantizationPlan
 from edgekit.plugins import extra
 from edgekit.sources import call, first_line, named_object
@@ -51,7 +51,7 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def load(source: str, checkpoint: Path | None = None, data: Data | None = None) -> Model:
-    """Read a model from ``file.py:build``, ``package.module:build``, ``.onnx``, or a folder.
+    """Read a model from ``file.py:build``, ``package.module:build``, ``.onnx``, ``.gguf``, or a folder.
 
     Raises:
         UsageError: nothing there, not readable, or the checkpoint does not fit the network.
@@ -73,8 +73,10 @@ def _load(source: str, checkpoint: Path | None, data: Data | None) -> Model:
         return _load_folder(path, data)
     if path.suffix == ".onnx":
         return _load_onnx(path, data)
+    if path.suffix == ".gguf":
+        return _load_gguf(path)
     raise UsageError(
-        f"{source!r} is no model", "give file.py:build, package.module:build, a .onnx file, or a model folder"
+        f"{source!r} is no model", "give file.py:build, package.module:build, a .onnx or .gguf file, or a model folder"
     )
 
 
@@ -322,6 +324,16 @@ def _whole_onnx(path: Path) -> bytes:
     if not any(onnx.external_data_helper.uses_external_data(tensor) for tensor in proto.graph.initializer):
         return path.read_bytes()
     return bytes(onnx.load(path).SerializeToString(deterministic=True))
+
+
+def _load_gguf(path: Path) -> Model:
+    if not path.is_file():
+        raise UsageError(f"there is no GGUF file at {path}")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UsageError(f"{path} is no GGUF file", "it begins with other bytes; fetch it again")
+    step = Step(name="load", options={"source": path.name, "checkpoint": _sha256(path)})
+    return Model(name=path.stem, task="text-generation", network=GgufFile(path), lineage=(step,))
 
 
 def _load_folder(folder: Path, data: Data | None) -> Model:

@@ -49,13 +49,14 @@ def COMMAND(terminal: Terminal, *, output: Path) -> None:  # noqa: N802  # the n
 
 
 def _tell(story: Story, output: Path) -> None:
-    from edgekit.cli._demo import fleet, models
+    from edgekit.cli._demo import fleet, language, models
 
     shop = models.Workshop(output.absolute(), _examples())
     shop.out.mkdir(parents=True, exist_ok=True)
     models.three_verbs(story, shop)
     whole, small = models.five_classes(story, shop)
     models.side_by_side(story, whole, small)
+    language.talk(story, shop)
     fleet.play(story, shop, whole, small)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edgekit.compress.calibration import whole_batches
 from edgekit.compress.simulation import planned_network
 from edgekit.errors import CompressionError, InputError, UsageError
-from edgekit.model import LlamaFolder, OnnxNetwork, TorchNetwork, run_batched
+from edgekit.model import GgufFile, LlamaFolder, OnnxNetwork, TorchNetwork, run_batched
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def stored_bytes(model: Model) -> int:
 
 def _stored(model: Model) -> dict[str, tuple[tuple[int, ...], int]]:
     """Return shape and width in bytes of each stored float tensor."""
-    if isinstance(model.network, LlamaFolder):
+    if isinstance(model.network, LlamaFolder | GgufFile):
         return {}
     with extra("compress"):
         if isinstance(model.network, TorchNetwork):

@@ -19,7 +19,7 @@ from edgekit.errors import EdgekitError, UsageError
 from edgekit.export import parity, targets
 from edgekit.export.golden import expected_of, golden_of, reference_of
 from edgekit.manifest import Manifest, Parity, Variant
-from edgekit.model import LlamaFolder, Model
+from edgekit.model import GgufFile, LlamaFolder, Model
 from edgekit.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _refuse_names(name: str, given: Sequence[str]) -> None:
 
 
 def _with_precision(model: Model, precision: str | None) -> Model:
-    if isinstance(model.network, LlamaFolder) or precision in (None, model.precision):
+    if isinstance(model.network, LlamaFolder | GgufFile) or precision in (None, model.precision):
         return model
     if precision == "fp32":
         return replace(model, plan=None)

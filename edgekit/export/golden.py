@@ -16,7 +16,7 @@ from edgekit.errors import EdgekitError, UsageError
 from edgekit.export.parity import Reference
 from edgekit.export.quiet import silence
 from edgekit.manifest import Classification, Expected, Golden, Variant
-from edgekit.model import LlamaFolder, Model, Split, run_batched
+from edgekit.model import GgufFile, LlamaFolder, Model, Split, run_batched
 from edgekit.plugins import extra
 from edgekit.runtime import Contract, TextSession, backends, open_variant
 from edgekit.runtime.backends import EngineOptions, Sampling
@@ -43,6 +43,8 @@ def reference_of(model: Model, name: str, version: str) -> Reference:
         UsageError: a tensor model without calibration data.
         InputError: the model gives NaN or infinity.
     """
+    with extra("export"):
+        import numpy as np
     contract = Contract(
         name=name,
         version=version,
@@ -57,6 +59,8 @@ def reference_of(model: Model, name: str, version: str) -> Reference:
         with silence():  # transformers warns of what it does not know in config.json
             outputs = model.network.run(tokens.inputs)
         return Reference(tokens, outputs, contract, "logits")
+    if isinstance(model.network, GgufFile):
+        return Reference(Split({"input_ids": np.zeros((1, 1), np.int64)}), {}, contract)
     if model.data is None:
         raise UsageError(f"{model.name} has no data to compare files on", "give --data file.py:function or data.npz")
     samples = model.data.calibration.head(PARITY_SAMPLES)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from edgekit.errors import ExportError
 from edgekit.export.quiet import silence
 from edgekit.export.refusal import reason
-from edgekit.model import LlamaFolder, Model, OnnxNetwork, TorchNetwork
+from edgekit.model import GgufFile, LlamaFolder, Model, OnnxNetwork, TorchNetwork
 from edgekit.plugins import extra
 from edgekit.workload import trace
 
@@ -46,7 +46,7 @@ def float_graph(model: Model, opset: int) -> Graph:
     Raises:
         ExportError: an operator has no ONNX form, or the wanted opset was not kept.
     """
-    if isinstance(model.network, LlamaFolder):
+    if isinstance(model.network, LlamaFolder | GgufFile):
         raise ExportError(f"{model.name} is a language model; ONNX holds tensor models", "use --target llama-cpp")
     if isinstance(model.network, OnnxNetwork):
         return _from_file(model.network)

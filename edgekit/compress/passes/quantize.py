@@ -17,7 +17,7 @@ from edgekit.compress.passes import CompressionPass
 from edgekit.compress.passes.fold import fold
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
-from edgekit.model import LlamaFolder, OnnxNetwork, TorchNetwork
+from edgekit.model import GgufFile, LlamaFolder, OnnxNetwork, TorchNetwork
 from edgekit.plan import QuantizationPlan, WeightRule
 from edgekit.plugins import extra
 from edgekit.workload import trace
@@ -64,7 +64,7 @@ class Quantize(CompressionPass, frozen=True):
 
 
 def _calibration(model: Model, most: int) -> Split:
-    if isinstance(model.network, LlamaFolder):
+    if isinstance(model.network, LlamaFolder | GgufFile):
         raise CompressionError(
             f"{model.name} is a language model: GGUF chooses its types at export",
             "use: edgekit export --target llama-cpp --precision Q8_0",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
 from edgekit.export import llama, vocabulary
 from edgekit.export.targets import Artifact
-from edgekit.model import LlamaFolder, Model
+from edgekit.model import GgufFile, LlamaFolder, Model
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ class GgufExporter:
             UsageError: an unknown precision, or a damaged folder.
             MissingExtra: gguf, torch or safetensors is not installed.
         """
+        if isinstance(model.network, GgufFile):
+            return _taken(model.network.path, folder)
         if not isinstance(model.network, LlamaFolder):
             raise ExportError(
-                f"{model.name} is no language model; GGUF holds those", "give a Hugging Face folder, or another target"
+                f"{model.name} is no language model; GGUF holds those", "give a Hugging Face folder or a .gguf file"
             )
         precision = str(profile.options.get("precision", "q8_0")).lower()
         if precision not in PRECISIONS:
@@ -51,17 +54,40 @@ class GgufExporter:
         words = vocabulary.read(source, shape.vocabulary)
         path = folder / "model.gguf"
         types = _write(path, source, (model.name, precision), (shape, words), progress=progress)
-        return Artifact(
-            main=path.name,
-            files=(path.name,),
-            precision=precision,
-            requires={"gguf": "3", "memory_mib": str(path.stat().st_size * 5 // 4 // 2**20 + 64)},
-            notes=(types,),
-        )
+        return _artifact(path, precision, types)
 
     def evaluate(self, main: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute ``logits`` for ``input_ids`` from the file's bytes, in PyTorch."""
         return {"logits": llama.logits(main, inputs["input_ids"])}
+
+
+def _taken(source: Path, folder: Path) -> Artifact:
+    """Take a finished file as it stands; its precision is the type that most of its bytes have."""
+    with extra("export"):
+        import gguf
+    try:
+        tensors = gguf.GGUFReader(source).tensors
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise ExportError(f"{source.name} is damaged: {error}", "fetch the file again") from error
+    used: Counter[str] = Counter()
+    for tensor in tensors:
+        used[tensor.tensor_type.name] += int(tensor.n_bytes)
+    if not used:
+        raise ExportError(f"{source.name} holds no tensor", "give a whole model, not its vocabulary")
+    path = folder / "model.gguf"
+    shutil.copyfile(source, path)
+    told = ", ".join(f"{size / 2**20:.1f} MiB {kind}" for kind, size in used.most_common())
+    return _artifact(path, used.most_common(1)[0][0].lower(), f"tensor types: {told}")
+
+
+def _artifact(path: Path, precision: str, note: str) -> Artifact:
+    return Artifact(
+        main=path.name,
+        files=(path.name,),
+        precision=precision,
+        requires={"gguf": "3", "memory_mib": str(path.stat().st_size * 5 // 4 // 2**20 + 64)},
+        notes=(note,),
+    )
 
 
 def _write(
