@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +43,6 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     dry_run: bool,
 ) -> None:
     """Load, compress, measure, save."""
-    # Threads that spin while they wait make training of a small network 20 times slower on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from edgekit import workload
     from edgekit.compress import compress
     from edgekit.compress import recipe as recipes

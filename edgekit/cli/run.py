@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Length of an answer.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz file.")
 def COMMAND(  # noqa: N802  # the name under which the command line finds it
-    terminal: Terminal, bundle: Path, source: str, variant: str | None, output: Path | None, **limits: int
+    terminal: Terminal, *, bundle: Path, source: str, variant: str | None, output: Path | None, **limits: int
 ) -> None:
     """Run BUNDLE once on INPUT.
 

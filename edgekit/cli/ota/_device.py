@@ -107,7 +107,7 @@ def update_from_folder(terminal: Terminal, device: Device, stick: Stick, *, stay
     serving, desired = _host_serving(device), newest(stick, device.profile)
     with stop_signal(serving.stop) as stopping:
         recover(device)
-        outcome = update(device, desired, FolderFetcher(stick.folder), now(), terminal.progress)
+        outcome = update(device, desired, FolderFetcher(stick.folder), now(), progress=terminal.progress)
         _conclude(terminal, outcome)
         if stay:
             _say_url(terminal, serving)

@@ -16,10 +16,20 @@ from edgekit.cli._terminal import Terminal, command
 @click.option("--version", type=click.IntRange(1), help="[default: the last one plus one]")
 @click.option("--target", "targets", multiple=True, help="Hardware class, repeatable. [default: all verified ones]")
 @click.option("--max-p95-ms", type=click.FloatRange(0, min_open=True), help="Roll back above this 95th percentile.")
-@click.option("--max-error-rate", type=click.FloatRange(0, 1), default=0.02, show_default=True)
+@click.option(
+    "--max-error-rate",
+    type=click.FloatRange(0, 1),
+    default=0.02,
+    show_default=True,
+    help="Roll back above this share of failed requests.",
+)
 @click.option("--min-agreement", type=click.FloatRange(0, 1), help="Roll back if old and new model agree less often.")
-@click.option("--probation-requests", type=click.IntRange(0), default=20, show_default=True)
-@click.option("--probation-seconds", type=click.FloatRange(0), default=30.0, show_default=True)
+@click.option(
+    "--probation-requests", type=click.IntRange(0), default=20, show_default=True, help="Watch so many live requests …"
+)
+@click.option(
+    "--probation-seconds", type=click.FloatRange(0), default=30.0, show_default=True, help="… but no longer than this."
+)
 @click.option("--allow-unverified", is_flag=True, help="Also sign variants that no engine has checked.")
 def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one parameter an option
     terminal: Terminal,

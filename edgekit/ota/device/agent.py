@@ -204,7 +204,7 @@ class Agent:
     def _obey(self, wanted: Desired) -> bool:
         assert self._fetcher is not None  # noqa: S101  # set before the thread starts
         try:
-            outcome = update(self._device, wanted, self._fetcher, self.clock(), self._watch(wanted))
+            outcome = update(self._device, wanted, self._fetcher, self.clock(), progress=self._watch(wanted))
         except (EdgekitError, OSError) as error:
             known = from_os(error, "update") if isinstance(error, OSError) else error
             if not self._is_outdated(wanted):

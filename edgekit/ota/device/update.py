@@ -76,7 +76,9 @@ class Device:
     serving: Serving
 
 
-def update(device: Device, desired: Desired, fetcher: Fetcher, now: datetime, progress: Progress = silent) -> Outcome:
+def update(
+    device: Device, desired: Desired, fetcher: Fetcher, now: datetime, *, progress: Progress = silent
+) -> Outcome:
     """Bring the device to the desired release and return what became of it.
 
     A word that was given before, for the same deployment and attempt, is given again without work.
@@ -93,7 +95,7 @@ def update(device: Device, desired: Desired, fetcher: Fetcher, now: datetime, pr
         reason = f"rolled back {MAX_TRIES} times on this device: it is not tried again"
         return _told(device, state, _rolled_back(device, desired, reason))
     try:
-        found = _trusted(device, state, desired, fetcher, now)
+        found = _trusted(device, state, desired, fetcher, now=now)
         if found is None:
             return _told(device, state, _installed(device, desired, state.current, {}))
         bundle = _stage(device, found, fetcher, progress)
@@ -126,7 +128,7 @@ def recover(device: Device) -> Outcome | None:
     return _on_probation(device, wish, state.current, {})
 
 
-def _trusted(device: Device, state: State, desired: Desired, fetcher: Fetcher, now: datetime) -> Found | None:
+def _trusted(device: Device, state: State, desired: Desired, fetcher: Fetcher, *, now: datetime) -> Found | None:
     found = trust.refresh_and_find(device.state, fetcher, desired.release, now)
     release = found.release
     new = trust.check_release(release, desired.release, profile=device.profile, installed=state.current)

@@ -95,7 +95,7 @@ def publish(  # noqa: PLR0913  # each is a decision of the operator and named at
         name = model or bundle.manifest.name
         number = _next_version(targets.signed, name, version)
         chosen = _chosen(bundle, profiles, allow_unverified=allow_unverified)
-        releases = [_release(name, profile, number, bundle, limits) for profile in chosen]
+        releases = [_release(name, profile, number, bundle, limits=limits) for profile in chosen]
         for entry in _needed(bundle, chosen):
             _publish_blob(folder, bundle, entry)
         for release in releases:
@@ -285,7 +285,7 @@ def _chosen(bundle: Bundle, profiles: Sequence[str] | None, *, allow_unverified:
     return list(dict.fromkeys(profiles))
 
 
-def _release(model: str, profile: str, version: int, bundle: Bundle, limits: Limits | None) -> Release:
+def _release(model: str, profile: str, version: int, bundle: Bundle, *, limits: Limits | None) -> Release:
     release = Release(model=model, profile=profile, version=version, bundle=bundle.digest, limits=limits or Limits())
     try:
         same = from_custom(to_custom(release)) == release  # a limit of NaN would become none at all

@@ -194,11 +194,11 @@ def _halts(rollout: Rollout) -> str:
     hurt = Counter(a.profile for a in rollout.assigned.values() if a.outcome in FAILURES)
     for profile, failed in sorted(hurt.items()):
         if failed > limit * reached[profile]:
-            return _why(rollout, failed, reached[profile], f"{limit:.0%}", profile)
+            return _why(rollout, failed, reached[profile], f"{limit:.0%}", profile=profile)
     return ""
 
 
-def _why(rollout: Rollout, failed: int, reached: int, limit: str, profile: str = "") -> str:
+def _why(rollout: Rollout, failed: int, reached: int, limit: str, *, profile: str = "") -> str:
     kinds = Counter(a.outcome for a in rollout.assigned.values() if a.outcome in FAILURES)
     split = ", ".join(f"{kinds[k]} {k}" for k in FAILURES if kinds[k])
     of = f"reached {profile} devices" if profile else "reached devices"
