@@ -40,6 +40,7 @@ def COMMAND(terminal: Terminal, *, output: Path) -> None:  # noqa: N802  # the n
     report = _write_report(story, output, seconds)
     terminal.say(f"\n{len(story.checks) - len(story.failed)} of {len(story.checks)} claims held, in {seconds:.0f} s.")
     terminal.say(f"report: {report}")
+    terminal.say(f"go on with what it left: edgekit inspect {output}/efficientnet-v2.edgekit, ota status {output}/fleet")
     checks = [{"claim": c.claim, "holds": c.holds, "seen": c.seen} for c in story.checks]
     terminal.result({"seconds": round(seconds, 1), "output": str(output), "report": str(report), "checks": checks})
     for check in story.failed:
