@@ -14,6 +14,7 @@ from edgekit.runtime.host import Host
 from edgekit.runtime.server import serve_in_thread
 from edgekit.tensors import TensorSpec
 
+LENGTH = "Inference-Header-Content-Length"
 triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
 from tritonclient.utils import InferenceServerException  # noqa: E402  # after the skip
 
@@ -175,6 +176,25 @@ def test_json_data_may_be_flat_or_nested(mlp):
         answers.append(answer["outputs"][0]["data"])
     assert answers[0] == answers[1]
     np.testing.assert_allclose(np.reshape(answers[0], (2, 10)), bundles.mlp_numpy(image), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"shape": [0, 10**30], "parameters": {"binary_data_size": 0}},
+        {"shape": [0, 2**62, 2**62], "parameters": {"binary_data_size": 0}},
+        {"shape": [0, 2**62, 2**62], "datatype": "BYTES", "parameters": {"binary_data_size": 0}},
+        {"shape": [0, 2**62, 2**62], "data": []},
+        {"shape": [1], "datatype": "BYTES", "data": ["\xff\xfe"]},
+        {"shape": [1], "datatype": "INT64", "data": [10**4000]},
+    ],
+)
+def test_tensors_that_no_memory_or_text_could_hold_are_the_callers_fault(mlp, given):
+    document = {"inputs": [{"name": "image", "datatype": "FP32", **given}]}
+    body = json.dumps(document, ensure_ascii=False).encode("latin-1")  # so that the string is no UTF-8
+    status, _, answer = ask(mlp[0], "POST", "/v2/models/mlp/infer", body, {LENGTH: str(len(body))})
+    assert status == 400, answer
+    assert "image" in json.loads(answer)["error"]
 
 
 def test_whole_request_may_ask_for_binary_outputs(mlp):

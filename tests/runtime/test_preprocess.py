@@ -5,7 +5,9 @@ import io
 import numpy as np
 import pytest
 from fakes import bundles
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
 import edgekit
 from edgekit.errors import HealthError, InputError
@@ -51,6 +53,50 @@ def test_rotation_that_a_camera_noted_is_applied():
     tensor = picture_to_tensor(file.getvalue(), ImagePreprocess(input="i", resize=10, crop=10, mode="L"))
     assert tensor[0, 0, :3].mean() > 200
     assert tensor[0, 0, -3:].mean() < 50
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation):
+    picture = Image.effect_noise((24, 16), 80)
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    picture.save(file, "PNG", exif=exif)
+    want = ImageOps.exif_transpose(Image.open(io.BytesIO(file.getvalue())))
+    tensor = picture_to_tensor(file.getvalue(), ImagePreprocess(input="i", resize=16, crop=16, mode="L"))
+    whole = picture_to_tensor(png(want), ImagePreprocess(input="i", resize=16, crop=16, mode="L"))
+    np.testing.assert_array_equal(tensor, whole)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO"])
+def test_formats_of_pictures_that_people_have_are_taken(kind):
+    tensor = picture_to_tensor(
+        png(Image.new("RGB", (8, 8), (200, 100, 50)), kind), ImagePreprocess(input="i", resize=8, crop=8)
+    )
+    np.testing.assert_allclose(tensor[0, :, 4, 4], [200, 100, 50], atol=6)
+
+
+def test_eps_is_refused_because_pillow_would_start_ghostscript():
+    with pytest.raises(InputError, match="are no picture"):
+        picture_to_tensor(png(Image.new("L", (8, 8)), "EPS"), ImagePreprocess(input="i", resize=4, crop=4))
+
+
+@given(kind=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]), seed=st.randoms(use_true_random=False))
+@settings(max_examples=150, deadline=None)
+def test_damaged_pictures_are_decoded_or_refused_and_nothing_else(kind, seed):
+    picture = Image.effect_noise((24, 20), 50)
+    exif = picture.getexif()
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a picture", 1.5
+    file = io.BytesIO()
+    picture.save(file, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
+    data = bytearray(file.getvalue())
+    for _ in range(seed.choice([1, 2, 8])):
+        data[seed.randrange(seed.choice([60, len(data)]))] = seed.randrange(256)
+    try:
+        tensor = picture_to_tensor(bytes(data), ImagePreprocess(input="i", resize=8, crop=8, mode="L"))
+    except InputError:
+        return
+    assert tensor.shape == (1, 1, 8, 8)
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"x" * 50])

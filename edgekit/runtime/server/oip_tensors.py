@@ -117,15 +117,16 @@ def _from_json(wire: WireInput) -> Array:
         raise InputError(f"input {wire.name!r} has neither data nor binary_data_size")
     try:
         values = msgspec.json.decode(wire.data, type=_FLAT[dtype.kind])
-    except msgspec.ValidationError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         values = _flattened(wire, _FLAT[dtype.kind])
     if len(values) != count:
         raise InputError(f"input {wire.name!r} has {len(values)} values, its shape {list(wire.shape)} needs {count}")
     try:
         with np.errstate(over="ignore"):
-            return np.array(values, dtype).reshape(wire.shape)
+            array = np.array(values, dtype)
     except (OverflowError, ValueError) as error:
         raise InputError(f"input {wire.name!r} holds a value that {wire.datatype} cannot: {error}") from error
+    return _shaped(wire, array)
 
 
 def _flattened(wire: WireInput, flat: type) -> list[Any]:
@@ -136,8 +137,16 @@ def _flattened(wire: WireInput, flat: type) -> list[Any]:
             if all(isinstance(row, list) for row in values):
                 values = [item for row in values for item in row]
         return msgspec.convert(values, flat)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"input {wire.name!r} is no {wire.datatype}{list(wire.shape)}: {error}") from error
+
+
+def _shaped(wire: WireInput, array: Array) -> Array:
+    # An empty array fits any shape with a zero in it, also one whose other axes no memory could hold.
+    try:
+        return array.reshape(wire.shape)
+    except ValueError as error:
+        raise InputError(f"input {wire.name!r} has the impossible shape {list(wire.shape)}") from error
 
 
 def _from_binary(wire: WireInput, data: memoryview) -> Array:
@@ -147,13 +156,13 @@ def _from_binary(wire: WireInput, data: memoryview) -> Array:
     if bytes(wire.data):
         raise InputError(f"input {wire.name!r} has both data and binary_data_size")
     if dtype.kind == "O":
-        return np.array([*_strings(wire, bytes(data), count), None], object)[:-1].reshape(wire.shape)
+        return _shaped(wire, np.array([*_strings(wire, bytes(data), count), None], object)[:-1])
     if len(data) != count * dtype.itemsize:
         raise InputError(
             f"input {wire.name!r} has {len(data)} bytes, "
             f"{wire.datatype}{list(wire.shape)} needs {count * dtype.itemsize}"
         )
-    return np.frombuffer(data, dtype).reshape(wire.shape)
+    return _shaped(wire, np.frombuffer(data, dtype))
 
 
 def _strings(wire: WireInput, data: bytes, count: int) -> list[str]:
@@ -178,7 +187,7 @@ def _dtype_and_count(wire: WireInput) -> tuple[Any, int]:
 
     if wire.datatype not in DATATYPES:
         raise InputError(f"input {wire.name!r} has the unknown datatype {wire.datatype!r}", f"one of {list(DATATYPES)}")
-    if len(wire.shape) > 32 or any(n < 0 for n in wire.shape):
+    if len(wire.shape) > 32 or not all(0 <= n < 1 << 63 for n in wire.shape):
         raise InputError(f"input {wire.name!r} has the impossible shape {list(wire.shape)[:32]}")
     return np.dtype(DATATYPES[wire.datatype]), math.prod(wire.shape)
 
