@@ -53,7 +53,9 @@ def seal(folder: Path, draft: Manifest, sources: Mapping[str, Path | bytes]) -> 
 
     Raises:
         BundleError: a path of ``sources`` is unsafe, or the draft uses a file that it lacks; nothing was written.
+        UsageError: ``folder`` holds something else than a bundle, which would be replaced.
     """
+    refuse_foreign(folder)
     # Before the first write: a path such as ../x or /etc/x would land outside the folder.
     unread = tuple(FileEntry(path=relative, size=0, sha256="0" * 64) for relative in sorted(sources))
     manifests.decode(manifests.encode(msgspec.structs.replace(draft, files=unread)))
@@ -70,6 +72,12 @@ def seal(folder: Path, draft: Manifest, sources: Mapping[str, Path | bytes]) -> 
         sealed = manifests.decode(data)
         (scratch / MANIFEST).write_bytes(data)
     return Bundle(folder, sealed, hashlib.sha256(data).hexdigest())
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise UsageError where sealing would replace something that is no bundle."""
+    if folder.exists() and not _is_bundle(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is no bundle, so it is not replaced", "choose another folder for it")
 
 
 def read(folder: Path, variant: str | None = None) -> Bundle:
@@ -90,6 +98,15 @@ def read(folder: Path, variant: str | None = None) -> Bundle:
     for entry in manifest.files_of(variant):
         check_file(folder, entry)
     return Bundle(folder, manifest, hashlib.sha256(data).hexdigest())
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Look into the manifest: many a web page has a file of that name too."""
+    try:
+        manifests.decode((folder / MANIFEST).read_bytes())
+    except (BundleError, OSError):
+        return False
+    return True
 
 
 def check_file(folder: Path, entry: FileEntry) -> None:

@@ -210,6 +210,9 @@ def _check(manifest: Manifest) -> None:
     missing = (used | set(golden.inputs.values()) | set(golden.outputs.values())) - set(listed)
     if missing:
         raise BundleError(f"the manifest uses {min(missing)!r} but does not list it")
+    for variant in manifest.variants:
+        if variant.main not in variant.files:  # a device fetches a variant's files, so it would lack the main one
+            raise BundleError(f"variant {variant.name!r} opens {variant.main!r}, which is not among its files")
     names = [v.name for v in manifest.variants]
     if len(set(names)) != len(names):
         raise BundleError("the manifest names a variant twice")

@@ -191,3 +191,14 @@ def test_sealing_never_writes_outside_its_folder(tmp_path, path):
         bundle.seal(tmp_path / "bundle", draft(), {**FILES, path.replace("OUTSIDE", str(outside)): b"smuggled"})
     assert outside.read_bytes() == b"precious"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_no_bundle_is_never_replaced_by_one(tmp_path, kind):
+    place = tmp_path / "thesis"
+    precious = place / "chapter.txt" if kind == "folder" else place
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("years of work")
+    with pytest.raises(UsageError, match="is no bundle, so it is not replaced"):
+        bundle.seal(place, draft(), FILES)
+    assert precious.read_text() == "years of work"

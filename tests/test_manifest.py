@@ -210,3 +210,9 @@ def test_shared_and_unclaimed_files_belong_to_every_variant():
     assert {e.path for e in value.files_of("a")} == {"one", "shared", "golden.npy"}
     assert {e.path for e in value.files_of("b")} == {"two", "shared", "golden.npy"}
     assert {e.path for e in value.files_of(None)} == set(paths)
+
+
+def test_a_variant_whose_main_file_is_not_among_its_files_is_refused():
+    lost = {**msgspec.to_builtins(variant()), "files": []}
+    with pytest.raises(BundleError, match="which is not among its files"):
+        decode(document(variants=[lost]))

@@ -21,8 +21,9 @@ COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "top-1",
     short_help="Write a model for hardware classes, into one bundle.",
     help="""Write a model for hardware classes, compare every file with the model, and seal one bundle.
 
-    SOURCE is a folder that `edgekit compress` wrote, file.py:build or package.module:build, an .onnx file, or a
-    Hugging Face folder of a Llama. A target that fails leaves the others; the exit code is that of the first failure.
+    SOURCE is a folder that `edgekit compress` wrote, file.py:build or package.module:build, an .onnx file, a
+    Hugging Face folder of a Llama, or a .gguf file. A target that fails leaves the others; the exit code is that of
+    the first failure.
     """,
 )
 @click.argument("source", required=False)
@@ -51,6 +52,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     if list_only:
         _list(terminal)
         return
+    from edgekit import bundle as bundles
     from edgekit import device_profiles, workload
     from edgekit.errors import UsageError
     from edgekit.export import export
@@ -58,22 +60,12 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     if source is None or output is None or not targets:
         raise UsageError("SOURCE, --target and -o are needed", "edgekit export SOURCE --target x86-64 -o BUNDLE")
     profiles = [device_profiles.load(target) for target in targets]
-    refuse_foreign(output)
+    bundles.refuse_foreign(output)
     model = workload.load(source, checkpoint, workload.load_data(data_source) if data_source else None)
     result = export(
         model, profiles, output, version=version, name=name, precision=precision, progress=terminal.progress
     )
     _report(terminal, result, output)
-
-
-def refuse_foreign(output: Path) -> None:
-    """Raise UsageError where writing the bundle would replace something that is no bundle."""
-    from edgekit.bundle import MANIFEST
-    from edgekit.errors import UsageError
-
-    is_ours = not output.exists() or (output / MANIFEST).is_file() or (output.is_dir() and not any(output.iterdir()))
-    if not is_ours:
-        raise UsageError(f"{output} exists and is no bundle; it would be replaced", "give another folder with -o")
 
 
 def _report(terminal: Terminal, result: ExportResult, output: Path) -> None:

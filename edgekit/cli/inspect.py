@@ -68,9 +68,14 @@ def _variant_cells(manifest: Manifest, name: str) -> tuple[str, ...]:
 
 
 def _proof(parity: Parity) -> tuple[str, str, str]:
-    sqnr = "-" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} (>= {parity.min_sqnr_db:g})"
-    top1 = "-" if parity.top1_agreement is None else f"{parity.top1_agreement:.3f} (>= {parity.min_top1_agreement:g})"
-    return (parity.status, sqnr, top1)
+    sqnr = _held(parity.sqnr_db, parity.min_sqnr_db, ".1f")
+    return (parity.status, sqnr, _held(parity.top1_agreement, parity.min_top1_agreement, ".3f"))
+
+
+def _held(value: float | None, least: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + ("" if least is None else f" (>= {least:g})")
 
 
 def _tree(files: tuple[FileEntry, ...]) -> list[str]:
