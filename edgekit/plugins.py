@@ -33,9 +33,12 @@ def names(package: str) -> list[str]:
     """List the plugins of ``package`` (its files and its entry points) without importing any."""
     from importlib.metadata import entry_points  # slow to import: a tenth of what `edgekit --help` takes
 
+    return sorted({*_files(package), *(point.name for point in entry_points(group=package))})
+
+
+def _files(package: str) -> list[str]:
     folder = importlib.import_module(package).__path__
-    own = {m.name for m in pkgutil.iter_modules(folder) if not m.name.startswith("_")}
-    return sorted(own | {point.name for point in entry_points(group=package)})
+    return [m.name for m in pkgutil.iter_modules(folder) if not m.name.startswith("_")]
 
 
 def load(package: str, name: str, kind: str) -> object:
@@ -47,9 +50,9 @@ def load(package: str, name: str, kind: str) -> object:
     """
     from importlib.metadata import entry_points
 
-    if name not in names(package):
-        raise UnknownName(kind, name, names(package))
+    if name in _files(package):
+        plugin: object = importlib.import_module(f"{package}.{name}").PLUGIN
+        return plugin
     for point in entry_points(group=package, name=name):
         return point.load()
-    plugin: object = importlib.import_module(f"{package}.{name}").PLUGIN
-    return plugin
+    raise UnknownName(kind, name, names(package))

@@ -73,3 +73,9 @@ def test_our_own_missing_module_is_a_bug_and_no_missing_extra():
 def test_other_errors_pass_through_untouched():
     with pytest.raises(ValueError, match="odd"), plugins.extra("onnx"):
         raise ValueError("odd")
+
+
+def test_a_stranger_does_not_replace_a_plugin_of_our_own(zoo, tmp_path):
+    install_entry_point(tmp_path, zoo, "cat = stranger:dog")
+    assert plugins.names(zoo) == ["cat", "dodo"]
+    assert plugins.load(zoo, "cat", "animal") == "meow"
