@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 Task = Literal["tensor", "classification", "text-generation"]
 
+BATCH = 16
+"""How many samples a network computes at once where it takes any number."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -39,7 +42,10 @@ class Split:
         if self.labels is not None:
             sizes["labels"] = len(self.labels)
         if not self.inputs or len(set(sizes.values())) != 1:
-            raise UsageError(f"a split needs arrays of one length, these have {sizes or 'none'}")
+            raise UsageError(
+                f"a split needs arrays of one length, these have {sizes or 'none'}",
+                "samples lie on the first axis, with one label each",
+            )
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -173,7 +179,24 @@ class Model:
         return self.plan.precision if self.plan else "fp32"
 
 
-def run_batched(network: Network, split: Split, size: int = 16) -> dict[str, Array]:
+def whole_batches(model: Model, split: Split) -> tuple[Split, int]:
+    """Return the split without a remainder that the network would refuse, and how many samples it takes at once.
+
+    Raises:
+        UsageError: the network has a fixed batch, and the split is smaller.
+    """
+    fixed = [spec.shape[0] for spec in model.inputs if spec.shape and spec.shape[0] > 0]
+    if not fixed:
+        return split, BATCH
+    if len(split) < fixed[0]:
+        raise UsageError(
+            f"{model.name} takes {fixed[0]} samples at once, a split has {len(split)}",
+            "give more samples, or export the network with a dynamic batch",
+        )
+    return split.head(len(split) - len(split) % fixed[0]), fixed[0]
+
+
+def run_batched(network: Network, split: Split, size: int = BATCH) -> dict[str, Array]:
     """Compute all samples of a split in batches and join the outputs.
 
     Raises:

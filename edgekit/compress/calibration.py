@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekit.compress import onnx_graph
 from edgekit.errors import CompressionError, InputError
-from edgekit.model import Model, OnnxNetwork, Split, TorchNetwork
+from edgekit.model import Model, OnnxNetwork, Split, TorchNetwork, whole_batches
 from edgekit.plugins import extra
 from edgekit.workload import trace
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from edgekit.progress import Progress
     from edgekit.tensors import Array
-
-BATCH = 16
 
 
 class Watch(Protocol):
@@ -44,6 +42,7 @@ def runner(model: Model, samples: Split) -> Run:
 
     Raises:
         CompressionError: nothing to watch in this kind of network; or, when run, a value holds NaN or infinity.
+        UsageError: fewer samples than the network's fixed batch.
     """
     if isinstance(model.network, TorchNetwork):
         compute = _watched_torch(model)
@@ -62,22 +61,6 @@ def runner(model: Model, samples: Split) -> Run:
             progress("calibrate", done, len(whole))
 
     return run
-
-
-def whole_batches(model: Model, split: Split) -> tuple[Split, int]:
-    """Return how many samples the network takes at once, and the split without a remainder it would refuse.
-
-    Raises:
-        CompressionError: the network has a fixed batch, and the split is smaller.
-    """
-    fixed = [spec.shape[0] for spec in model.inputs if spec.shape and spec.shape[0] > 0]
-    if not fixed:
-        return split, BATCH
-    if len(split) < fixed[0]:
-        raise CompressionError(
-            f"{model.name} takes {fixed[0]} samples at once, a split has {len(split)}", "export it with a dynamic batch"
-        )
-    return split.head(len(split) - len(split) % fixed[0]), fixed[0]
 
 
 def _checked(watch: Watch) -> Watch:

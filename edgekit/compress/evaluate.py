@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from edgekit.compress.calibration import whole_batches
 from edgekit.compress.simulation import planned_network
 from edgekit.errors import CompressionError, InputError, UsageError
-from edgekit.model import GgufFile, LlamaFolder, OnnxNetwork, TorchNetwork, run_batched
+from edgekit.model import GgufFile, LlamaFolder, OnnxNetwork, TorchNetwork, run_batched, whole_batches
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:

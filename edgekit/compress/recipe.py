@@ -45,11 +45,11 @@ def read(path: Path) -> Recipe:
         UsageError: there is none, or it is no recipe.
     """
     try:
-        return decode(path.read_text(encoding="utf-8"))
+        return decode(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UsageError(f"there is no recipe at {path}", "check --recipe") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no recipe: it is not UTF-8 text") from error
+        raise UsageError(f"{path} is no recipe: it is not UTF-8 text", "give a TOML file") from error
 
 
 def default() -> Recipe:
@@ -67,7 +67,7 @@ def decode(text: str) -> Recipe:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"the recipe is no TOML: {error}") from error
+        raise UsageError(f"the recipe is no TOML: {error}", "see the recipes in examples/recipes") from error
     for key in document:
         if key not in ("version", "pass"):
             raise UnknownName("key of a recipe", key, ["version", "pass"])
@@ -102,4 +102,6 @@ def _decode_pass(number: int, entry: dict[str, object]) -> tuple[str, Compressio
     try:
         return name, msgspec.convert(options, kind)
     except msgspec.ValidationError as error:
-        raise UsageError(f"pass {number} of the recipe, {name!r}: {error}") from error
+        raise UsageError(
+            f"pass {number} of the recipe, {name!r}: {error}", f"its options: {', '.join(kind.__struct_fields__)}"
+        ) from error

@@ -73,10 +73,11 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
     ``precision``: ``fp32`` ignores the plan; for language models the tensor type (``f16``, ``q8_0``, ``q4_0``).
 
     Raises:
-        UsageError: no target, one given twice, a name that is no file name, no calibration data, or a precision the
-            model has no plan for.
+        UsageError: no target, one given twice, a name that is no file name, a folder of something else, no
+            calibration data, or a precision the model has no plan for.
     """
     _refuse_names(name or model.name, [profile.name for profile in profiles])
+    bundles.refuse_foreign(folder)
     model = _with_precision(model, precision)
     reference = reference_of(model, name or model.name, version)
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,7 +101,11 @@ def _refuse_names(name: str, given: Sequence[str]) -> None:
 
 
 def _with_precision(model: Model, precision: str | None) -> Model:
-    if isinstance(model.network, LlamaFolder | GgufFile) or precision in (None, model.precision):
+    if isinstance(model.network, GgufFile) and precision:
+        raise UsageError(
+            f"{model.name} is a finished GGUF file, sealed as it stands", "drop --precision, or give the float folder"
+        )
+    if isinstance(model.network, LlamaFolder) or precision in (None, model.precision):
         return model
     if precision == "fp32":
         return replace(model, plan=None)

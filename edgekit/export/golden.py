@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgekit import plugins
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import MissingExtra, UsageError
 from edgekit.export.parity import Reference
 from edgekit.export.quiet import silence
 from edgekit.manifest import Classification, Expected, Golden, Variant
-from edgekit.model import GgufFile, LlamaFolder, Model, Split, run_batched
+from edgekit.model import GgufFile, LlamaFolder, Model, Split, run_batched, whole_batches
 from edgekit.plugins import extra
 from edgekit.runtime import Contract, TextSession, backends, open_variant
 from edgekit.runtime.backends import EngineOptions, Sampling
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from edgekit.tensors import Array
+    from edgekit.tensors import Array, TensorSpec
 
 GOLDEN_SAMPLES = 8
 PARITY_SAMPLES = 64
@@ -40,7 +40,7 @@ def reference_of(model: Model, name: str, version: str) -> Reference:
     """Compute the outputs of the compressed float model on its first calibration samples.
 
     Raises:
-        UsageError: a tensor model without calibration data.
+        UsageError: a tensor model without calibration data, or with less than its fixed batch.
         InputError: the model gives NaN or infinity.
     """
     with extra("export"):
@@ -49,8 +49,8 @@ def reference_of(model: Model, name: str, version: str) -> Reference:
         name=name,
         version=version,
         task=model.task,
-        inputs=model.inputs,
-        outputs=model.outputs,
+        inputs=_any_batch(model.inputs),
+        outputs=_any_batch(model.outputs),
         preprocess=model.data.preprocess if model.data else None,
         postprocess=_postprocess(model),
     )
@@ -63,10 +63,14 @@ def reference_of(model: Model, name: str, version: str) -> Reference:
         return Reference(Split({"input_ids": np.zeros((1, 1), np.int64)}), {}, contract)
     if model.data is None:
         raise UsageError(f"{model.name} has no data to compare files on", "give --data file.py:function or data.npz")
-    samples = model.data.calibration.head(PARITY_SAMPLES)
-    fixed = model.inputs[0].shape[0]
-    outputs = run_batched(model.network, samples, 16 if fixed == DYNAMIC else fixed)
+    samples, size = whole_batches(model, model.data.calibration.head(PARITY_SAMPLES))
+    outputs = run_batched(model.network, samples, size)
     return Reference(samples, outputs, contract, contract.postprocess.output if contract.postprocess else None)
+
+
+def _any_batch(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Promise any batch: a file that takes one size only says so in its variant, and the session cuts to it."""
+    return tuple(msgspec.structs.replace(s, shape=(DYNAMIC, *s.shape[1:])) if s.shape else s for s in specs)
 
 
 def _postprocess(model: Model) -> Classification | None:
@@ -143,7 +147,7 @@ def _prompts(contract: Contract, variants: Sequence[Variant], folder: Path) -> t
 
 
 def _answers(contract: Contract, variant: Variant, folder: Path) -> dict[str, str]:
-    """Continue the prompts greedily in the real engine; empty where it is not installed or has no tokenizer."""
+    """Continue the prompts greedily in the real engine; empty where it is not installed."""
     if variant.format not in plugins.names(backends.__name__):
         return {}
     try:
@@ -153,5 +157,5 @@ def _answers(contract: Contract, variant: Variant, folder: Path) -> dict[str, st
         sampling = Sampling(max_tokens=PROMPT_TOKENS, temperature=0.0)
         with session:
             return {p: "".join(piece.text for piece in session.complete(p, sampling)) for p in PROMPTS}
-    except EdgekitError:
+    except MissingExtra:
         return {}

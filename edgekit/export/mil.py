@@ -101,7 +101,10 @@ def _rounded(tensor: torch.Tensor, var: Any) -> torch.Tensor:  # noqa: ANN401  #
 def _cast(v: Values) -> torch.Tensor:
     import torch
 
-    kinds = {"fp16": torch.float16, "fp32": torch.float32, "int32": torch.int32, "bool": torch.bool}
+    kinds = {"fp16": torch.float16, "fp32": torch.float32, "bool": torch.bool, "uint8": torch.uint8}
+    kinds |= {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32}
+    if v["dtype"] not in kinds:
+        raise NotImplementedError(f"the interpreter lacks a cast to {v['dtype']}")
     tensor = torch.as_tensor(v["x"]).to(kinds[v["dtype"]])
     return tensor.float() if tensor.is_floating_point() else tensor
 

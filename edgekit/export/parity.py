@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from edgekit import plugins
-from edgekit.errors import HealthError, MissingExtra, ParityError
+from edgekit.errors import ExportError, HealthError, MissingExtra, ParityError
 from edgekit.export.quiet import silence
 from edgekit.export.targets import Evaluator
 from edgekit.manifest import Parity
@@ -81,9 +81,10 @@ def check(exporter: Exporter, variant: Variant, folder: Path, reference: Referen
         ParityError: the figures are below the limits of the variant's precision, or the engine refuses the file.
     """
     missing = f"no engine for {variant.format} runs on this machine"
-    if not reference.outputs:
-        return Proof(_loads(variant, folder, reference))
     if reference.contract.task == "text-generation":
+        loaded = _loads(variant, folder, reference)
+        if not reference.outputs:
+            return Proof(loaded)
         missing = "engines of language models give words; logits were computed from the file's bytes in PyTorch"
     if _has_engine(variant, reference):
         try:
@@ -131,7 +132,12 @@ def _run(variant: Variant, folder: Path, reference: Reference) -> dict[str, Arra
 def _judge(
     variant: Variant, reference: Reference, outputs: Mapping[str, Array], status: Status, *, reason: str = ""
 ) -> Parity:
-    limit = LIMITS[variant.precision]
+    limit = LIMITS.get(variant.precision)
+    if limit is None:
+        raise ExportError(
+            f"{variant.name}: nobody knows what a {variant.precision} file must hold",
+            f"let the exporter say one of {', '.join(LIMITS)}",
+        )
     figures = measure(reference, outputs)
     parity = Parity(
         status=status,

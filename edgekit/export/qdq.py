@@ -15,7 +15,7 @@ from edgekit.export.onnx_file import Graph, float_graph, write
 from edgekit.export.quiet import silence
 from edgekit.export.targets import Artifact
 from edgekit.manifest import Port
-from edgekit.model import TorchNetwork
+from edgekit.model import TorchNetwork, whole_batches
 from edgekit.plan import Range
 from edgekit.plugins import extra
 
@@ -62,7 +62,7 @@ def quantize(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> 
     prepared = _prepare(graph.proto)
     found = planned_nodes(prepared, model, model.plan)
     planned = {graph.values.get(name, name): r for name, r in model.plan.activations.items()}
-    ranges = _complete(prepared, planned, model.data.calibration, progress)
+    ranges = _complete(prepared, planned, whole_batches(model, model.data.calibration), progress)
     with extra("export"):
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
     weight_type, activation_type = _types(scheme)
@@ -78,7 +78,7 @@ def quantize(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> 
             nodes_to_quantize=[],
             nodes_to_exclude=skipped,
             op_types_to_quantize=_operators(),
-            extra_options=_options(scheme, model.plan),
+            extra_options=_options(scheme, _whole_weights(prepared, found, model.plan)),
         )
         quantizer.quantize_model()
     mine = len(ranges.keys() & planned.keys())
@@ -151,12 +151,12 @@ def _by_content(nodes: Mapping[str, onnx.TensorProto], parameters: Mapping[str, 
 
 
 def _complete(
-    proto: onnx.ModelProto, planned: Mapping[str, Range], calibration: Split, progress: Progress
+    proto: onnx.ModelProto, planned: Mapping[str, Range], samples: tuple[Split, int], progress: Progress
 ) -> dict[str, Range]:
     values = _float_values(proto)
     missing = [name for name in values if name not in planned]
     found = {name: planned[name] for name in values if name in planned}
-    return found | measure(proto, missing, calibration, progress)
+    return found | measure(proto, missing, samples, progress)
 
 
 def _float_values(proto: onnx.ModelProto) -> list[str]:
@@ -173,11 +173,14 @@ def _float_values(proto: onnx.ModelProto) -> list[str]:
     return [name for name in names if name not in integer]
 
 
-def measure(proto: onnx.ModelProto, names: Iterable[str], calibration: Split, progress: Progress) -> dict[str, Range]:
-    """Return the smallest and largest value that each named tensor takes on the calibration data."""
+def measure(
+    proto: onnx.ModelProto, names: Iterable[str], samples: tuple[Split, int], progress: Progress
+) -> dict[str, Range]:
+    """Return the smallest and largest value that each named tensor takes on samples, so many at once."""
     import onnx
     import onnxruntime
 
+    calibration, size = samples
     inputs = {v.name for v in proto.graph.input}
     found = {
         n: Range(float(calibration.inputs[n].min()), float(calibration.inputs[n].max())) for n in names if n in inputs
@@ -190,9 +193,9 @@ def measure(proto: onnx.ModelProto, names: Iterable[str], calibration: Split, pr
     del watched.graph.output[:]
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
     session = onnxruntime.InferenceSession(write(watched), providers=["CPUExecutionProvider"])
-    for number, sample in enumerate(calibration.batches(1)):
-        progress("calibrate", number + 1, len(calibration))
-        for name, value in zip(wanted, session.run(wanted, dict(sample.inputs)), strict=True):
+    for number, batch in enumerate(calibration.batches(size)):
+        progress("calibrate", min((number + 1) * size, len(calibration)), len(calibration))
+        for name, value in zip(wanted, session.run(wanted, dict(batch.inputs)), strict=True):
             if value.dtype.kind == "f" and value.size:
                 old = found.get(name, Range(float("inf"), float("-inf")))
                 found[name] = Range(min(old.low, float(value.min())), max(old.high, float(value.max())))
@@ -219,10 +222,16 @@ def _operators() -> list[str]:
     return sorted({*QDQRegistry, *QLinearOpsRegistry})
 
 
-def _options(scheme: Scheme, plan: QuantizationPlan) -> dict[str, Any]:
+def _whole_weights(proto: onnx.ModelProto, found: Mapping[str, str], plan: QuantizationPlan) -> list[str]:
+    """List the file's weights that the plan gives one scale; a weight that was transposed has another name here."""
+    return [
+        n.input[1] for n in proto.graph.node if n.name in found and plan.weights[found[n.name]].granularity == "tensor"
+    ]
+
+
+def _options(scheme: Scheme, whole: Iterable[str]) -> dict[str, Any]:
     from onnxruntime.quantization import QuantType
 
-    whole = [name for name, rule in plan.weights.items() if rule.granularity == "tensor"]
     return {
         "ActivationSymmetric": scheme.symmetric,
         "WeightSymmetric": True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from edgekit.sources import first_line
+
 REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError)
 """They share no class: litert-torch, coremltools and torch.export raise any of these for an operator they lack."""
 
@@ -10,4 +12,4 @@ def reason(error: BaseException) -> str:
     """Return the first line of the deepest cause, at most 300 characters."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    return first_line(error)

@@ -262,7 +262,7 @@ def test_an_onnx_file_with_a_fixed_batch_is_fed_in_that_size(tmp_path, size):
 
 
 def test_a_split_smaller_than_the_fixed_batch_is_refused(tmp_path):
-    with pytest.raises(CompressionError, match="takes 200 samples at once, a split has 128"):
+    with pytest.raises(UsageError, match="takes 200 samples at once, a split has 128"):
         quantize(fixed_batch(tmp_path / "m.onnx", 200))
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from fakes.exportable import tiny_model, with_plan
 
-from edgekit import bundle, device_profiles, runtime
+from edgekit import bundle, device_profiles, runtime, workload
+from edgekit.compress import compress, recipe
 from edgekit.errors import ExportError, InputError, UsageError
 from edgekit.export import export
 
@@ -175,3 +176,30 @@ def test_what_a_checked_file_answered_travels_with_its_variant_only(sealed):
         got = session.run({"image": images})["scores"]
     np.testing.assert_allclose(got, np.load(sealed.bundle.path(path)), atol=1e-5)
     assert manifest.variant("iphone-15").expected is None
+
+
+@pytest.mark.parametrize("with_a_plan", [False, True])
+@pytest.mark.parametrize("size", [1, 5])
+def test_an_onnx_file_with_a_fixed_batch_serves_any_number_of_samples(tiny, tmp_path, size, with_a_plan):
+    import torch
+
+    source = tmp_path / "fixed.onnx"
+    example = torch.zeros(size, 3, 8, 8)
+    names = {"input_names": ["image"], "output_names": ["scores"]}
+    torch.onnx.export(tiny.network.module, (example,), source, dynamo=True, verbose=False, **names)
+    model = workload.load(str(source), None, tiny.data)
+    model = compress(model, recipe.default()) if with_a_plan else model
+    made = export(model, profiles("x86-64"), tmp_path / "bundle").bundle
+    assert made.manifest.variants[0].batch == size
+    assert made.manifest.inputs[0].shape == (-1, 3, 8, 8)
+    images = tiny.data.calibration.inputs["image"][:7]
+    with runtime.load(made.folder) as session:
+        got = session.run({"image": images})["scores"]
+    np.testing.assert_allclose(got, tiny.network.run({"image": images})["scores"], atol=1.0 if with_a_plan else 1e-4)
+
+
+def test_a_folder_of_something_else_is_refused_before_any_work(tiny, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="is no bundle, so it is not replaced"):
+        export(tiny, profiles("x86-64"), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]

@@ -64,3 +64,8 @@ def test_a_file_that_only_claims_to_be_gguf_is_refused(tmp_path):
     (tmp_path / "fake.gguf").write_bytes(b"PK\3\4 something else")
     with pytest.raises(UsageError, match="is no GGUF file"):
         workload.load(str(tmp_path / "fake.gguf"))
+
+
+def test_a_precision_that_a_finished_file_does_not_take_is_refused(file, tmp_path):
+    with pytest.raises(UsageError, match="sealed as it stands"):
+        export(workload.load(str(file)), [device_profiles.load("llama-cpp")], tmp_path / "b", precision="f16")

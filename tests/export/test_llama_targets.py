@@ -10,7 +10,7 @@ import pytest
 from fakes.exportable import llama_folder, rewrite_config
 
 from edgekit import bundle, device_profiles, runtime, workload
-from edgekit.errors import ExportError, UsageError
+from edgekit.errors import ExportError, ParityError, UsageError
 from edgekit.export import export, llama, vocabulary
 from edgekit.export.targets.gguf import tensor_type
 from edgekit.runtime.backends import Sampling
@@ -285,3 +285,11 @@ def test_a_sentencepiece_model_is_read(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"nothing")
     with pytest.raises(UsageError, match="SentencePiece"):
         vocabulary.read(tmp_path, 300)
+
+
+def test_a_file_that_llama_cpp_refuses_is_not_sealed_although_its_bytes_compute(folder, tmp_path, monkeypatch):
+    pytest.importorskip("xllamacpp", reason="needs an engine for GGUF")
+    monkeypatch.setattr("edgekit.export.targets.gguf._add_vocabulary", lambda writer, words: None)
+    error = seal(folder, tmp_path / "b").rows[0].error
+    assert isinstance(error, ParityError)
+    assert not (tmp_path / "b").exists()

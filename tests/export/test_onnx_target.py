@@ -158,6 +158,11 @@ def test_a_weight_that_became_a_transposed_copy_is_known_by_its_values(tmp_path)
     model = with_plan(tiny_model(Tokens()))
     prepared = qdq._prepare(onnx_file.float_graph(model, 21).proto)
     assert list(qdq.planned_nodes(prepared, model, model.plan).values()) == ["project.weight"]
+    for granularity, scales in (("tensor", 1), ("channel", 8)):
+        proto, _ = lower(with_plan(tiny_model(Tokens()), granularity=granularity), tmp_path)
+        values = constants(proto)
+        (weight,) = (name for name, value in values.items() if value.dtype == np.int8 and value.ndim == 2)
+        assert values[weight.replace("_quantized", "_scale")].size == scales
 
 
 def test_a_planned_weight_that_the_graph_lacks_is_named(tiny_int8, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit import device_profiles, plugins
-from edgekit.errors import ParityError
+from edgekit.errors import ExportError, ParityError
 from edgekit.export import PACKAGE, export, parity
 from edgekit.export.golden import reference_of
 from edgekit.export.parity import LIMITS, Reference, measure
@@ -129,3 +129,11 @@ def variant(fmt):
     return Variant(
         name="x86-64", format=fmt, precision="fp32", main="model.onnx", files=("model.onnx",), parity=unverified
     )
+
+
+def test_a_precision_without_limits_is_refused_not_waved_through(tiny, tmp_path):
+    exporter = plugins.load(PACKAGE, "onnx", "format")
+    exporter.export(tiny, device_profiles.load("x86-64"), tmp_path, lambda *_: None)
+    odd = msgspec.structs.replace(variant("onnx"), precision="ternary")
+    with pytest.raises(ExportError, match="nobody knows what a ternary file must hold"):
+        parity.check(exporter, odd, tmp_path, reference_of(tiny, "t", "1"))

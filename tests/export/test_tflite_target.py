@@ -8,12 +8,13 @@ from fakes.exportable import tiny_model, with_plan
 
 pytest.importorskip("litert_torch", reason="needs the export extra")
 
-from edgekit import device_profiles, plugins
+from edgekit import device_profiles, plugins, workload
+from edgekit.compress import compress, recipe
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import PACKAGE
+from edgekit.export import PACKAGE, export
 from edgekit.export.quiet import silence
 from edgekit.export.targets import tflite
-from edgekit.model import OnnxNetwork
+from edgekit.model import Data, OnnxNetwork, Split
 from edgekit.plan import QuantizationPlan
 from edgekit.progress import silent
 
@@ -110,3 +111,25 @@ def test_what_litert_cannot_hold_is_refused(tiny, tmp_path):
 def test_the_converters_say_nothing(tiny_int8, tmp_path, capfd):
     write(tiny_int8, tmp_path)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("with_a_plan", [False, True])
+def test_token_numbers_of_64_bits_are_narrowed_on_the_way_into_the_file(tmp_path, with_a_plan):
+    import torch
+    from torch import nn
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+        def forward(self, tokens):
+            return self.head(self.table(tokens).mean(1))
+
+    tokens = np.random.default_rng(0).integers(0, 20, (16, 5))
+    model = workload.from_module("words", Words().eval(), Data(Split({"tokens": tokens})))
+    model = compress(model, recipe.default()) if with_a_plan else model
+    (row,) = export(model, [device_profiles.load("pixel-8")], tmp_path / "b").rows
+    assert row.error is None, row.error.message
+    assert (row.variant.inputs[0].dtype, row.variant.parity.status) == ("int32", "checked")

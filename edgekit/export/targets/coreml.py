@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgekit.device_profiles import DeviceProfile
     from edgekit.plan import QuantizationPlan
     from edgekit.progress import Progress
-    from edgekit.tensors import Array
+    from edgekit.tensors import Array, TensorSpec
 
 PACKAGE = "model.mlpackage"
 
@@ -60,8 +60,8 @@ class CoremlExporter:
             main=f"{PACKAGE}/Manifest.json",
             files=tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())),
             precision=model.precision if model.plan else ("fp16" if half else "fp32"),
-            inputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.inputs),
-            outputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.outputs),
+            inputs=tuple(_port(spec) for spec in model.inputs),
+            outputs=tuple(_port(spec) for spec in model.outputs),
             batch=1,
             requires={"ios": f">={ios}"},
             notes=("activations stay float16: Core ML quantizes them on macOS only",) if model.plan else (),
@@ -100,10 +100,8 @@ def _convert(model: Model, graph: torch.export.ExportedProgram, ios: int, *, hal
         with silence():
             return ct.convert(
                 graph,
-                inputs=[
-                    ct.TensorType(name=s.name, shape=(1, *s.shape[1:]), dtype=_dtype(s.dtype)) for s in model.inputs
-                ],
-                outputs=[ct.TensorType(name=s.name, dtype=_dtype(s.dtype)) for s in model.outputs],
+                inputs=[ct.TensorType(name=s.name, shape=(1, *s.shape[1:]), dtype=_dtype(s)) for s in model.inputs],
+                outputs=[ct.TensorType(name=s.name, dtype=_dtype(s)) for s in model.outputs],
                 minimum_deployment_target=getattr(ct.target, f"iOS{ios}"),
                 compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
                 skip_model_load=True,
@@ -114,11 +112,17 @@ def _convert(model: Model, graph: torch.export.ExportedProgram, ios: int, *, hal
         ) from error
 
 
-def _dtype(name: str) -> Any:  # noqa: ANN401  # a NumPy type
+def _port(spec: TensorSpec) -> Port:
+    stored = {"float32": "float32", "float16": "float16", "int32": "int32", "int64": "int32"}
+    if spec.dtype not in stored:
+        raise ExportError(f"{spec.name!r} is {spec.dtype}; Core ML takes floats and 32-bit integers", "cast it outside")
+    return Port(name=spec.name, key=spec.name, dtype=stored[spec.dtype])
+
+
+def _dtype(spec: TensorSpec) -> Any:  # noqa: ANN401  # a NumPy type
     import numpy as np
 
-    # Core ML's tensors at the border are float or 32-bit integers.
-    return {"float32": np.float32, "int32": np.int32, "int64": np.int32, "float16": np.float16}.get(name, np.float32)
+    return np.dtype(_port(spec).dtype).type
 
 
 def _quantize(program: Any, plan: QuantizationPlan, graph: torch.export.ExportedProgram) -> Any:  # noqa: ANN401  # coremltools is untyped

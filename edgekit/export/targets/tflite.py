@@ -68,13 +68,15 @@ class TfliteExporter:
 
 def _port(spec: TensorSpec, key: str) -> Port:
     axes = CHANNEL_LAST if len(spec.shape) == 4 and spec.dtype == "float32" else ()
-    return Port(name=spec.name, key=key, dtype=spec.dtype, axes=axes)
+    dtype = "int32" if spec.dtype == "int64" else spec.dtype  # the converter narrows what it is asked for
+    return Port(name=spec.name, key=key, dtype=dtype, axes=axes)
 
 
-def _in_file_order(array: Array, port: Port) -> Array:
+def _as_stored(array: Array, port: Port) -> Array:
     import numpy as np
 
-    return np.ascontiguousarray(array.transpose(port.axes)) if port.axes else array
+    turned = array.transpose(port.axes) if port.axes else array
+    return np.ascontiguousarray(turned, port.dtype)
 
 
 def _convert(model: Model, network: TorchNetwork, ports: Sequence[Port]) -> bytes:
@@ -84,7 +86,7 @@ def _convert(model: Model, network: TorchNetwork, ports: Sequence[Port]) -> byte
         import litert_torch
         import torch
     one = model.data.calibration.head(1).inputs
-    example = tuple(torch.as_tensor(_in_file_order(one[p.name], p)) for p in ports)
+    example = tuple(torch.as_tensor(_as_stored(one[p.name], p)) for p in ports)
     pictures = [i for i, port in enumerate(ports) if port.axes]
     try:
         with silence(), tempfile.TemporaryDirectory() as scratch:
@@ -130,7 +132,7 @@ def _quantize(path: Path, model: Model, ports: Sequence[Port], progress: Progres
         samples = model.data.calibration
         for number, sample in enumerate(samples.batches(1)):
             progress("calibrate LiteRT", number + 1, len(samples))
-            named = {p.key: _in_file_order(sample.inputs[p.name], p) for p in ports}
+            named = {p.key: _as_stored(sample.inputs[p.name], p) for p in ports}
             with silence():
                 found = engine.calibrate({SIGNATURE: [named]}, num_threads=1)
             ranges = _wider(ranges, found)
