@@ -1,4 +1,4 @@
-"""Chapters one to four: a model learns to be small, goes to five hardware classes, and is measured."""
+"""The first three chapters: a model learns to be small, goes to five hardware classes, and is measured."""
 
 from __future__ import annotations
 
