@@ -44,7 +44,8 @@ class GgufExporter:
             return _taken(model.network.path, folder)
         if not isinstance(model.network, LlamaFolder):
             raise ExportError(
-                f"{model.name} is no language model; GGUF holds those", "give a Hugging Face folder or a .gguf file"
+                f"{model.name} is no language model; GGUF holds those",
+                "give a Hugging Face folder, a .gguf file, or another target",
             )
         precision = str(profile.options.get("precision", "q8_0")).lower()
         if precision not in PRECISIONS:
