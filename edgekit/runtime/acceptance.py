@@ -61,14 +61,16 @@ def check(folder: Path, variant: str | None = None, threads: int = 0) -> dict[st
     return {name: round(value, 3) for name, value in measured.items()}
 
 
-def try_out(folder: Path, variant: str | None = None, timeout: float = 120.0) -> dict[str, float]:
+def try_out(folder: Path, variant: str | None = None, threads: int = 0, timeout: float = 120.0) -> dict[str, float]:
     """Run `check` in a child process, so that an engine that crashes or hangs takes only the child with it.
 
     Raises:
         HealthError: a limit does not hold, the child crashed, or ran longer than ``timeout`` seconds.
         BundleError, UsageError, ResourceError: as `check` raises them.
     """
-    command = [sys.executable, "-m", __name__, str(folder), *(["--variant", variant] if variant else [])]
+    # -P: the folder one stands in must not shadow a package of the child.
+    command = [sys.executable, "-P", "-m", __name__, str(folder), "--threads", str(threads)]
+    command += ["--variant", variant] if variant else []
     try:
         child = subprocess.run(command, capture_output=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as error:
@@ -122,7 +124,7 @@ def _check_tensors(session: Session, folder: Path, golden: Golden) -> dict[str, 
         if run < count:
             parts.append(outputs)
     got = {name: np.concatenate([part[name] for part in parts]) for name in wanted}
-    return {"p95_ms": percentile(sorted(times), 95), **compare(got, wanted)}
+    return {"p95_ms": 1000 * percentile(sorted(times), 95), **compare(got, wanted)}
 
 
 def compare(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str, float]:
@@ -171,7 +173,7 @@ def _check_prompts(session: TextSession, golden: Golden) -> dict[str, float]:
         text = "".join(piece.text for piece in session.complete(prompt, greedy))
         times.append(time.perf_counter() - started)
         same += bool(text) and (expected.startswith(text) or text.startswith(expected))
-    return {"p95_ms": percentile(sorted(times), 95), "top1_agreement": same / len(golden.prompts)}
+    return {"p95_ms": 1000 * percentile(sorted(times), 95), "top1_agreement": same / len(golden.prompts)}
 
 
 def _hold_limits(measured: Mapping[str, float], wanted: Expected | Parity) -> None:

@@ -110,11 +110,9 @@ class Host:
             InputError: an input does not fit, or the model takes text.
             HealthError: the engine fails.
         """
-        with self.lease() as session:
-            if not isinstance(session, Session):
-                raise InputError(f"{session.contract.name} is a language model", "ask it for a chat or a completion")
-            outputs = session.run(inputs)
-            digest = session.digest
+        with self.lease() as leased:
+            session = _of_tensors(leased)
+            outputs, digest = session.run(inputs), session.digest
         self._observe(digest, inputs, outputs)
         return Answer(outputs, digest)
 
@@ -125,9 +123,8 @@ class Host:
             InputError: the bytes are no picture, or the model takes none.
             HealthError: the engine fails.
         """
-        with self.lease() as session:
-            if not isinstance(session, Session):
-                raise InputError(f"{session.contract.name} is a language model", "ask it for a chat or a completion")
+        with self.lease() as leased:
+            session = _of_tensors(leased)
             inputs = session.picture_inputs(picture)
             outputs = session.run(inputs)
             labels, digest = session.labels(outputs)[0], session.digest
@@ -203,6 +200,7 @@ class Host:
 
     def _telemetry(self, digest: str) -> Telemetry:
         telemetry = self._known.setdefault(digest, Telemetry(digest))
+        telemetry.forget_latencies()  # of an earlier time: they must not judge the model again
         self._known.move_to_end(digest)
         while len(self._known) > MAX_REMEMBERED:
             self._known.popitem(last=False)
@@ -243,6 +241,12 @@ class Host:
         shadow = self._shadow
         if shadow is not None:
             shadow.compare(inputs, outputs)
+
+
+def _of_tensors(session: Session | TextSession) -> Session:
+    if isinstance(session, Session):
+        return session
+    raise InputError(f"{session.contract.name} is a language model", "ask it for a chat or a completion")
 
 
 class _Shadow:

@@ -5,7 +5,6 @@ its own; they take turns in short rounds, so that a noisy machine is noisy for a
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import subprocess
 import sys
@@ -20,13 +19,14 @@ from edgekit.errors import EdgekitError, HealthError, UsageError
 from edgekit.progress import silent
 from edgekit.runtime import measured
 from edgekit.runtime.measured import Contender, Settings
+from edgekit.runtime.telemetry import percentile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from edgekit.progress import Progress
 
-__all__ = ["Contender", "Measurement", "Settings", "measure", "percentile"]
+__all__ = ["Contender", "Measurement", "Settings", "measure"]
 
 TURN_SECONDS = 0.2
 LEAVE_SECONDS = 5.0
@@ -87,14 +87,8 @@ def measure(
             child.turn(measured.Turn(seconds=settings.warmup_seconds))
             child.forget()
         _take_turns(children, settings, progress)
-    first = percentile(children[0].samples, 0.5)
+    first = percentile(sorted(children[0].samples), 50)
     return [child.measurement(first) for child in children]
-
-
-def percentile(samples: Sequence[float], share: float) -> float:
-    """Return the nearest-rank percentile: the least sample that at least ``share`` of all do not exceed."""
-    ordered = sorted(samples)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def _check(contenders: Sequence[Contender], settings: Settings) -> None:
@@ -170,7 +164,8 @@ class _Child:
     def measurement(self, first_median: float) -> Measurement:
         assert self.ready is not None  # noqa: S101  # set when the child started
         assert self.last is not None  # noqa: S101  # every child had a turn
-        median = percentile(self.samples, 0.5)
+        ordered = sorted(self.samples)
+        median = percentile(ordered, 50)
         return Measurement(
             **msgspec.structs.asdict(self.ready),
             bundle=self.contender.bundle,
@@ -178,11 +173,11 @@ class _Child:
             peak_rss_mib=self.last.peak_rss_mib,
             requests=self.requests,
             p50_ms=median,
-            p90_ms=percentile(self.samples, 0.9),
-            p99_ms=percentile(self.samples, 0.99),
+            p90_ms=percentile(ordered, 90),
+            p99_ms=percentile(ordered, 99),
             per_second=1000 * len(self.samples) / sum(self.samples),
             ratio=median / first_median,
-            first_token_ms=percentile(self.first_tokens, 0.5) if self.first_tokens else None,
+            first_token_ms=percentile(sorted(self.first_tokens), 50) if self.first_tokens else None,
         )
 
 

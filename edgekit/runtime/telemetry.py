@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 WINDOW = 1024
 BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -48,6 +48,11 @@ class Telemetry:
         self._requests = self._errors = self._refused = self._non_finite = 0
         self._kinds: Counter[str] = Counter()
 
+    def forget_latencies(self) -> None:
+        """Begin the percentiles anew; the counts go on."""
+        with self._lock:
+            self._window.clear()
+
     def answered(self, seconds: float) -> None:
         """Count an answer and how long it took."""
         slot = bisect_left(BUCKETS, seconds)
@@ -82,17 +87,17 @@ class Telemetry:
                 errors=self._errors,
                 refused=self._refused,
                 non_finite=self._non_finite,
-                p50_ms=percentile(ordered, 50),
-                p95_ms=percentile(ordered, 95),
-                p99_ms=percentile(ordered, 99),
+                p50_ms=1000 * percentile(ordered, 50),
+                p95_ms=1000 * percentile(ordered, 95),
+                p99_ms=1000 * percentile(ordered, 99),
                 by_kind=dict(self._kinds),
                 buckets=tuple(self._buckets),
                 seconds=self._seconds,
             )
 
 
-def percentile(ordered: list[float], percent: int) -> float:
-    """Return the nearest-rank percentile of sorted seconds, in milliseconds; 0 for none."""
+def percentile(ordered: Sequence[float], percent: int) -> float:
+    """Return the nearest-rank percentile, the least of sorted values that ``percent`` of all do not exceed; 0 for none."""
     if not ordered:
         return 0.0
-    return 1000 * ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]

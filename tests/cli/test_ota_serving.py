@@ -1,6 +1,7 @@
 """What runs models under the agent: real bundles on a real engine, judged in their probation."""
 
 import re
+import socket
 import threading
 import time
 import urllib.request
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from fakes.bundles import mlp_bundle, mlp_numpy, null_bundle
 
+from edgekit import bundle
 from edgekit.cli.ota._serving import HostServing
 from edgekit.errors import HealthError, ResourceError
 from edgekit.ota.release import Limits, Release
@@ -133,7 +135,7 @@ def test_a_broken_limit_is_told_with_its_figures_and_the_old_model_comes_back(se
 def test_nan_ends_the_probation_at_once(serving, old):
     serving.activate(old)
     started = time.monotonic()
-    with Traffic(serving, {"image": np.full((1, 64), np.nan, np.float32)}), pytest.raises(HealthError) as caught:
+    with Traffic(serving, {"image": np.full((1, 64), 3e38, np.float32)}), pytest.raises(HealthError) as caught:
         serving.probation(release_of(old, probation_requests=10_000))
     assert "non_finite is" in str(caught.value)
     assert time.monotonic() - started < 10
@@ -142,7 +144,46 @@ def test_nan_ends_the_probation_at_once(serving, old):
 def test_without_traffic_the_probation_ends_when_its_time_is_over(serving, old):
     serving.activate(old)
     figures = serving.probation(release_of(old, probation_seconds=0.1))
-    assert figures == {"requests": 0.0, "error_rate": 0.0, "non_finite": 0.0, "p95_live_ms": 0.0}
+    assert figures == {"requests": 0.0}  # and no figure that nobody measured
+
+
+def test_a_callers_mistakes_neither_end_a_probation_nor_dilute_its_errors(serving, old):
+    serving.activate(old)
+    with Traffic(serving, {"nonsense": X}) as traffic:
+        figures = serving.probation(release_of(old, probation_seconds=0.3))
+    assert len(traffic.errors) > 5
+    assert figures == {"requests": 0.0}
+
+
+def test_old_latencies_do_not_judge_a_release_that_is_tried_again(serving, old, new):
+    serving.activate(old)
+    for _ in range(2):
+        serving.try_out(new, release_of(new))
+        serving.activate(new)
+        assert serving.host.statistics().p95_ms == 0.0
+        serving.host._serving.telemetry.answered(10.0)
+        serving.activate(old)
+
+
+def test_a_port_that_is_taken_when_the_first_model_comes_is_tried_again_and_never_done_without(old):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        serving = HostServing("x86-64", port=other.getsockname()[1], threads=1)
+        for _ in range(2):
+            with pytest.raises(ResourceError, match="cannot listen"):
+                serving.activate(old)
+    serving.activate(old)
+    assert serving.server is not None
+    serving.close()
+
+
+def test_a_signed_bundle_whose_golden_file_is_no_array_is_a_health_error(serving, tmp_path):
+    sound = mlp_bundle(tmp_path / "sound")
+    files = {e.path: sound.path(e.path).read_bytes() for e in sound.manifest.files}
+    broken = bundle.seal(tmp_path / "broken", sound.manifest, {**files, "golden/image.npy": b"no array"})
+    with pytest.raises(HealthError, match=r"cannot run here: image\.npy is no \.npy file"):
+        serving.try_out(broken, release_of(broken))
 
 
 def test_a_probation_is_cut_short_when_the_device_stops(serving, old):

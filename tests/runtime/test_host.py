@@ -6,6 +6,8 @@ import time
 import numpy as np
 import pytest
 from fakes import bundles
+from hypothesis import given
+from hypothesis import strategies as st
 
 import edgekit
 from edgekit.errors import InputError, UsageError
@@ -242,10 +244,18 @@ def test_language_model_takes_no_tensors(tmp_path):
         host.run_raw(b"")
 
 
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.integers(1, 100))
+def test_a_percentile_is_the_least_sample_that_enough_samples_do_not_exceed(samples, percent):
+    value = percentile(sorted(samples), percent)
+    assert value in samples
+    assert sum(s <= value for s in samples) * 100 >= percent * len(samples)
+    assert sum(s < value for s in samples) * 100 < percent * len(samples)
+
+
 def test_percentiles_are_nearest_ranks():
     ordered = [i / 1000 for i in range(1, 101)]
-    assert [percentile(ordered, p) for p in (50, 95, 99, 100)] == pytest.approx([50, 95, 99, 100])
-    assert percentile([0.004], 50) == pytest.approx(4)
+    assert [percentile(ordered, p) for p in (50, 95, 99, 100)] == pytest.approx([0.050, 0.095, 0.099, 0.100])
+    assert percentile([0.004], 50) == pytest.approx(0.004)
     assert percentile([], 99) == 0
 
 

@@ -8,14 +8,12 @@ import time
 import numpy as np
 import pytest
 from fakes.bundles import mlp_bundle, null_bundle
-from hypothesis import given
-from hypothesis import strategies as st
 
 from edgekit import errors
 from edgekit.errors import BundleError, HealthError, MissingExtra, UnknownName, UsageError
 from edgekit.runtime import measure as measuring
 from edgekit.runtime import measured
-from edgekit.runtime.measure import measure, percentile
+from edgekit.runtime.measure import measure
 from edgekit.runtime.measured import Contender, Settings, Turn
 
 QUICK = Settings(seconds=0.2, warmup_seconds=0.02)
@@ -197,14 +195,6 @@ def test_golden_inputs_are_cut_into_batches_that_wrap_around(tmp_path):
     batches = measured._batches(tmp_path / "real", bundle.manifest, 3)
     assert [b["image"].shape for b in batches] == [(3, 64)] * 3
     assert np.array_equal(batches[2]["image"][2], batches[0]["image"][0])
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0.01, 1))
-def test_a_percentile_is_a_sample_that_enough_samples_do_not_exceed(samples, share):
-    value = percentile(samples, share)
-    assert value in samples
-    assert sum(s <= value for s in samples) >= share * len(samples) - 1e-9
-    assert sum(s < value for s in samples) < share * len(samples) + 1e-9
 
 
 def test_memory_is_read_without_proc(monkeypatch):

@@ -9,7 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from edgekit.errors import BundleError, HealthError, MissingExtra, ResourceError, UsageError
+from edgekit.errors import BundleError, EdgekitError, HealthError, MissingExtra, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,7 @@ class HostServing:
         self.server: Running | None = None
         self._tried = ""  # digest of the candidate; anything else that is activated is a way back
         self._before = ""  # digest of the model that shadows, ready to come back
-        self._counted = (0, 0)
+        self._counted: Statistics | None = None
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -61,8 +61,8 @@ class HostServing:
         from edgekit.runtime import acceptance
 
         try:
-            measured = acceptance.try_out(bundle.folder, self.profile)
-        except UsageError as error:
+            measured = acceptance.try_out(bundle.folder, self.profile, self.threads)
+        except (UsageError, BundleError) as error:  # its bytes were checked: fetching it again would change nothing
             raise HealthError(f"the bundle cannot run here: {error.message}", error.hint) from error
         limit, p95 = release.limits.max_p95_ms, measured.get("p95_ms", 0.0)
         if limit is not None and p95 > limit:
@@ -88,12 +88,17 @@ class HostServing:
             self._before = before
 
     def probation(self, release: Release) -> Mapping[str, float]:
-        """Watch live requests until there are enough, or the time is over; see `Serving`."""
+        """Watch live requests until there are enough, or the time is over; see `Serving`.
+
+        A device that nobody asks keeps the release on the strength of its try-out: ``requests`` is 0 then, and
+        nothing else is reported of the probation.
+        """
         host = self._need_host()
         limits, start = release.limits, host.statistics()
         deadline = time.monotonic() + limits.probation_seconds
         while time.monotonic() < deadline and _seen(host, start) < limits.probation_requests:
-            if self._stopping.wait(POLL_SECONDS):
+            time.sleep(POLL_SECONDS)  # not Event.wait: the handler of a signal would wait for its lock
+            if self._stopping.is_set():
                 raise ResourceError("stopped during the probation", "it goes on after the next start")
             if host.statistics().non_finite > start.non_finite:
                 break
@@ -108,13 +113,13 @@ class HostServing:
         from edgekit.ota.device.agent import Vitals
         from edgekit.runtime.memory import rss_mib
 
-        if self.host is None:
+        host, before = self.host, self._counted
+        if host is None:
             return Vitals(requests=0, errors=0, p95_ms=0.0, rss_mib=rss_mib())
-        now = self.host.statistics()
-        requests, errors = now.requests - self._counted[0], now.errors - self._counted[1]
-        if requests < 0:  # another model serves: its counts began anew
-            requests, errors = now.requests, now.errors
-        self._counted = (now.requests, now.errors)
+        now = self._counted = host.statistics()
+        requests, errors = now.requests, now.errors
+        if before is not None and before.digest == now.digest and before.requests <= requests:
+            requests, errors = requests - before.requests, errors - before.errors
         return Vitals(requests=requests, errors=max(errors, 0), p95_ms=now.p95_ms, rss_mib=rss_mib())
 
     def _load(self, bundle: Bundle) -> Session | TextSession:
@@ -129,9 +134,13 @@ class HostServing:
         from edgekit.runtime.host import Host
         from edgekit.runtime.server import serve_in_thread
 
-        self.host = Host(session)
-        if self.port is not None:
-            self.server = serve_in_thread(self.host, self.port)
+        host = Host(session)
+        try:
+            self.server = None if self.port is None else serve_in_thread(host, self.port)
+        except EdgekitError:
+            host.close()  # so that the next try begins anew, instead of serving without its port
+            raise
+        self.host = host
 
     def _need_host(self) -> Host:
         if self.host is None:
@@ -140,28 +149,32 @@ class HostServing:
 
 
 def _seen(host: Host, start: Statistics) -> int:
-    return host.statistics().requests - start.requests
+    """Count the requests that say something of the model: a caller's mistakes must not dilute its errors."""
+    now = host.statistics()
+    return (now.requests - now.refused) - (start.requests - start.refused)
 
 
 def _figures(host: Host, start: Statistics) -> dict[str, float]:
-    now, agreement = host.statistics(), host.agreement()
-    requests = now.requests - start.requests
-    figures = {
-        "requests": float(requests),
-        "error_rate": (now.errors - start.errors) / requests if requests else 0.0,
-        "non_finite": float(now.non_finite - start.non_finite),
-        "p95_live_ms": now.p95_ms,
-    }
-    return {**figures, "agreement": agreement.share} if agreement.samples else figures
+    """Return what was measured; what was not is left out, for a 0 would look like a good figure."""
+    requests, now, agreement = _seen(host, start), host.statistics(), host.agreement()
+    figures = {"requests": float(requests)}
+    if requests:
+        figures["error_rate"] = (now.errors - start.errors) / requests
+        figures["non_finite"] = float(now.non_finite - start.non_finite)
+    if requests > now.errors - start.errors:
+        figures["p95_live_ms"] = now.p95_ms
+    if agreement.samples:
+        figures["agreement"] = agreement.share
+    return figures
 
 
 def _judge(figures: Mapping[str, float], limits: Limits) -> None:
     broken = [
-        ("non_finite", figures["non_finite"] > 0, "no NaN or infinity"),
-        ("error_rate", figures["error_rate"] > limits.max_error_rate, f"at most {limits.max_error_rate:g}"),
+        ("non_finite", figures.get("non_finite", 0.0) > 0, "no NaN or infinity"),
+        ("error_rate", figures.get("error_rate", 0.0) > limits.max_error_rate, f"at most {limits.max_error_rate:g}"),
         (
             "p95_live_ms",
-            limits.max_p95_ms is not None and figures["p95_live_ms"] > limits.max_p95_ms,
+            limits.max_p95_ms is not None and figures.get("p95_live_ms", 0.0) > limits.max_p95_ms,
             f"at most {limits.max_p95_ms} ms",
         ),
         (
