@@ -366,6 +366,25 @@ def test_second_agent_on_one_state_folder_is_refused(town):
         town.agent()
 
 
+def test_state_that_cannot_be_read_for_a_while_silences_the_agent_for_that_while_only(town):
+    one = town.fleet.publish(1)
+    town.agent(vitals=lambda: Vitals(requests=1, errors=0, p95_ms=1.0))
+    town.want(one)
+    town.heard(Installed)
+    town.heard(Health)
+    state = town.folder / "device" / slots.STATE
+    aside = state.rename(state.with_suffix(".aside"))
+    state.mkdir()  # reading a folder is an OSError, as when no file handle is left
+    town.server.publish(messages.topic(FLEET, "pi-1", "hello"), b"", retain=True)
+    time.sleep(0.2)
+    state.rmdir()
+    aside.rename(state)
+    told = len([m for m in town.said if isinstance(m, Health)])
+    town.heard(Health, told + 2)
+    town.want(town.fleet.publish(2), "d2")
+    eventually(lambda: town.heard(Installed).version == 2)
+
+
 def test_agent_that_finds_no_broker_serves_all_the_same_and_may_try_again(town):
     one = town.fleet.publish(1)
     device = town.fleet.device(town.folder / "device")
@@ -412,6 +431,28 @@ def test_device_that_restarts_again_and_again_in_a_probation_goes_back(tmp_path)
     assert "interrupted twice" in word.reason
     assert device.serving.active == one.bundle
     assert ("activate", two.bundle) not in device.serving.calls
+
+
+@pytest.mark.parametrize("step", ["activate", "probation"])
+def test_device_that_is_stopped_in_a_probation_in_good_order_counts_no_crash(tmp_path, step):
+    class Stopped(Serving):
+        stopped = True
+
+        def _step(self, name, digest):
+            super()._step(name, digest)
+            if name == step and self.stopped:
+                raise ResourceError("stopped during the probation")
+
+    device, _, two = on_trial(Fleet(tmp_path / "f"), tmp_path / "d", Serving())
+    before = slots.load(tmp_path / "d")
+    device = updates.Device("pi-1", device.profile, tmp_path / "d", Stopped())
+    for _ in range(3):
+        with pytest.raises(ResourceError):
+            recover(device)
+        assert slots.load(tmp_path / "d") == before
+    device.serving.stopped = False
+    assert isinstance(recover(device), Installed)
+    assert device.serving.active == two.bundle
 
 
 @pytest.mark.parametrize("fail_at", ["activate", "probation"])
@@ -476,7 +517,7 @@ def test_update_from_a_stick_needs_no_broker(tmp_path):
     stick = tmp_path / "stick"
     fleet.repository.rename(stick)
     seen = []
-    updates.update(device, wish(one), FolderFetcher(stick), NOW, lambda *step: seen.append(step))
+    updates.update(device, wish(one), FolderFetcher(stick), NOW, progress=lambda *step: seen.append(step))
     assert device.serving.active == one.bundle
     assert {what for what, _, _ in seen} == {"labels.txt", f"{one.profile}/model.onnx"}
 

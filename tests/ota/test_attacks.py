@@ -300,9 +300,8 @@ def test_refused_release_is_not_looked_at_again_for_the_same_attempt(story):
 @pytest.mark.parametrize("name", ["+", "#", "../x", "a/b", "", "$SYS", "a\n", "x" * 65])
 def test_device_fleet_or_class_whose_name_reaches_into_other_topics_is_refused(tmp_path, fleet, name):
     for fleet_name, device_name, profile in [(name, "pi", PROFILE), (FLEET, name, PROFILE), (FLEET, "pi", name)]:
-        device = fleet.device(tmp_path / "device", Serving(), profile, device_name)
         with pytest.raises(UsageError, match="cannot name"):
-            Agent(fleet_name, device)
+            Agent(fleet_name, fleet.device(tmp_path / "device", Serving(), profile, device_name))
 
 
 def test_attack_through_the_wire_types_is_stopped_before_any_file_is_touched():

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import click
+
 from edgekit.cli.ota._fleet import now, stop_signal
 from edgekit.cli.ota._serving import HostServing
 from edgekit.errors import HealthError, TransferError, TrustError, UsageError
@@ -88,7 +90,7 @@ def obey_broker(terminal: Terminal, device: Device, link: Link) -> None:
             if link.timeout is None:
                 _narrate(terminal, serving, reports, stopping)
             else:
-                _conclude(terminal, _first_answer(terminal, reports, link.timeout))
+                _conclude(terminal, _first_answer(terminal, reports, link.timeout, stopping))
         finally:
             serving.stop()
             agent.stop()
@@ -101,11 +103,12 @@ def update_from_folder(terminal: Terminal, device: Device, stick: Stick, *, stay
         UsageError: no repository there, or nothing in it for this hardware class.
         HealthError, TrustError: the update was rolled back, or refused.
     """
+    from edgekit.ota.device import slots
     from edgekit.ota.device.fetchers import FolderFetcher
     from edgekit.ota.device.update import recover, update
 
     serving, desired = _host_serving(device), newest(stick, device.profile)
-    with stop_signal(serving.stop) as stopping:
+    with slots.lock(device.state), stop_signal(serving.stop) as stopping:
         recover(device)
         outcome = update(device, desired, FolderFetcher(stick.folder), now(), progress=terminal.progress)
         _conclude(terminal, outcome)
@@ -171,15 +174,19 @@ def _narrate(
             _say_url(terminal, serving)
 
 
-def _first_answer(terminal: Terminal, reports: queue.SimpleQueue[Report], timeout: float) -> Report:
+def _first_answer(
+    terminal: Terminal, reports: queue.SimpleQueue[Report], timeout: float, stopping: threading.Event
+) -> Report:
     from edgekit.ota.messages import Failed, Health
 
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
+        if stopping.is_set():
+            raise click.Abort
         try:
-            report = reports.get(timeout=left)
+            report = reports.get(timeout=min(left, 0.2))
         except queue.Empty:
-            break
+            continue
         if isinstance(report, Failed):
             terminal.warn(_line(report))
         elif not isinstance(report, Health):
@@ -205,7 +212,9 @@ def _line(report: Report) -> str:
 
     if isinstance(report, Installed):
         figures = ", ".join(f"{name} {value:.4g}" for name, value in report.measured.items())
-        return f"installed version {report.version}{f' ({figures})' if figures else ''}"
+        idle = report.measured.get("requests") == 0
+        judged = "; no live request came: its golden inputs alone judged it" if idle else ""
+        return f"installed version {report.version}{f' ({figures})' if figures else ''}{judged}"
     if isinstance(report, RolledBack):
         return f"rolled back version {report.version}: {report.reason}"
     if isinstance(report, Refused):

@@ -5,7 +5,6 @@ The latest desired release wins; what fails in transit is tried again with growi
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import random
 import secrets
@@ -14,16 +13,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-import msgspec
-
 import edgekit
-from edgekit.errors import EdgekitError, MessageError, ResourceError, TransferError, UsageError, from_os
+from edgekit.errors import EdgekitError, MessageError, TransferError, from_os
 from edgekit.ota import messages
 from edgekit.ota.channel import Will
 from edgekit.ota.device import slots
 from edgekit.ota.device.fetchers import ChannelFetcher, Patience
-from edgekit.ota.device.update import recover, update
-from edgekit.ota.messages import Desired, Failed, Health, Hello, Identifier
+from edgekit.ota.device.update import recover, require_identifier, update
+from edgekit.ota.messages import Desired, Failed, Health, Hello
 from edgekit.progress import silent
 
 if TYPE_CHECKING:
@@ -68,8 +65,7 @@ class Agent:
     def __init__(
         self, fleet: str, device: Device, habits: Habits | None = None, vitals: Callable[[], Vitals] | None = None
     ) -> None:
-        for name in (fleet, device.name, device.profile):
-            _require_identifier(name)
+        require_identifier(fleet)
         self.dropped = 0
         self.progress: Progress = silent
         self.clock: Callable[[], datetime] = lambda: datetime.now(UTC)
@@ -80,7 +76,7 @@ class Agent:
         self._boot = secrets.token_hex(8)
         self._channel: Channel | None = None
         self._fetcher: ChannelFetcher | None = None
-        self._lock_file: TextIOWrapper | None = None
+        self._lock: TextIOWrapper | None = None
         self._wanted: Desired | None = None
         self._asked_again = False
         self._news = threading.Condition()
@@ -94,11 +90,11 @@ class Agent:
             ResourceError: another agent uses the state folder, or it is damaged.
             TransferError: the broker cannot be reached; what is installed serves all the same.
         """
-        self._lock()
+        self._lock = slots.lock(self._device.state)
         try:
             self._come_up(connect)
         except BaseException:
-            self._unlock()  # so that the caller may try again
+            self._lock.close()  # so that the caller may try again
             raise
 
     def _come_up(self, connect: Callable[[Will], Channel]) -> None:
@@ -128,27 +124,13 @@ class Agent:
         if self._channel is not None:
             self._publish(self._hello(online=False), "hello", retain=True)
             self._channel.close()
-        self._unlock()
+        if self._lock is not None:
+            self._lock.close()
 
     def _begin(self, work: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=work, name=f"edgekit-{name}-{self._device.name}", daemon=True)
         self._threads.append(thread)
         thread.start()
-
-    def _lock(self) -> None:
-        self._device.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock_file = (self._device.state / "agent.lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock_file.close()
-            raise ResourceError(
-                f"another agent uses {self._device.state}", "give each device its own folder"
-            ) from error
-
-    def _unlock(self) -> None:
-        if self._lock_file is not None:
-            self._lock_file.close()
 
     def _on_desired(self, arrival: Arrival) -> None:
         try:
@@ -170,7 +152,10 @@ class Agent:
             self.dropped += 1
             hello = None
         if (hello is None or not hello.online) and not self._stopping:
-            self._say_hello()
+            try:
+                self._say_hello()
+            except (EdgekitError, OSError) as error:  # the channel's thread must live: it brings the blocks as well
+                log.warning("the device could not say that it is back: %s", error)
 
     def _work(self) -> None:
         handled: Desired | None = None
@@ -238,19 +223,26 @@ class Agent:
 
     def _tell_health(self) -> None:
         while not self._stopped_within(self._habits.health_seconds):
-            current = slots.load(self._device.state).current
-            if current is not None and self._vitals is not None:
-                vitals = self._vitals()
-                self._report(
-                    Health(
-                        device=self._device.name,
-                        bundle=current.bundle,
-                        requests=vitals.requests,
-                        errors=vitals.errors,
-                        p95_ms=vitals.p95_ms,
-                        rss_mib=vitals.rss_mib,
-                    )
-                )
+            try:
+                self._report_health()
+            except (EdgekitError, OSError) as error:  # no file handle is left, say: the next report may come through
+                log.warning("the health could not be told: %s", error)
+
+    def _report_health(self) -> None:
+        current = slots.load(self._device.state).current
+        if current is None or self._vitals is None:
+            return
+        vitals = self._vitals()
+        self._report(
+            Health(
+                device=self._device.name,
+                bundle=current.bundle,
+                requests=vitals.requests,
+                errors=vitals.errors,
+                p95_ms=vitals.p95_ms,
+                rss_mib=vitals.rss_mib,
+            )
+        )
 
     def _stopped_within(self, seconds: float) -> bool:
         with self._news:
@@ -284,12 +276,3 @@ class Agent:
 
     def _topic(self, leaf: str) -> str:
         return messages.topic(self._fleet, self._device.name, leaf)
-
-
-def _require_identifier(name: str) -> None:
-    try:
-        msgspec.convert(name, Identifier)
-    except msgspec.ValidationError as error:
-        raise UsageError(
-            f"{name!r} cannot name a fleet, device or profile", "use letters, digits, '.', '_' and '-', at most 64"
-        ) from error

@@ -7,6 +7,7 @@ is replaced atomically. Transitions are values in, values out. Knows no network,
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from edgekit.ota.messages import Installed, Refused, RolledBack
 from edgekit.ota.release import Release
 
 if TYPE_CHECKING:
+    from io import TextIOWrapper
     from pathlib import Path
 
     from edgekit.bundle import Bundle
@@ -49,6 +51,22 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     trial: Trial | None = None
     rolled_back: dict[str, int] = {}
     outcome: Outcome | None = None
+
+
+def lock(folder: Path) -> TextIOWrapper:
+    """Take the state folder for this process; closing what is returned gives it back.
+
+    Raises:
+        ResourceError: another agent, or an update from a stick, uses it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    held = (folder / "agent.lock").open("w")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        held.close()
+        raise ResourceError(f"another agent uses {folder}", "stop it first, or give each device its own") from error
+    return held
 
 
 def load(folder: Path) -> State:

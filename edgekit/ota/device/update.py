@@ -11,11 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from edgekit import bundle as bundles
-from edgekit.errors import BundleError, HealthError, TrustError
+from edgekit.errors import BundleError, HealthError, ResourceError, TrustError, UsageError
 from edgekit.ota.device import slots, trust
 from edgekit.ota.device.download import download, require_space
-from edgekit.ota.messages import Desired, Installed, Refused, RolledBack
+from edgekit.ota.messages import Desired, Identifier, Installed, Refused, RolledBack
 from edgekit.progress import silent
 
 if TYPE_CHECKING:
@@ -75,6 +77,11 @@ class Device:
     state: Path
     serving: Serving
 
+    def __post_init__(self) -> None:
+        """Refuse names that could change a topic or a path, and that ``state.json`` would not take back."""
+        require_identifier(self.name)
+        require_identifier(self.profile)
+
 
 def update(
     device: Device, desired: Desired, fetcher: Fetcher, now: datetime, *, progress: Progress = silent
@@ -104,13 +111,35 @@ def update(
     return _take_over(device, desired, found.release, bundle)
 
 
+def require_identifier(name: str) -> None:
+    """Raise UsageError unless ``name`` can name a fleet, a device or a hardware class."""
+    try:
+        msgspec.convert(name, Identifier)
+    except msgspec.ValidationError as error:
+        raise UsageError(
+            f"{name!r} cannot name a fleet, device or profile", "use letters, digits, '.', '_' and '-', at most 64"
+        ) from error
+
+
 def recover(device: Device) -> Outcome | None:
     """Bring into service what the pointer names, after a start; settle a probation that was cut short.
 
     A damaged bundle, one that does not come up, or a probation cut short twice gives way to the one before.
     Returns a report where that settled something.
+
+    Raises:
+        ResourceError: the device lacks something, or is being stopped; that start counts for nothing.
     """
     state = slots.load(device.state)
+    try:
+        return _brought_up(device, state)
+    except ResourceError:
+        if state.trial is not None:
+            slots.save(device.state, state)  # only a crash speaks against the release
+        raise
+
+
+def _brought_up(device: Device, state: State) -> Outcome | None:
     wish = _wish_on_trial(state)
     try:
         if state.trial is not None:
