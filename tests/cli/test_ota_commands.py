@@ -18,7 +18,9 @@ from fakes.bundles import mlp_bundle, null_bundle
 
 from edgekit.cli import cli
 from edgekit.errors import UsageError
+from edgekit.ota.device import slots
 from edgekit.ota.messages import Hello, RolledBack
+from edgekit.ota.server.broker import embedded
 from edgekit.ota.server.fleet import DeviceState, expect, fold
 from edgekit.ota.server.store import Store
 
@@ -174,6 +176,26 @@ def test_an_agent_that_runs_once_tells_by_its_exit_code_how_it_went(fleet, proce
     assert "version 3 did not come and will be tried again: the repository has no blobs/" in failed
 
 
+def test_an_agent_that_waits_for_its_one_update_ends_at_once_when_it_is_interrupted(fleet, processes):
+    with embedded() as url:
+        agent = processes("agent", *agent_arguments(fleet, url), "--once", "--timeout", 600)
+        agent.says("listens to fleet")
+        started = time.monotonic()
+        assert agent.end(signal.SIGINT) == 130
+        assert time.monotonic() - started < 15
+
+
+def test_a_name_survives_an_init_that_was_killed_before_it_signed(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("edgekit.ota.server.publisher.init", killed)
+        ota("init", tmp_path / "fleet", "--name", "home", code=1)
+    assert say("init", tmp_path / "fleet", "--name", "home")["fleet"] == "home"
+    assert say("status", tmp_path / "fleet")["fleet"] == "home"
+
+
 def test_a_stick_updates_a_device_without_any_network(fleet, tmp_path):
     ota("publish", fleet, mlp_bundle(tmp_path / "b1").folder, *FAST)
     stick = tmp_path / "stick"
@@ -181,10 +203,13 @@ def test_a_stick_updates_a_device_without_any_network(fleet, tmp_path):
     root = stick / "metadata" / "1.root.json"
     base = ("agent", "--state", tmp_path / "pi", "--root", root, "--device", "pi", "--target", "x86-64", "--once")
     document = say(*base, "--repository", stick)
-    assert (document["report"]["version"], document["report"]["measured"]["error_rate"]) == (1, 0.0)
+    assert (document["report"]["version"], document["report"]["measured"]["requests"]) == (1, 0.0)
     assert "installed version 1" in ota(*base, "--repository", stick).output
     assert "holds no release for jetson" in ota(*base, "--target", "jetson", "--repository", stick, code=2).output
     assert "is no repository" in ota(*base, "--repository", tmp_path, code=2).output
+    assert "'a b' cannot name" in ota(*base, "--device", "a b", "--repository", stick, code=2).output
+    with slots.lock(tmp_path / "pi"):
+        assert "another agent uses" in ota(*base, "--repository", stick, code=12).output
 
     ota("publish", fleet, mlp_bundle(tmp_path / "b2", seed=2).folder, *FAST)
     shutil.copytree(fleet / "repository", stick, dirs_exist_ok=True)
@@ -234,6 +259,13 @@ def test_a_folder_without_a_fleet_is_named_with_the_way_to_make_one(tmp_path, ar
     done = ota(*verb, tmp_path / "nowhere", *rest, code=2)
     assert "holds no fleet" in done.output
     assert "edgekit ota init" in done.output
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_publishing_into_a_mistyped_folder_leaves_nothing_there(tmp_path):
+    sealed = mlp_bundle(tmp_path / "b")
+    assert "holds no fleet" in ota("publish", tmp_path / "nowhere", sealed.folder, code=2).output
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_release_nobody_published_is_refused_with_the_nearest(fleet, tmp_path):

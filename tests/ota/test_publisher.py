@@ -73,6 +73,15 @@ def test_class_that_has_the_model_already_cannot_get_an_older_version_through_an
         fleet.publish(2, version=3, profiles=[OTHER])
 
 
+def test_blob_that_the_disk_damaged_is_mended_by_publishing_again(fleet, tmp_path):
+    fleet.publish(1)
+    blob = max((fleet.repository / "blobs").iterdir(), key=lambda path: path.stat().st_size)
+    whole = blob.read_bytes()
+    blob.write_bytes(bytes(len(whole)))
+    assert isinstance(install(fleet, fleet.device(tmp_path / "d"), fleet.publish(1)), Installed)
+    assert blob.read_bytes() == whole
+
+
 def test_only_what_the_chosen_classes_need_is_published(fleet, tmp_path):
     sealed = tiny_bundle(tmp_path / "b")
     publisher.publish(fleet.folder, sealed, now=NOW, profiles=[PROFILE, PROFILE])

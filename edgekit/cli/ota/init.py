@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -25,11 +26,13 @@ def COMMAND(terminal: Terminal, *, fleet: Path, name: str) -> None:  # noqa: N80
         messages.topic(name, "+", "hello")
     except MessageError as error:
         raise UsageError(error.message, error.hint) from error
-    publisher.init(fleet, now())
-    store = Store(fleet / DATABASE, name)
+    fleet.mkdir(parents=True, exist_ok=True)
+    # The name first: killed in between, a fleet without a repository is made anew, one without its name would lose it.
+    with closing(Store(fleet / DATABASE, name)) as store:
+        publisher.init(fleet, now())
+        name = store.name
     root = fleet / "repository" / "metadata" / "1.root.json"
-    terminal.say(f"made the fleet {store.name!r} in {fleet}; its private keys lie in {fleet / 'keys'}: keep them safe")
+    terminal.say(f"made the fleet {name!r} in {fleet}; its private keys lie in {fleet / 'keys'}: keep them safe")
     terminal.say(f"give every device its root of trust: {root}")
     terminal.say(f"next: edgekit ota publish {fleet} BUNDLE")
-    terminal.result({"fleet": store.name, "folder": fleet, "root": root})
-    store.close()
+    terminal.result({"fleet": name, "folder": fleet, "root": root})

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import manifest as manifests
-from edgekit.bundle import MANIFEST
+from edgekit.bundle import MANIFEST, hash_file
 from edgekit.durable import new_file, write_file
 from edgekit.errors import BundleError, ResourceError, TrustError, UsageError
 from edgekit.ota.release import Limits, Release, from_custom, to_custom
@@ -49,7 +49,13 @@ def init(folder: Path, now: datetime) -> None:
 
     Raises:
         UsageError: there is a repository already.
+        MissingExtra: what signs is not installed.
     """
+    with extra("fleet"):
+        import cryptography
+        import tuf
+    del cryptography, tuf
+    _metadata(folder, "timestamp").parent.mkdir(parents=True, exist_ok=True)
     with _sole_writer(folder):
         if _metadata(folder, "timestamp").exists():
             raise UsageError(f"{folder} holds a fleet already", "choose another folder")
@@ -127,7 +133,8 @@ def _no_fleet(folder: Path) -> UsageError:
 
 @contextmanager
 def _sole_writer(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
+    if not _metadata(folder, "timestamp").parent.is_dir():
+        raise _no_fleet(folder)  # before the lock is made: a mistyped name must not leave a folder
     with (folder / ".publisher.lock").open("w") as lock:
         deadline = time.monotonic() + LOCK_SECONDS
         while not _locked(lock.fileno()):
@@ -303,7 +310,7 @@ def _needed(bundle: Bundle, profiles: Sequence[str]) -> list[FileEntry]:
 
 def _publish_blob(folder: Path, bundle: Bundle, entry: FileEntry) -> None:
     target = folder / "repository" / "blobs" / entry.sha256
-    if target.is_file() and target.stat().st_size == entry.size:
+    if target.is_file() and hash_file(target) == entry.sha256:
         return
     for leftover in target.parent.glob(f".{target.name}.*"):  # of a killed publish; blobs may be large
         leftover.unlink()
