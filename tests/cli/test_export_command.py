@@ -59,7 +59,7 @@ def test_all_failures_write_nothing(saved, tmp_path):
     code, out, err = edgekit("export", saved, "--target", "llama-cpp", "-o", tmp_path / "b")
     assert code == 5
     assert "failed" in out
-    assert "another target" in err
+    assert "a .gguf file, or another target" in err
     assert list(tmp_path.iterdir()) == []
 
 
