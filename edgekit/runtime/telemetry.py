@@ -97,7 +97,7 @@ class Telemetry:
 
 
 def percentile(ordered: Sequence[float], percent: int) -> float:
-    """Return the nearest-rank percentile, the least of sorted values that ``percent`` of all do not exceed; 0 for none."""
+    """Return the nearest rank: the least of sorted values that ``percent`` of all do not exceed; 0 for none."""
     if not ordered:
         return 0.0
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
