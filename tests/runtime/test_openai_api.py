@@ -144,6 +144,12 @@ def test_option_out_of_range_is_a_400(echo, wrong):
         client_of(echo[0]).chat.completions.create(**{"model": "echo", "messages": USER, **wrong})
 
 
+def test_text_longer_than_any_context_is_refused_before_it_is_parsed(echo):
+    with pytest.raises(openai.APIStatusError, match="at most 4194304 are taken") as caught:
+        client_of(echo[0]).completions.create(model="echo", prompt="a" * (4 << 20))
+    assert caught.value.status_code == 413
+
+
 def test_empty_prompt_is_a_400(echo):
     status, answer = post_json(echo[0], "/v1/completions", {"model": "echo", "prompt": ""})
     assert (status, answer["error"]["message"]) == (400, "the prompt is empty")

@@ -34,11 +34,10 @@ WORKERS = 4
 
 
 class App:
-    """Serves one host. ``max_body`` bounds a request in bytes."""
+    """Serves one host; a request has at most ``MAX_BODY`` bytes."""
 
-    def __init__(self, host: Host, *, max_body: int = MAX_BODY) -> None:
+    def __init__(self, host: Host) -> None:
         self.host = host
-        self.max_body = max_body
         self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
         self._routes = self._table()
 
@@ -47,7 +46,7 @@ class App:
         if scope["type"] != "http":
             return
         try:
-            request = await read_request(scope, receive, self.max_body)
+            request = await read_request(scope, receive, MAX_BODY)
             response = await self._answer(request)
         except Disconnected:
             return
