@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,16 +42,20 @@ def _load_npz(path: Path) -> Data:
         import numpy as np
     if not path.is_file():
         raise UsageError(f"there is no data at {path}", "check --data")
+    if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle, and advise to trust it
+        raise UsageError(f"{path} is no .npz file, or only the beginning of one", "write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} is no .npz file: {first_line(error)}") from error
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(f"{path} is no .npz file: {first_line(error)}", "write it again with numpy.savez") from error
     splits: dict[str, dict[str, Array]] = {}
     for key, array in arrays.items():
         split, _, name = key.partition(".")
         if split not in ("calibration", "train", "validation", "test") or not name:
             raise UsageError(f"{path} holds {key!r}", "name arrays <split>.<input>, as calibration.image")
+        if not array.ndim:
+            raise UsageError(f"{path} holds one number as {key!r}", "samples lie on the first axis of an array")
         splits.setdefault(split, {})[name] = array
     if "calibration" not in splits:
         raise UsageError(f"{path} has no calibration split", "name arrays <split>.<input>, as calibration.image")
@@ -68,7 +73,10 @@ def refuse_unfit(model: Model) -> None:
             continue
         if set(split.inputs) != {spec.name for spec in model.inputs}:
             wanted = ", ".join(str(spec) for spec in model.inputs)
-            raise UsageError(f"the {part} split has {sorted(split.inputs)}, the network takes {wanted}")
+            raise UsageError(
+                f"the {part} split has {sorted(split.inputs)}, the network takes {wanted}",
+                f"name the arrays as the network's inputs, as {part}.{model.inputs[0].name}",
+            )
         for spec in model.inputs:
             array = split.inputs[spec.name]
             if str(array.dtype) != spec.dtype or not _fits(spec, array.shape):
@@ -87,7 +95,10 @@ def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
 def _refuse_labels(part: str, labels: Array, scores: TensorSpec) -> None:
     classes = scores.shape[-1] if len(scores.shape) == 2 and scores.shape[-1] != DYNAMIC else None
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UsageError(f"the labels of the {part} split are {labels.dtype}{list(labels.shape)}, not one integer each")
+        raise UsageError(
+            f"the labels of the {part} split are {labels.dtype}{list(labels.shape)}, not one integer each",
+            "give the number of the class of each sample, counted from 0",
+        )
     if len(labels) and (labels.min() < 0 or (classes is not None and labels.max() >= classes)):
         raise UsageError(
             f"the labels of the {part} split go from {labels.min()} to {labels.max()}, {scores} has no such class",

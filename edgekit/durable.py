@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import shutil
 import tempfile
@@ -57,9 +58,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     the new one; elsewhere it may leave none, but never half of one.
     Scratch folders that earlier kills left behind are swept first.
     """
-    target = target.absolute()
+    target = target.resolve()  # through a link, so that what it points to is replaced, and not the link
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.partial-*"):
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
     try:

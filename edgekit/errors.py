@@ -139,7 +139,9 @@ _HINTS = {
 
 def from_os(error: OSError, what: str) -> EdgekitError:
     """Translate an operating system's refusal: a missing path is a usage error, the rest a resource error."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError):
         return UsageError(f"{what}: {error.strerror}: {error.filename}", "check the path")
     hint = _HINTS.get(error.errno or 0, "see the message of the operating system")
-    return ResourceError(f"{what}: {error.strerror or error}", hint)
+    path = error.filename2 or error.filename  # of a rename that failed, the name that a person gave
+    place = f": {path}" if path else ""
+    return ResourceError(f"{what}: {error.strerror or error}{place}", hint)

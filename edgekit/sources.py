@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -9,10 +10,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from edgekit.errors import UsageError
+from edgekit.errors import EdgekitError, MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+BROUGHT = ("numpy", "torch", "safetensors")
+"""What the extra ``compress`` installs and a workload file imports at its top."""
+
+SHOWN = 12
+"""How many functions of a module are offered, those of similar names first."""
 
 
 def named_object(source: str) -> Callable[[], object]:
@@ -22,10 +29,13 @@ def named_object(source: str) -> Callable[[], object]:
         UsageError: the file, the module or the name does not exist.
     """
     place, _, name = source.rpartition(":")
+    if not place or not name or place.startswith("."):
+        raise UsageError(f"{source!r} names no function", "give file.py:function or package.module:function")
     module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     found = getattr(module, name, None)
     if not callable(found):
-        known = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
+        functions = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
+        known = list(dict.fromkeys([*difflib.get_close_matches(name, functions), *functions]))[:SHOWN]
         raise UsageError(f"{place} has no function {name!r}", f"it has: {', '.join(known) or 'none'}")
     return cast("Callable[[], object]", found)
 
@@ -39,6 +49,8 @@ def call(source: str) -> object:
     function = named_object(source)
     try:
         return function()
+    except ModuleNotFoundError as error:
+        raise _lacking(source, error) from error
     except _broken_code_errors() as error:
         raise UsageError(
             f"{source} failed with {type(error).__name__}: {first_line(error)}", "call it in Python to see where"
@@ -56,8 +68,12 @@ def _import_file(path: Path) -> object:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise _lacking(str(path), error) from error
     except _broken_code_errors() as error:
-        raise UsageError(f"{path} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+        raise UsageError(
+            f"{path} cannot be imported: {type(error).__name__}: {first_line(error)}", "call it in Python to see where"
+        ) from error
     return module
 
 
@@ -65,14 +81,44 @@ def _import_module(name: str) -> object:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        if error.name and not f"{name}.".startswith(f"{error.name}."):
+            raise _lacking(name, error) from error
         raise UsageError(
             f"there is no module {name!r}: {error}", "check the spelling, or give file.py:build"
         ) from error
+    except _broken_code_errors() as error:
+        raise UsageError(
+            f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}", "call it in Python to see where"
+        ) from error
 
 
-def _broken_code_errors() -> tuple[type[Exception], ...]:
-    """What somebody else's Python file may raise; errors of edgekit and of the disk speak for themselves."""
-    return (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, RuntimeError)
+def _lacking(source: str, error: ModuleNotFoundError) -> EdgekitError:
+    """Name the package that somebody's file imports: one that an extra brings, or one of their own."""
+    module = (error.name or str(error)).partition(".")[0]
+    if module in BROUGHT:
+        return MissingExtra("compress", module)
+    return UsageError(
+        f"{source} cannot be imported: ModuleNotFoundError: {error}", f"install the package that brings {module}"
+    )
+
+
+def _broken_code_errors() -> tuple[type[BaseException], ...]:
+    """What somebody else's Python file may raise; errors of edgekit speak for themselves."""
+    return (
+        ImportError,
+        SyntaxError,
+        NameError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        RuntimeError,
+        ArithmeticError,
+        AssertionError,
+        EOFError,
+        OSError,
+        SystemExit,
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """Reads a model as people have it, and a compressed one as edgekit saved it.
 
-Takes ``file.py:build`` or ``package.module:build`` with a checkpoint, an ONNX file, a Hugging Face folder, or a
-folder that `edgekit compress` wrote. Knows neither passes nor formats to export.
+Takes ``file.py:build`` or ``package.module:build`` with a checkpoint, an ONNX or GGUF file, a Hugging Face folder, or
+a folder that `edgekit compress` wrote. Knows neither passes nor formats to export.
 """
 
 from __future__ import annotations
@@ -113,10 +113,19 @@ def save(model: Model, folder: Path, extra_files: Mapping[str, bytes] | None = N
 
 def refuse_foreign(folder: Path) -> None:
     """Raise UsageError where saving would replace something that is no saved model."""
-    if folder.exists() and not (folder / "model.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not _is_saved(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
             f"{folder} is there and holds no saved model, so it is not replaced", "choose another folder for the output"
         )
+
+
+def _is_saved(folder: Path) -> bool:
+    """Look into model.json: other programs, as TensorFlow.js, write files of that name too."""
+    try:
+        msgspec.json.decode((folder / "model.json").read_bytes(), type=Saved)
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError):
+        return False
+    return True
 
 
 def trace(model: Model) -> torch.export.ExportedProgram:
@@ -149,7 +158,7 @@ def _load_torch(source: str, checkpoint: Path | None, data: Data | None) -> Mode
         import torch
     module = call(source)
     if not isinstance(module, torch.nn.Module):
-        raise UsageError(f"{source} returned {type(module).__name__}, not torch.nn.Module")
+        raise UsageError(f"{source} returned {type(module).__name__}, not torch.nn.Module", "return the network")
     steps = [Step(name="load", options={"source": Path(source).name})]
     if checkpoint is not None:
         module.load_state_dict(_read_checkpoint(checkpoint, module))
@@ -164,7 +173,7 @@ def from_module(name: str, module: torch.nn.Module, data: Data, lineage: tuple[S
     """Wrap a PyTorch module; input names come from the data, shapes from its calibration split.
 
     Raises:
-        UsageError: the network does not take the calibration data.
+        UsageError: the network does not take the calibration data, or returns other than tensors.
     """
     names = tuple(data.calibration.inputs)
     network = TorchNetwork(module, names, ())
@@ -173,9 +182,10 @@ def from_module(name: str, module: torch.nn.Module, data: Data, lineage: tuple[S
         network = TorchNetwork(module, names, ("scores",) if count == 1 else tuple(f"output_{i}" for i in range(count)))
         results = network.run(data.calibration.head(2).inputs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shapes = {n: list(a.shape) for n, a in data.calibration.inputs.items()}
+        given = ", ".join(f"{n}: {a.dtype}{list(a.shape)}" for n, a in data.calibration.inputs.items())
         raise UsageError(
-            f"{name} does not take the calibration data {shapes}: {first_line(error)}", "samples lie on the first axis"
+            f"{name} does not take the calibration data {given}: {first_line(error)}",
+            "samples lie on the first axis, in the type of the network's inputs (mostly float32)",
         ) from error
     return Model(
         name=name,
@@ -193,12 +203,19 @@ def _task(data: Data) -> Task:
     return "classification" if data.labels or any(s is not None and s.labels is not None for s in splits) else "tensor"
 
 
-def _count_outputs(module: torch.nn.Module, one: Split) -> int:
+def _count_outputs(module: torch.nn.Module, sample: Split) -> int:
     import torch
 
     with torch.no_grad():
-        result = module(*[torch.as_tensor(a) for a in one.inputs.values()])
-    return len(result) if isinstance(result, tuple | list) else 1
+        result = module(*[torch.as_tensor(a) for a in sample.inputs.values()])
+    results = result if isinstance(result, tuple | list) else (result,)
+    for one in results:
+        if not isinstance(one, torch.Tensor):
+            raise UsageError(
+                f"the network returns a {type(one).__name__}, not a tensor or a tuple of tensors",
+                "wrap it in a module whose forward picks the tensors out",
+            )
+    return len(results)
 
 
 def _spec(name: str, array: Array) -> TensorSpec:
@@ -219,14 +236,14 @@ def _read_checkpoint(path: Path, module: torch.nn.Module) -> dict[str, torch.Ten
         raise UsageError(f"there is no checkpoint at {path}", "check --checkpoint")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
+            with extra("compress"):
+                from safetensors.torch import load_file
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except _broken_file_errors() as error:
         raise UsageError(
-            f"{path} is no checkpoint: {first_line(error)}", "give .safetensors, or .pt with weights only"
+            f"{path} is no checkpoint: {_unpickled(error)}", "give .safetensors, or .pt with weights only"
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
@@ -236,10 +253,20 @@ def _read_checkpoint(path: Path, module: torch.nn.Module) -> dict[str, torch.Ten
     return state
 
 
+def _unpickled(error: Exception) -> str:
+    """Leave out PyTorch's advice to load what is no plain tensors by running its code."""
+    import pickle
+
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds something else than tensors, or is damaged"
+    return first_line(error)
+
+
 def _broken_file_errors() -> tuple[type[Exception], ...]:
     import pickle
 
-    from safetensors import SafetensorError
+    with extra("compress"):
+        from safetensors import SafetensorError
 
     return (
         RuntimeError,
@@ -291,7 +318,9 @@ def _load_onnx(path: Path, data: Data | None) -> Model:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except _onnx_errors() as error:
-        raise UsageError(f"{path} is no valid ONNX model: {first_line(error)}") from error
+        raise UsageError(
+            f"{path} is no valid ONNX model: {first_line(error)}", "fetch or export it again; onnx.checker tells more"
+        ) from error
     return Model(
         name=path.stem,
         task=_task(data) if data else "tensor",
@@ -376,10 +405,14 @@ def _load_saved(folder: Path, data: Data | None) -> Model:
 def _load_network(folder: Path, saved: Saved) -> TorchNetwork | OnnxNetwork:
     if (folder / "model.onnx").is_file():
         return OnnxNetwork(folder / "model.onnx")
-    import torch
+    with extra("compress"):
+        import torch
 
+    if not zipfile.is_zipfile(folder / "network.pt2"):  # PyTorch would print its trace before it refuses
+        raise UsageError(f"{folder / 'network.pt2'} is damaged: it is no archive", "run edgekit compress again")
     try:
-        module = torch.export.load(folder / "network.pt2").module()
+        with (folder / "network.pt2").open("rb") as file:  # torch ends the process at a path that is no UTF-8
+            module = torch.export.load(file).module()
     except _broken_file_errors() as error:
         raise UsageError(
             f"{folder / 'network.pt2'} is damaged: {first_line(error)}", "run edgekit compress again"
@@ -393,7 +426,8 @@ def _save_network(model: Model, folder: Path) -> None:
         return
     import torch
 
-    torch.export.save(trace(model), folder / "network.pt2")
+    with (folder / "network.pt2").open("wb") as file:  # torch ends the process at a path that is no UTF-8
+        torch.export.save(trace(model), file)
 
 
 def _sha256(path: Path) -> str:

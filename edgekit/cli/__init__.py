@@ -72,9 +72,11 @@ def main() -> None:
         code = cli.main(prog_name="edgekit", standalone_mode=False)
     except click.ClickException as error:
         error.show()
+        _tell_program("UsageError", error.format_message(), error.exit_code)
         sys.exit(error.exit_code)
     except click.Abort:
         click.echo("interrupted", err=True)
+        _tell_program("Interrupted", "interrupted", 130)
         sys.exit(130)
     except Exception as error:  # noqa: BLE001  # the last line of defence: a person never meets a bare trace
         _report_bug(error)
@@ -89,3 +91,13 @@ def _report_bug(error: Exception) -> None:
         traceback.print_exception(error)
     click.echo(f"internal error: {type(error).__name__}: {error}", err=True)
     click.echo("hint: this is a bug in edgekit; run again with --debug for the trace, and report it", err=True)
+    _tell_program(type(error).__name__, f"internal error: {error}", 1)
+
+
+def _tell_program(kind: str, message: str, exit_code: int) -> None:
+    """Print under ``--json`` the document of an error that no command could print."""
+    import json
+
+    if "--json" in sys.argv:
+        error = {"kind": kind, "message": message, "hint": "", "exit_code": exit_code}
+        click.echo(json.dumps({"error": error}, indent=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 import sys
 import time
@@ -125,6 +126,13 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], click.Command]: 
         return made
 
     return decorate
+
+
+def finite(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
+    """Refuse, as the callback of an option, what a range of floats lets pass: NaN and infinity."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number")
+    return value
 
 
 def fail(terminal: Terminal, error: EdgekitError, *, debug: bool = False) -> None:

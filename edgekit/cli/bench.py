@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from edgekit.cli._terminal import Terminal, command
+from edgekit.cli._terminal import Terminal, command, finite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path())
 @click.option("--variant", "variants", multiple=True, help="Which variant; give it again for several. [default: best]")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(0), help="Threads a bundle; 0: all cores.")
-@click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(0.01), help="Measure each so long.")
+@click.option(
+    "--seconds",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(0.01),
+    callback=finite,
+    help="Measure each so long.",
+)
 @click.option("--requests", default=0, type=click.IntRange(0), help="Measure so many requests instead of seconds.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Samples a request.")
 @click.option("--cpu", type=click.IntRange(0), help="Pin every bundle to this core.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -87,12 +89,13 @@ def _arrays(session: Session, path: Path) -> dict[str, Array]:
     from edgekit.errors import InputError
 
     try:
-        loaded = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} holds no arrays: {error}", "write it with numpy.save or numpy.savez") from error
-    if path.suffix == ".npz":
-        with loaded:
-            return dict(loaded)
+        with path.open("rb") as file:
+            if path.suffix == ".npz":
+                with np.load(file, allow_pickle=False) as arrays:
+                    return dict(arrays)
+            loaded = np.load(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} holds no arrays", f"write the {path.suffix} file with NumPy") from error
     names = [spec.name for spec in session.contract.inputs]
     if len(names) != 1:
         raise InputError(f"the model takes {len(names)} inputs: {', '.join(names)}", "give a .npz with these names")

@@ -76,7 +76,7 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
         UsageError: no target, one given twice, a name that is no file name, a folder of something else, no
             calibration data, or a precision the model has no plan for.
     """
-    _refuse_names(name or model.name, [profile.name for profile in profiles])
+    _refuse_names(name or model.name, version, [profile.name for profile in profiles])
     bundles.refuse_foreign(folder)
     model = _with_precision(model, precision)
     reference = reference_of(model, name or model.name, version)
@@ -91,13 +91,15 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
         return ExportResult(_seal(model, reference, done, scratch=Path(scratch), folder=folder), rows)
 
 
-def _refuse_names(name: str, given: Sequence[str]) -> None:
+def _refuse_names(name: str, version: str, given: Sequence[str]) -> None:
     if not given or len(set(given)) != len(given):
         raise UsageError(f"give each target once, these are {', '.join(given) or 'none'}")
     for word in (name, *given):
         # Names become paths in the bundle; golden/ is taken.
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", word) or word == "golden":
             raise UsageError(f"{word!r} cannot name a bundle or target", "use letters, digits, dot, dash, underscore")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,99}", version):
+        raise UsageError(f"{version!r} cannot be a version", "write it as 1, 1.2.0 or 2026-05-01")
 
 
 def _with_precision(model: Model, precision: str | None) -> Model:

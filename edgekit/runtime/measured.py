@@ -104,6 +104,8 @@ def main() -> None:
             _serve(sys.stdin, answers)
         except EdgekitError as error:
             _answer(answers, Failed(kind=type(error).__name__, message=error.message, hint=error.hint))
+        except MemoryError:
+            _answer(answers, Failed(kind="ResourceError", message="out of memory", hint="measure a smaller batch"))
 
 
 def _serve(requests: TextIO, answers: TextIO) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from edgekit import bundle, device_profiles, plugins
 from edgekit import manifest as manifests
-from edgekit.errors import MissingExtra, UsageError
+from edgekit.errors import BundleError, MissingExtra, UsageError
 from edgekit.plugins import extra
 from edgekit.runtime import backends
 from edgekit.runtime.backends import EngineOptions
@@ -46,6 +46,9 @@ def load(path: str | Path, *, variant: str | None = None, threads: int = 0) -> S
             missing = missing or error
     if missing:
         raise missing
+    runnable = [v.main for v in manifest.variants if v.format in plugins.names(PACKAGE)]
+    if runnable:  # and yet no candidate: their files are not here
+        raise BundleError(f"{runnable[0]} is missing from the bundle {folder}", "fetch or export the bundle again")
     formats = sorted({v.format for v in manifest.variants})
     raise UsageError(
         f"nothing in {folder} runs here: it holds {', '.join(formats)}",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgekit.cli._terminal import Terminal, command
+from edgekit.cli._terminal import Terminal, command, finite
 
 
 @command(name="agent")
@@ -22,7 +22,13 @@ from edgekit.cli._terminal import Terminal, command
 @click.option("--repository", type=click.Path(path_type=Path), help="Update from this folder instead, as a USB stick.")
 @click.option("--model", help="With --repository: which model. [default: the only one]")
 @click.option("--once", is_flag=True, help="End after the first update; the exit code says how it went.")
-@click.option("--timeout", default=60.0, show_default=True, help="With --once: wait so many seconds for an update.")
+@click.option(
+    "--timeout",
+    default=60.0,
+    show_default=True,
+    callback=finite,
+    help="With --once: wait so many seconds for an update.",
+)
 def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one parameter an option
     terminal: Terminal,
     *,
@@ -46,7 +52,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
     from edgekit.ota.device.update import Device
 
     if (broker is None) == (repository is None):
-        raise UsageError("an agent needs --broker or --repository, one of them")
+        raise UsageError("an agent needs --broker or --repository, one of them", "--broker mqtt://HOST:1883")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     _provision(state, root)
     _check_port(port)
