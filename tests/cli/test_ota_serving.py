@@ -1,7 +1,9 @@
 """What runs models under the agent: real bundles on a real engine, judged in their probation."""
 
+import itertools
 import re
 import socket
+import subprocess
 import threading
 import time
 import urllib.request
@@ -12,7 +14,7 @@ from fakes.bundles import mlp_bundle, mlp_numpy, null_bundle
 
 from edgekit import bundle
 from edgekit.cli.ota._serving import HostServing
-from edgekit.errors import HealthError, ResourceError
+from edgekit.errors import HealthError, ResourceError, UsageError
 from edgekit.ota.release import Limits, Release
 
 X = np.random.default_rng(5).normal(size=(1, 64)).astype(np.float32)
@@ -70,11 +72,14 @@ class Traffic:
 
 def test_a_bundle_is_tried_out_takes_over_and_passes_its_probation_while_requests_flow(serving, old, new):
     serving.activate(old)
+    before = serving.host.session
     with Traffic(serving) as traffic:
         assert serving.try_out(new, release_of(new))["sqnr_db"] > 40
         serving.activate(new)
         figures = serving.probation(release_of(new))
     assert traffic.errors == []
+    with pytest.raises(UsageError, match="is closed"):  # nothing shadows any more
+        before.run({"image": X})
     assert figures["requests"] >= 5
     assert (figures["error_rate"], figures["non_finite"]) == (0.0, 0.0)
     assert 0.0 <= figures["agreement"] < 1.0
@@ -145,6 +150,28 @@ def test_without_traffic_the_probation_ends_when_its_time_is_over(serving, old):
     serving.activate(old)
     figures = serving.probation(release_of(old, probation_seconds=0.1))
     assert figures == {"requests": 0.0}  # and no figure that nobody measured
+
+
+def test_a_model_that_fails_on_live_requests_breaks_its_error_rate(serving, old):
+    serving.activate(old)
+    real, turn = serving.host.session._engine.run, itertools.count()
+
+    def every_other(inputs):
+        if next(turn) % 2:
+            raise HealthError("the engine failed")
+        return real(inputs)
+
+    serving.host.session._engine.run = every_other
+    with Traffic(serving), pytest.raises(HealthError, match=r"error_rate is 0\.\d+, at most 0\.02 is wanted"):
+        serving.probation(release_of(old))
+
+
+def test_a_try_out_runs_with_the_threads_that_will_serve(serving, old, monkeypatch):
+    commands = []
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: commands.append(command) or real(command, **how))
+    serving.try_out(old, release_of(old))
+    assert commands[0][commands[0].index("--threads") + 1] == "1"
 
 
 def test_a_callers_mistakes_neither_end_a_probation_nor_dilute_its_errors(serving, old):

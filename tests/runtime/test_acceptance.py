@@ -117,6 +117,13 @@ def test_child_that_runs_a_sound_bundle_returns_the_figures(tmp_path):
     assert try_out(tmp_path / "b", "x86-64", timeout=60)["top1_agreement"] == 1.0
 
 
+def test_folder_one_stands_in_shadows_no_package_of_the_child(tmp_path, monkeypatch):
+    bundles.mlp_bundle(tmp_path / "b")
+    (tmp_path / "numpy.py").write_text("raise SystemExit('taken over')\n")
+    monkeypatch.chdir(tmp_path)
+    assert try_out(tmp_path / "b")["sqnr_db"] > 40
+
+
 def test_engine_that_crashes_takes_only_the_child_with_it(tmp_path, misbehaving_engine):
     with pytest.raises(HealthError, match="crashed on b with SIGSEGV"):
         try_out(misbehaving(tmp_path / "b", "crash"), timeout=60)

@@ -36,13 +36,10 @@ def download(fetcher: Fetcher, entry: FileEntry, target: Path, progress: Progres
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     there = _length(target)
-    if there > entry.size:
-        target.unlink()
-        there = 0
     require_space(target.parent, entry.size - there)
     if _complete(fetcher, entry, target, progress):
         return
-    # What lay there may be holes that a power cut left behind: only a file fetched in one go proves an attack.
+    # What lay there may be too long, or holes that a power cut left: only a file fetched in one go proves an attack.
     target.unlink()
     if there and _complete(fetcher, entry, target, progress):
         return
