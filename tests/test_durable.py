@@ -115,3 +115,18 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path):
     with pytest.raises(OSError, match="No space"), new_folder(target), Path("/dev/full").open("wb") as file:
         file.write(b"x" * 100_000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_name_is_on_the_disk_before_the_write_counts_as_done(tmp_path, monkeypatch):
+    steps = []
+
+    def watched(name):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, **k: (steps.append(name), real(*a, **k))[1])
+
+    for name in ("fsync", "replace", "rename"):
+        watched(name)
+    write_file(tmp_path / "state", b"new")
+    renamed = max(i for i, step in enumerate(steps) if step != "fsync")
+    assert "fsync" in steps[:renamed]
+    assert "fsync" in steps[renamed:]

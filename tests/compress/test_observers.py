@@ -50,6 +50,14 @@ def test_the_percentile_keeps_what_it_promises(values):
     assert inside.mean() >= 0.9998
 
 
+def test_the_percentile_cuts_as_much_as_it_promises_and_half_of_it_at_either_end():
+    values = np.linspace(0.0, 1.0, 1_000_000, dtype=np.float32) ** 32  # dense near 0, thin near 1
+    limits = observed("percentile", np.concatenate([values, -values]))
+    cut = float(np.mean(values > limits.high)) / 2
+    assert 0.00002 <= cut <= 0.00005
+    assert limits.low == pytest.approx(-limits.high, abs=2 / 2048)
+
+
 def test_mse_loses_less_than_min_max_on_a_long_tail():
     values = np.random.default_rng(0).laplace(size=200_000).astype(np.float32)
     assert loss(values, observed("mse", values)) < 0.8 * loss(values, observed("minmax", values))

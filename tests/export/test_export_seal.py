@@ -98,7 +98,7 @@ def test_a_failed_export_leaves_the_old_bundle(tiny, tmp_path):
 def test_fp32_ignores_the_plan(tiny_int8, tmp_path):
     result = export(tiny_int8, profiles("x86-64"), tmp_path / "bundle", precision="fp32")
     variant = result.bundle.manifest.variant("x86-64")
-    assert variant.precision == "fp32"
+    assert (variant.precision, variant.expected.min_sqnr_db) == ("fp32", 40.0)
     assert variant.parity.sqnr_db > 100
 
 
@@ -175,6 +175,7 @@ def test_what_a_checked_file_answered_travels_with_its_variant_only(sealed):
     with runtime.load(sealed.bundle.folder, variant="pixel-8") as session:
         got = session.run({"image": images})["scores"]
     np.testing.assert_allclose(got, np.load(sealed.bundle.path(path)), atol=1e-5)
+    assert (variant.expected.min_sqnr_db, variant.expected.min_top1_agreement) == (25.0, 0.85)
     assert manifest.variant("iphone-15").expected is None
 
 
