@@ -30,6 +30,15 @@ def code(tmp_path, text):
 # --- networks
 
 
+def test_a_network_that_returns_a_dictionary_is_refused_with_the_way_out(tmp_path):
+    text = (
+        "import torch\nclass build(torch.nn.Module):\n    def forward(self, image):\n        return {'scores': image}\n"
+    )
+    with pytest.raises(UsageError, match="the network returns a dict") as caught:
+        workload.load(code(tmp_path, text), None, plain_data())
+    assert "wrap it" in caught.value.hint
+
+
 def test_a_workload_file_with_its_checkpoint_becomes_a_model():
     model = digits.model()
     assert (model.name, model.task, model.precision) == ("digits", "classification", "fp32")
