@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -426,8 +427,9 @@ def _save_network(model: Model, folder: Path) -> None:
         return
     import torch
 
-    with (folder / "network.pt2").open("wb") as file:  # torch ends the process at a path that is no UTF-8
-        torch.export.save(trace(model), file)
+    archive = io.BytesIO()  # torch ends the process at a full disk, and at a path that is no UTF-8
+    torch.export.save(trace(model), archive)
+    (folder / "network.pt2").write_bytes(archive.getbuffer())
 
 
 def _sha256(path: Path) -> str:

@@ -78,6 +78,9 @@ def main() -> None:
         click.echo("interrupted", err=True)
         _tell_program("Interrupted", "interrupted", 130)
         sys.exit(130)
+    except OSError as error:  # of standard output, as --help into a full disk; the rest is caught where it happens
+        click.echo(f"error: {error.strerror or error}", err=True)
+        sys.exit(12)
     except Exception as error:  # noqa: BLE001  # the last line of defence: a person never meets a bare trace
         _report_bug(error)
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -144,7 +145,8 @@ def fail(terminal: Terminal, error: EdgekitError, *, debug: bool = False) -> Non
     if error.hint:
         click.echo(f"hint: {error.hint}", err=True)
     kind = type(error).__name__
-    terminal.result(
-        {"error": {"kind": kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}}
-    )
+    with contextlib.suppress(OSError):  # standard output may be the disk that is full
+        terminal.result(
+            {"error": {"kind": kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}}
+        )
     sys.exit(error.exit_code)

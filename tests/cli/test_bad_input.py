@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -421,6 +421,29 @@ def test_a_full_disk_leaves_nothing_and_a_second_run_works(tmp_path, small):
         (full / "filler").unlink()
         subprocess.run(["mount", "-o", "remount,size=4m", full], check=True)
         assert CliRunner().invoke(cli, line).exit_code == 0
+
+
+def test_a_full_disk_does_not_end_the_process_that_saves_a_network(tmp_path, small):
+    with disk(tmp_path / "disk") as full:
+        (full / "filler").write_bytes(bytes(200_000))
+        code = f"from edgekit import workload as w; w.save(w.load({str(small)!r}), __import__('pathlib').Path('net'))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=full, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stderr  # and no signal
+        assert "No space left on device" in done.stderr.splitlines()[-1]
+        assert left(full) == ["filler"]
+
+
+@pytest.mark.parametrize("line", [["devices", "list", "--json"], ["devices", "list"], ["--help"]])
+def test_standard_output_on_a_full_disk_is_told(tmp_path, line):
+    with disk(tmp_path / "disk", "64k") as full, (full / "out").open("wb") as out:
+        with suppress(OSError), (full / "filler").open("wb", buffering=0) as filler:
+            for _ in range(1000):
+                filler.write(bytes(4096))
+        call = [sys.executable, "-m", "edgekit", *line]
+        done = subprocess.run(call, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 12
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_disk_that_cannot_be_written_is_named(tmp_path, small):

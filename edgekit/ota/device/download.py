@@ -54,7 +54,10 @@ def require_space(folder: Path, size: int) -> None:
     """Raise ResourceError unless ``size`` more bytes fit on the disk of ``folder``."""
     free = shutil.disk_usage(folder).free
     if size and size + RESERVE_BYTES > free:
-        raise ResourceError(f"{folder} has {free} bytes free, the update needs {size}", "free some disk space")
+        raise ResourceError(
+            f"{folder} has {free} bytes free, the update needs {size} and {RESERVE_BYTES} in reserve",
+            "free some disk space",
+        )
 
 
 def _length(path: Path) -> int:
