@@ -416,7 +416,8 @@ def _load_network(folder: Path, saved: Saved) -> TorchNetwork | OnnxNetwork:
             module = torch.export.load(file).module()
     except _broken_file_errors() as error:
         raise UsageError(
-            f"{folder / 'network.pt2'} is damaged: {first_line(error)}", "run edgekit compress again"
+            f"{folder / 'network.pt2'} cannot be read: {first_line(error)}",
+            "if it is damaged, run edgekit compress again",
         ) from error
     return TorchNetwork(module, tuple(s.name for s in saved.inputs), tuple(s.name for s in saved.outputs))
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgekit.device_profiles import DeviceProfile
     from edgekit.export import ExportResult, TargetResult
 
-COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "top-1", "max error")
+COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "same top-1", "max error")
 
 
 @command(
@@ -28,7 +28,12 @@ COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "top-1",
 )
 @click.argument("source", required=False)
 @click.option("--target", "targets", multiple=True, help="Hardware class, or a profile.toml of your own. Repeatable.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle to write.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the bundle to write; replaces a bundle that is there.",
+)
 @click.option("--name", help="Name of the bundle; default: the model's.")
 @click.option("--version", default="1", show_default=True, help="Version of the bundle.")
 @click.option("--precision", help="fp32 ignores the plan; language models: f32, f16, q8_0, q4_0.")

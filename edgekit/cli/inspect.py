@@ -33,7 +33,7 @@ def _tell(terminal: Terminal, opened: Bundle) -> None:
     terminal.say(f"digest  {opened.digest}")
     terminal.say(f"size    {_size(opened.size)} in {len(manifest.files)} files, every byte checked\n")
     _tell_tensors(terminal, manifest)
-    columns = ("variant", "format", "precision", "size", "batch", "parity", "SQNR dB", "top-1", "main file")
+    columns = ("variant", "format", "precision", "size", "batch", "parity", "SQNR dB", "same top-1", "main file")
     terminal.table(columns, [_variant_cells(manifest, name) for name in [v.name for v in manifest.variants]])
     for variant in manifest.variants:
         for line in (*variant.notes, *filter(None, [variant.parity.reason])):

@@ -87,7 +87,8 @@ def _described(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
     """Take the special tokens and the chat template that the folder's other files name."""
     config = _json(folder / "config.json")
     settings = _json(folder / "tokenizer_config.json")
-    template = settings.get("chat_template")
+    beside = folder / "chat_template.jinja"  # where transformers has written it since 4.50
+    template = beside.read_text(encoding="utf-8") if beside.is_file() else settings.get("chat_template")
     return replace(
         vocabulary,
         bos=_number(config.get("bos_token_id"), vocabulary.bos),
@@ -174,7 +175,8 @@ def _read_json(path: Path) -> Vocabulary:
     pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
     tokens, types = _numbered(model.get("vocab", {}), document.get("added_tokens", []))
     merges = tuple(" ".join(pair) for pair in pairs)
-    if not model.get("byte_fallback"):
+    # The setting alone does not tell: transformers writes it for BPE over bytes too. The byte tokens do.
+    if not model.get("byte_fallback") or "<0x0A>" not in model.get("vocab", {}):
         return Vocabulary(
             "gpt2", tokens, types, merges=merges, pre=_pre_tokenizer(path, document), add_space_prefix=False
         )

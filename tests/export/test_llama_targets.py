@@ -233,6 +233,19 @@ def test_a_byte_level_tokenizer_keeps_merges_and_template(tmp_path):
     assert words.chat_template == "{{ messages }}"
 
 
+def test_byte_tokens_not_a_setting_tell_sentencepiece_from_byte_level(tmp_path):
+    vocab = {"a": 0, "b": 1, "ab": 2}
+    write_json(tmp_path, model={"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": ["a b"]})
+    words = vocabulary.read(tmp_path, 4)
+    assert (words.model, words.merges) == ("gpt2", ("a b",))
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_found(tmp_path):
+    write_json(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ of its own }}")
+    assert vocabulary.read(tmp_path, 4).chat_template == "{{ of its own }}"
+
+
 @pytest.mark.parametrize(
     ("pre", "name"),
     [

@@ -18,7 +18,7 @@ def test_port_that_is_taken_is_named():
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=str(port)) as caught, embedded(port):
             pass
-    assert "another port" in caught.value.hint
+    assert "--port" in caught.value.hint
 
 
 def test_broker_listens_on_the_loopback_interface_only_and_is_gone_afterwards():

@@ -70,6 +70,17 @@ def test_a_newer_rollout_ends_the_older_ones_of_its_model(store):
     assert store.rollout(dog.id).status == "running"
 
 
+def test_a_rollout_that_would_take_devices_back_is_refused_and_ends_nothing(store):
+    running = store.start(version(3), 1.0)
+    store.save_devices([DeviceState(id="a", profile="pi", model="cat", version=3)])
+    with pytest.raises(UsageError, match="a runs 3") as caught:
+        store.start(PLAN, 2.0)
+    assert "publish" in caught.value.hint
+    assert store.rollout(running.id).status == "running"
+    store.save_devices([DeviceState(id="a", profile="phone", model="cat", version=3)])
+    assert store.start(PLAN, 3.0).status == "running"
+
+
 def test_the_same_release_is_not_rolled_out_twice_at_once_but_again_after_a_halt(store):
     first = store.start(PLAN, 1.0)
     with pytest.raises(UsageError, match="is running"):

@@ -34,12 +34,15 @@ def timeline(points: Mapping[str, Sequence[tuple[float, float]]], marks: Mapping
     figure, axes = _figure(7.0, 2.8)
     for i, (name, pairs) in enumerate(points.items()):
         axes.scatter([t for t, _ in pairs], [ms for _, ms in pairs], s=7, color=PALETTE[i % 6], label=name)
-    for name, at in marks.items():
+    for i, (name, at) in enumerate(marks.items()):
         axes.axvline(at, color="#888888", linewidth=0.8, linestyle="--")
-        axes.text(at, 1.01, name, transform=axes.get_xaxis_transform(), fontsize=8, ha="center", va="bottom")
+        height = 1.01 + 0.07 * (i % 2)  # two marks may lie close together
+        axes.text(at, height, name, transform=axes.get_xaxis_transform(), fontsize=8, ha="center", va="bottom")
     axes.set_xlabel("seconds")
     axes.set_ylabel("ms a request")
-    axes.set_ylim(bottom=0)
+    every = sorted(ms for pairs in points.values() for _, ms in pairs)
+    if every:  # one slow answer must not flatten all others
+        axes.set_ylim(0, 1.3 * every[int(0.99 * (len(every) - 1))])
     axes.legend(frameon=False, loc="upper right")
     return _svg(figure)
 

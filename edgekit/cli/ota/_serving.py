@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from edgekit.errors import BundleError, EdgekitError, HealthError, MissingExtra, ResourceError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from edgekit.bundle import Bundle
     from edgekit.ota.device.agent import Vitals
@@ -36,6 +36,7 @@ class HostServing:
         self.profile = profile
         self.port = port
         self.threads = threads
+        self.tell: Callable[[str], None] = lambda _: None
         self.host: Host | None = None
         self.server: Running | None = None
         self._tried = ""  # digest of the candidate; anything else that is activated is a way back
@@ -60,6 +61,7 @@ class HostServing:
         """Run the golden inputs in a child process; see `Serving`."""
         from edgekit.runtime import acceptance
 
+        self.tell(f"trying out version {release.version}")
         try:
             measured = acceptance.try_out(bundle.folder, self.profile, self.threads)
         except (UsageError, BundleError) as error:  # its bytes were checked: fetching it again would change nothing
@@ -95,6 +97,10 @@ class HostServing:
         """
         host = self._need_host()
         limits, start = release.limits, host.statistics()
+        self.tell(
+            f"version {release.version} serves on probation: {limits.probation_requests} live requests, "
+            f"or {limits.probation_seconds:g} s"
+        )
         deadline = time.monotonic() + limits.probation_seconds
         while time.monotonic() < deadline and _seen(host, start) < limits.probation_requests:
             time.sleep(POLL_SECONDS)  # not Event.wait: the handler of a signal would wait for its lock

@@ -57,6 +57,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
     _provision(state, root)
     _check_port(port)
     serving = HostServing(target, port, threads)
+    serving.tell = terminal.say
     member = Device(name=device, profile=target, state=state, serving=serving)
     try:
         if repository is not None:

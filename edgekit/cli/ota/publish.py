@@ -30,7 +30,7 @@ from edgekit.cli._terminal import Terminal, command
 @click.option(
     "--probation-seconds", type=click.FloatRange(0), default=30.0, show_default=True, help="… but no longer than this."
 )
-@click.option("--allow-unverified", is_flag=True, help="Also sign variants that no engine has checked.")
+@click.option("--allow-unverified", is_flag=True, help="Also sign variants that were neither run nor evaluated.")
 def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one parameter an option
     terminal: Terminal,
     *,

@@ -61,8 +61,8 @@ def embedded(port: int = 0) -> Iterator[str]:
             broker.start()
         except (OSError, RuntimeError) as error:
             raise ResourceError(
-                f"the embedded broker cannot listen on {HOST}:{number}: {error}",
-                "stop what listens there, or choose another port",
+                f"the embedded broker does not come up on {HOST}:{number}: {error}",
+                "stop what listens there, choose another with --port, or use that broker with --broker",
             ) from error
         try:
             yield f"mqtt://{HOST}:{number}"

@@ -128,12 +128,13 @@ class Store:
         """Begin a rollout; running ones of the same model end, because its newest release is what they should run.
 
         Raises:
-            UsageError: a rollout of the same release is still under way.
+            UsageError: a rollout of the same release is still under way, or devices run a newer version already.
         """
         with self.transaction():
             taken = {r.id for r in self.rollouts()}
             first = f"{plan.model[:40]}-v{plan.version}"
             name = next(n for i in range(1, len(taken) + 2) if (n := first if i == 1 else f"{first}-{i}") not in taken)
+            self._refuse_going_back(plan)
             self._supersede(plan, name, now)
             rollout = Rollout(id=name, plan=plan)
             self._db.execute("INSERT INTO rollouts (id, state) VALUES (?, ?)", (name, msgspec.json.encode(rollout)))
@@ -161,6 +162,18 @@ class Store:
         """Read the last lines of the diary, oldest first."""
         query = "SELECT at, subject, text FROM events WHERE ?1 IS NULL OR subject=?1 ORDER BY seq DESC LIMIT ?2"
         return [Event(*row) for row in reversed(self._rows(query, subject, limit))]
+
+    def _refuse_going_back(self, plan: Plan) -> None:
+        ahead = [
+            d for d in self.devices().values()
+            if d.model == plan.model and d.profile in plan.profiles and d.version > plan.version
+        ]  # fmt: skip
+        if ahead:
+            raise UsageError(
+                f"{len(ahead)} devices run a newer {plan.model} than version {plan.version} "
+                f"({ahead[0].id} runs {ahead[0].version}), and no device ever goes back",
+                "publish the old bundle as a new version: edgekit ota publish FLEET BUNDLE",
+            )
 
     def _supersede(self, plan: Plan, name: str, now: float) -> None:
         for old in self.rollouts():
