@@ -3,7 +3,7 @@
 #   VENV=.venv              where the environment lies; one that exists is used
 #   TORCH_INDEX=<index>     an index of CPU wheels of torch, where plain pip would fetch a CUDA build
 #   PYTEST='tests/cli -x'   what `make test` hands to pytest; anything given lifts the coverage bar
-#   JOBS=2                  test files at once
+#   JOBS=2                  test files at once, for two cores; JOBS=1 for one after the other
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench clean mosquitto
@@ -12,7 +12,7 @@ VENV ?= .venv
 PYTHON ?=
 TORCH_INDEX ?=
 PYTEST ?=
-JOBS ?= 1
+JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.edgekit-ready
 DEMO ?=
