@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgekit.errors import BundleError, EdgekitError, HealthError, ResourceError, UsageError, from_os
+from edgekit.errors import BundleError, EdgekitError, HealthError, MissingExtra, ResourceError, UsageError, from_os
 from edgekit.plugins import extra
 from edgekit.runtime.backends import Sampling
 from edgekit.runtime.memory import rss_mib
@@ -101,6 +101,8 @@ def _verdict(stdout: bytes, stderr: bytes, code: int) -> dict[str, float]:
     except msgspec.DecodeError as error:
         last = stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
         raise HealthError(f"the try-out ended with exit code {code}: {last or 'no message'}") from error
+    if verdict.kind == MissingExtra.__name__:  # its hint is the way out, and only the message travels to the fleet
+        raise HealthError(f"{verdict.message}: {verdict.hint}")
     if verdict.kind:
         raise _KINDS.get(verdict.kind, HealthError)(verdict.message, verdict.hint)
     return verdict.measured

@@ -386,6 +386,8 @@ def test_an_agent_without_a_root_or_without_a_source_is_told_what_it_needs(fleet
     head = ("agent", "--state", tmp_path / "pi", "--device", "pi", "--target", "x86-64")
     assert "--root" in ota(*head, "--broker", "mqtt://127.0.0.1:1", code=2).output
     assert "--broker or --repository" in ota(*head, code=2).output
+    slip = (*head[:-1], "x86_64", "--broker", "mqtt://127.0.0.1:1")
+    assert "did you mean x86-64" in ota(*slip, code=2).output
     both = ("--broker", "mqtt://x", "--repository", tmp_path)
     assert "--broker or --repository" in ota(*head, *both, code=2).output
     note = tmp_path / "note.json"

@@ -129,6 +129,15 @@ def test_engine_that_crashes_takes_only_the_child_with_it(tmp_path, misbehaving_
         try_out(misbehaving(tmp_path / "b", "crash"), timeout=60)
 
 
+def test_an_engine_that_is_not_installed_is_told_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    bundles.mlp_bundle(tmp_path / "b")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/sitecustomize.py").write_text("import sys\nsys.modules['onnxruntime'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bare"))
+    with pytest.raises(HealthError, match=r"onnxruntime.*pip install 'edgekit\[onnx\]'"):
+        try_out(tmp_path / "b", bundle.read(tmp_path / "b").manifest.variants[0].name)
+
+
 def test_engine_that_hangs_is_given_up(tmp_path, misbehaving_engine):
     with pytest.raises(HealthError, match="did not finish"):
         try_out(misbehaving(tmp_path / "b", "hang"), timeout=2)

@@ -54,6 +54,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
     if (broker is None) == (repository is None):
         raise UsageError("an agent needs --broker or --repository, one of them", "--broker mqtt://HOST:1883")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _warn_of_class(terminal, target)
     _provision(state, root)
     _check_port(port)
     serving = HostServing(target, port, threads)
@@ -80,6 +81,16 @@ def _provision(state: Path, root: Path | None) -> None:
         raise UsageError(
             f"{state} has no root of trust", "give it one: --root FLEET/repository/metadata/1.root.json of its fleet"
         )
+
+
+def _warn_of_class(terminal: Terminal, target: str) -> None:
+    """Warn where no profile has that name: a class of the fleet's own is fine, a slip of the pen waits for ever."""
+    from edgekit import device_profiles
+    from edgekit.errors import UnknownName
+
+    if target not in device_profiles.names():
+        error = UnknownName("class", target, device_profiles.names())
+        terminal.warn(f"{error.message} ({error.hint}); only releases that name exactly it will come")
 
 
 def _check_port(port: int | None) -> None:
