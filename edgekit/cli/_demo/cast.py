@@ -31,7 +31,7 @@ from edgekit.ota.server.service import DATABASE, Service
 from edgekit.ota.server.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from edgekit.bundle import Bundle
@@ -59,7 +59,7 @@ class Request:
 
 @dataclass
 class Fleet:
-    """A running fleet and what its traffic has seen."""
+    """A running fleet and what its traffic has seen; ``answered_by``: which bundle gave each device's last answer."""
 
     folder: Path
     url: str
@@ -68,6 +68,7 @@ class Fleet:
     began: float = field(default_factory=time.monotonic)
     requests: list[Request] = field(default_factory=list)
     others: int = 0
+    answered_by: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def publish(self, bundle: Bundle, limits: Limits) -> None:
@@ -122,7 +123,7 @@ def running(folder: Path, state: Path, picture: bytes, samples: Array) -> Iterat
         stack.callback(service.stop)
         fleet = Fleet(folder, url, store, _free_port())
         stack.enter_context(_process(fleet, state / "pi-1"))
-        servings = [stack.enter_context(_thread(fleet, f"pi-{i}", state)) for i in range(2, 7)]
+        servings = {f"pi-{i}": stack.enter_context(_thread(fleet, f"pi-{i}", state)) for i in range(2, 7)}
         stack.enter_context(_traffic(fleet, picture, servings, samples))
         yield fleet
 
@@ -158,7 +159,7 @@ def _thread(fleet: Fleet, name: str, state: Path) -> Iterator[HostServing]:
 
 
 @contextmanager
-def _traffic(fleet: Fleet, picture: bytes, servings: Sequence[HostServing], samples: Array) -> Iterator[None]:
+def _traffic(fleet: Fleet, picture: bytes, servings: Mapping[str, HostServing], samples: Array) -> Iterator[None]:
     """Keep asking every device for answers until the block ends."""
     stopping = threading.Event()
     threads = [
@@ -179,7 +180,9 @@ def _ask_over_http(fleet: Fleet, picture: bytes, stopping: threading.Event) -> N
     connection = http.client.HTTPConnection("127.0.0.1", fleet.port, timeout=20)
     while not stopping.wait(0.04):
         if fleet.requests or _is_ready(fleet.port):
-            fleet.requests.append(_ask(connection, picture, fleet.now()))
+            request = _ask(connection, picture, fleet.now())
+            fleet.requests.append(request)
+            fleet.answered_by["pi-1"] = request.digest
     connection.close()
 
 
@@ -200,8 +203,10 @@ def _ask(connection: http.client.HTTPConnection, picture: bytes, at: float) -> R
     return Request(at, ms, str(answer["digest"]), labels)
 
 
-def _ask_in_process(fleet: Fleet, servings: Sequence[HostServing], samples: Array, stopping: threading.Event) -> None:
-    for serving, index in zip(itertools.cycle(servings), itertools.count()):
+def _ask_in_process(
+    fleet: Fleet, servings: Mapping[str, HostServing], samples: Array, stopping: threading.Event
+) -> None:
+    for (name, serving), index in zip(itertools.cycle(servings.items()), itertools.count()):
         if stopping.wait(0.02):
             return
         host = serving.host
@@ -209,7 +214,7 @@ def _ask_in_process(fleet: Fleet, servings: Sequence[HostServing], samples: Arra
             continue
         sample = samples[index % len(samples)][None]
         try:
-            host.run({"image": sample})
+            fleet.answered_by[name] = host.run({"image": sample}).digest
             fleet.others += 1
         except EdgekitError as error:
             fleet.failures.append(f"{type(error).__name__}: {error}")

@@ -125,6 +125,8 @@ def _replayed(story: Story, fleet: Fleet, small: Bundle) -> None:
     fleet.wait("pi-1 answers the replay", lambda: any(isinstance(r, messages.Refused) for r in heard))
     refusal = next(r for r in heard if isinstance(r, messages.Refused))
     channel.close()
+    heard_at = len(fleet.requests)
+    fleet.wait("pi-1 answers again", lambda: len(fleet.requests) > heard_at + 1)
     story.check("the replayed v1 was refused", refusal.reason, holds=refusal.version == 1)
     serves = fleet.requests[-1].digest
     story.check("pi-1 still serves v2", f"digest {serves[:12]}", holds=serves == small.digest)
@@ -169,7 +171,9 @@ def _nothing_failed(story: Story, fleet: Fleet, versions: dict[str, str], marks:
 
 
 def _running(fleet: Fleet, bundle: Bundle) -> int:
-    return sum(d.bundle == bundle.digest for d in fleet.devices().values())
+    """Count the devices that report the bundle and whose last answer to a request came from it."""
+    reported = {name for name, device in fleet.devices().items() if device.bundle == bundle.digest}
+    return sum(fleet.answered_by.get(name) == bundle.digest for name in reported)
 
 
 def _answered(rollout: Rollout, outcome: str) -> list[str]:
