@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from edgekit import network_files
 from edgekit.durable import new_folder
 from edgekit.errors import UsageError
 from edgekit.manifest import ImagePreprocess, Step
@@ -40,34 +40,47 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def save(model: Model, folder: Path, extra_files: Mapping[str, bytes] | None = None) -> None:
-    """Write a compressed model so that `load` gives it back, in one step; replaces what was there.
+    """Write a compressed model so that `load_saved` gives it back, in one step; replaces what was there.
 
     Raises:
         CompressionError: the network cannot be traced to a graph; says where.
         UsageError: ``folder`` holds something else than a saved model.
     """
-    with extra("compress"):
-        import numpy as np
     refuse_foreign(folder)
     with new_folder(folder) as scratch:
-        data = model.data
-        description = Saved(
-            name=model.name,
-            task=model.task,
-            inputs=model.inputs,
-            outputs=model.outputs,
-            lineage=model.lineage,
-            preprocess=data.preprocess if data else None,
-            labels=data.labels if data else (),
-        )
-        (scratch / "model.json").write_bytes(msgspec.json.format(msgspec.json.encode(description)))
-        if model.plan:
-            (scratch / "plan.json").write_bytes(msgspec.json.format(msgspec.json.encode(model.plan)))
-        if data:
-            np.savez(scratch / "samples.npz", **data.calibration.head(MAX_SAMPLES).inputs)  # type: ignore[arg-type]  # NumPy types allow_pickle into **kwds
-        _save_network(model, scratch)
+        write(model, scratch)
         for name, content in (extra_files or {}).items():
             (scratch / name).write_bytes(content)
+
+
+def write(model: Model, folder: Path) -> None:
+    """Write the files of a saved model into an empty folder.
+
+    ``model.json`` describes it; ``weights.safetensors`` and ``network.pt2`` (the graph) or ``model.onnx`` are the
+    network, ``plan.json`` its plan, ``samples.npz`` a few calibration samples. Every file but the samples is the
+    same for the same model.
+
+    Raises:
+        CompressionError: the network cannot be traced to a graph; says where.
+    """
+    with extra("compress"):
+        import numpy as np
+    data = model.data
+    description = Saved(
+        name=model.name,
+        task=model.task,
+        inputs=model.inputs,
+        outputs=model.outputs,
+        lineage=model.lineage,
+        preprocess=data.preprocess if data else None,
+        labels=data.labels if data else (),
+    )
+    (folder / "model.json").write_bytes(msgspec.json.format(msgspec.json.encode(description)))
+    if model.plan:
+        (folder / "plan.json").write_bytes(msgspec.json.format(msgspec.json.encode(model.plan)))
+    if data:
+        np.savez(folder / "samples.npz", **data.calibration.head(MAX_SAMPLES).inputs)  # type: ignore[arg-type]  # NumPy types allow_pickle into **kwds
+    _write_network(model, folder)
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -85,26 +98,6 @@ def _is_saved(folder: Path) -> bool:
     except (msgspec.DecodeError, UnicodeDecodeError, OSError):
         return False
     return True
-
-
-def broken_file_errors() -> tuple[type[Exception], ...]:
-    """Return what PyTorch and safetensors raise for a file that is damaged or something else."""
-    import pickle
-
-    with extra("compress"):
-        from safetensors import SafetensorError
-
-    return (
-        RuntimeError,
-        ValueError,
-        KeyError,
-        EOFError,
-        OSError,
-        AttributeError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        SafetensorError,
-    )
 
 
 def whole_onnx(path: Path) -> bytes:
@@ -149,28 +142,12 @@ def load_saved(folder: Path, data: Data | None) -> Model:
 def _load_network(folder: Path, saved: Saved) -> TorchNetwork | OnnxNetwork:
     if (folder / "model.onnx").is_file():
         return OnnxNetwork(folder / "model.onnx")
-    with extra("compress"):
-        import torch
-
-    if not zipfile.is_zipfile(folder / "network.pt2"):  # PyTorch would print its trace before it refuses
-        raise UsageError(f"{folder / 'network.pt2'} is damaged: it is no archive", "run edgekit compress again")
-    try:
-        with (folder / "network.pt2").open("rb") as file:  # torch ends the process at a path that is no UTF-8
-            module = torch.export.load(file).module()
-    except broken_file_errors() as error:
-        raise UsageError(
-            f"{folder / 'network.pt2'} cannot be read: {first_line(error)}",
-            "if it is damaged, run edgekit compress again",
-        ) from error
+    module = network_files.read(folder)
     return TorchNetwork(module, tuple(s.name for s in saved.inputs), tuple(s.name for s in saved.outputs))
 
 
-def _save_network(model: Model, folder: Path) -> None:
+def _write_network(model: Model, folder: Path) -> None:
     if isinstance(model.network, OnnxNetwork):
         (folder / "model.onnx").write_bytes(whole_onnx(model.network.path))
         return
-    import torch
-
-    archive = io.BytesIO()  # torch ends the process at a full disk, and at a path that is no UTF-8
-    torch.export.save(trace(model), archive)
-    (folder / "network.pt2").write_bytes(archive.getbuffer())
+    network_files.write(trace(model), folder)

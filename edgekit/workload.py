@@ -14,8 +14,9 @@ from edgekit.datasets import load_data, refuse_unfit
 from edgekit.errors import UsageError
 from edgekit.manifest import Step
 from edgekit.model import Data, GgufFile, LlamaFolder, Model, OnnxNetwork, Split, Task, TorchNetwork
+from edgekit.network_files import broken_file_errors
 from edgekit.plugins import extra
-from edgekit.saving import broken_file_errors, load_saved, refuse_foreign, save, whole_onnx
+from edgekit.saving import load_saved, refuse_foreign, save, whole_onnx
 from edgekit.sources import call, first_line, named_object
 from edgekit.tensors import DYNAMIC, TensorSpec
 from edgekit.tracing import trace

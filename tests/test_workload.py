@@ -345,7 +345,7 @@ def test_an_onnx_file_with_weights_beside_it_is_saved_in_one_piece(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["model.json", "plan.json", "samples.npz", "network.pt2"])
+@pytest.mark.parametrize("name", ["model.json", "plan.json", "samples.npz", "network.pt2", "weights.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"garbage", "half"])
 def test_a_damaged_saved_model_is_refused(tmp_path, name, content):
     folder = tmp_path / "m"
