@@ -6,6 +6,7 @@ Imports torch only inside the functions that compute with it. Knows neither pass
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    import onnx
     import onnxruntime
     import torch
 
@@ -32,15 +34,20 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Split:
-    """Arrays by input name, samples on the first axis, and one integer label a sample where there are any."""
+    """Arrays by input name, samples on the first axis; where there are any, a label and a group's name a sample.
+
+    Labels are classes counted from 0 as integers, or targets in the shape of the first output as floats.
+    """
 
     inputs: Mapping[str, Array]
     labels: Array | None = None
+    groups: Array | None = None
 
     def __post_init__(self) -> None:
         sizes = {name: len(array) for name, array in self.inputs.items()}
-        if self.labels is not None:
-            sizes["labels"] = len(self.labels)
+        sizes |= {
+            name: len(array) for name, array in (("labels", self.labels), ("groups", self.groups)) if array is not None
+        }
         if not self.inputs or len(set(sizes.values())) != 1:
             raise UsageError(
                 f"a split needs arrays of one length, these have {sizes or 'none'}",
@@ -50,21 +57,27 @@ class Split:
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
+    def take(self, chosen: slice | Array) -> Split:
+        """Return the samples that a slice, numbers or truth values choose."""
+        labels, groups = (None if array is None else array[chosen] for array in (self.labels, self.groups))
+        return Split({name: array[chosen] for name, array in self.inputs.items()}, labels, groups)
+
     def head(self, count: int) -> Split:
         """Return the first ``count`` samples."""
-        labels = None if self.labels is None else self.labels[:count]
-        return Split({name: array[:count] for name, array in self.inputs.items()}, labels)
+        return self.take(slice(count))
 
     def batches(self, size: int) -> Iterator[Split]:
         """Cut into runs of at most ``size`` samples, in order."""
         for start in range(0, len(self), size):
-            labels = None if self.labels is None else self.labels[start : start + size]
-            yield Split({n: a[start : start + size] for n, a in self.inputs.items()}, labels)
+            yield self.take(slice(start, start + size))
+
+
+SPLITS = ("calibration", "train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Data:
-    """The splits of a data set, and how its pictures and labels read.
+    """The splits of a data set, how its pictures and labels read, and the names of the outputs if they are told.
 
     ``calibration`` and ``validation`` steer, ``train`` trains, ``test`` is read once at the end.
     """
@@ -75,6 +88,22 @@ class Data:
     test: Split | None = None
     preprocess: ImagePreprocess | None = None
     labels: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    def splits(self) -> dict[str, Split]:
+        """Return the splits that are there, by name."""
+        found = {name: getattr(self, name) for name in SPLITS}
+        return {name: split for name, split in found.items() if split is not None}
+
+    def digest(self) -> str:
+        """Return the SHA-256 over every array with its name, type and shape, the labels' names, the preprocessing."""
+        total = hashlib.sha256(repr((self.preprocess, self.labels, self.outputs)).encode())
+        for part, split in self.splits().items():
+            for name, array in (*split.inputs.items(), ("labels", split.labels), ("groups", split.groups)):
+                if array is not None:
+                    total.update(f"{part}.{name}:{array.dtype.str}{array.shape}".encode())
+                    total.update(array.tobytes())
+        return total.hexdigest()
 
 
 class Network(Protocol):
@@ -87,11 +116,15 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class TorchNetwork:
-    """A PyTorch module in eval mode; passes may change copies of it."""
+    """A PyTorch module in eval mode; passes may change copies of it.
+
+    ``folder`` is the Hugging Face folder it came from: what can be written back as one.
+    """
 
     module: torch.nn.Module
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    folder: Path | None = None
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute the outputs for a batch, without gradients."""
@@ -106,24 +139,34 @@ class TorchNetwork:
 
 @dataclass(frozen=True)
 class OnnxNetwork:
-    """An ONNX file, computed by ONNX Runtime: it can be quantized, not trained."""
+    """An ONNX file, computed by ONNX Runtime: it can be quantized, not trained.
+
+    ``content`` is what passes made of the file at ``path``, None while nothing has changed.
+    """
 
     path: Path
+    content: bytes | None = field(default=None, repr=False)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute the outputs for a batch."""
-        session = _onnx_session(self.path, self.path.stat().st_mtime_ns)
+        session = _onnx_session(self.path, self.path.stat().st_mtime_ns if self.content is None else 0, self.content)
         names = [o.name for o in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
+    def proto(self) -> onnx.ModelProto:
+        """Read the graph with its weights, also those that lie in files beside it."""
+        with extra("onnx"):
+            import onnx
+        return onnx.load(str(self.path)) if self.content is None else onnx.load_from_string(self.content)
+
 
 @functools.lru_cache(maxsize=2)
-def _onnx_session(path: Path, changed_ns: int) -> onnxruntime.InferenceSession:
+def _onnx_session(path: Path, changed_ns: int, content: bytes | None) -> onnxruntime.InferenceSession:
     """Open a file once for many batches, and again when it changed."""
     del changed_ns
     with extra("onnx"):
         import onnxruntime
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(content or str(path), providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,6 @@ def _load_network(folder: Path, saved: Saved) -> TorchNetwork | OnnxNetwork:
 
 def _write_network(model: Model, folder: Path) -> None:
     if isinstance(model.network, OnnxNetwork):
-        (folder / "model.onnx").write_bytes(whole_onnx(model.network.path))
+        (folder / "model.onnx").write_bytes(model.network.content or whole_onnx(model.network.path))
         return
     network_files.write(trace(model), folder)

@@ -123,7 +123,7 @@ def _watched_onnx(network: OnnxNetwork) -> _Compute:
     with extra("compress"):
         import onnx
         import onnxruntime
-    model = onnx.load(network.path)
+    model = network.proto()
     outputs = onnx_graph.values(model)
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)

@@ -1,65 +1,192 @@
-"""How good and how large a model is: top-1, agreement with another, parameters, bytes. Changes nothing."""
+"""How good and how large a model is: a metric with its interval, parameters, bytes. Changes nothing."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from edgekit import grid
+from edgekit.compress import intervals, metrics
+from edgekit.compress.macs import macs
+from edgekit.compress.metrics import Answers, Metric, drop
 from edgekit.compress.simulation import planned_network
 from edgekit.errors import CompressionError, InputError, UsageError
-from edgekit.model import GgufFile, LlamaFolder, OnnxNetwork, TorchNetwork, run_batched, whole_batches
+from edgekit.model import BATCH, GgufFile, LlamaFolder, OnnxNetwork, TorchNetwork, run_batched, whole_batches
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
-    from edgekit.model import Model, Network, Split
+    from collections.abc import Callable, Mapping
+
+    from edgekit.model import Data, Model, Network, Split
     from edgekit.tensors import Array
 
+__all__ = [
+    "Judge", "Score", "agreement", "drop", "figures", "judge", "macs", "parameters", "score", "stored_bytes", "top1",
+]  # fmt: skip
 
-def top1(network: Network, split: Split, batch: int = 16) -> float:
+REMEMBERED = 256 << 20
+"""Bytes of the reference's answers that a `Judge` keeps."""
+
+FUNCTION_RESAMPLES = 200
+"""Calls of a user's function for its interval."""
+
+
+class Score(msgspec.Struct, frozen=True):
+    """A figure with its 95 % interval, NaN where there is none, and the same by class and by group of the samples."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    samples: int
+    by_class: dict[str, float] = {}
+    by_group: dict[str, float] = {}
+
+
+class Judge:
+    """Scores many models on one split by one metric; computes the reference once.
+
+    Raises:
+        UsageError: the split has not what the metric needs, or no samples.
+    """
+
+    def __init__(self, reference: Model, split: Split, metric: Metric | str | None = None) -> None:
+        self.metric = metric if isinstance(metric, Metric) else metrics.choose(metric, reference)
+        self._split, self._size = whole_batches(reference, split)
+        if not len(self._split):
+            raise UsageError("there is no sample to judge a model by", "give a validation or test split")
+        metrics.refuse_unfit(self.metric, self._split)
+        self._reference = reference
+        self._remembered: dict[int, Mapping[str, Array]] = {}
+        self._bytes = 0
+
+    def score(self, model: Model) -> Score:
+        """Measure a model, its plan applied.
+
+        Raises:
+            CompressionError: it gives NaN or infinity, or something that the metric cannot judge.
+        """
+        try:
+            if self.metric.whole is not None:
+                return self._whole(model, self.metric.whole)
+            rows = self._rows(planned_network(model), own=model is self._reference)
+        except InputError as error:
+            raise CompressionError(f"{model.name} cannot be judged: {error.message}", error.hint) from error
+        low, high = _interval(self.metric, rows)
+        return Score(
+            metric=self.metric.name,
+            value=self.metric.figure(rows),
+            low=low,
+            high=high,
+            samples=len(rows),
+            by_class=self._by_class(rows, self._reference.data),
+            by_group=_by_part(self._split.groups, lambda chosen: self.metric.figure(rows[chosen])),
+        )
+
+    def _rows(self, network: Network, *, own: bool) -> Array:
+        import numpy as np
+
+        if self.metric.rows is None:
+            raise UsageError(f"{self.metric.name} has no rows", "give it a function for a batch or for the whole")
+        parts = []
+        for number, batch in enumerate(self._split.batches(self._size)):
+            outputs = run_batched(network, batch, self._size)
+            ask = functools.partial(self._asked, number, batch)
+            parts.append(self.metric.rows(Answers(outputs, batch, (lambda: outputs) if own else ask)))
+        return np.concatenate(parts)
+
+    def _asked(self, number: int, batch: Split) -> Mapping[str, Array]:
+        found = self._remembered.get(number)
+        if found is None:
+            found = run_batched(planned_network(self._reference), batch, self._size)
+            size = sum(array.nbytes for array in found.values())
+            if self._bytes + size <= REMEMBERED:
+                self._remembered[number] = found
+                self._bytes += size
+        return found
+
+    def _whole(self, model: Model, function: Callable[[Mapping[str, Array], Split], float]) -> Score:
+        import numpy as np
+
+        outputs = run_batched(planned_network(model), self._split, self._size)
+
+        def figure(chosen: Array) -> float:
+            return function({n: a[chosen] for n, a in outputs.items()}, self._split.take(chosen))
+
+        value = function(outputs, self._split)
+        try:
+            low, high = intervals.bootstrap(np.arange(len(self._split)), figure, FUNCTION_RESAMPLES)
+            groups = _by_part(self._split.groups, figure)
+        except (UsageError, CompressionError):  # a part of the samples may lack what the function divides by
+            low, high, groups = math.nan, math.nan, {}
+        return Score(self.metric.name, value, low, high, len(self._split), {}, groups)
+
+    def _by_class(self, rows: Array, data: Data | None) -> dict[str, float]:
+        labels, names = self._split.labels, data.labels if data else ()
+        if labels is None or labels.dtype.kind not in "iu" or labels.ndim != 1:
+            return {}
+        if self.metric.by_class:
+            found = {str(c): value for c, value in self.metric.by_class(rows).items()}
+        else:
+            found = _by_part(labels, lambda chosen: self.metric.figure(rows[chosen]))
+        return {names[int(c)] if int(c) < len(names) else c: value for c, value in found.items()}
+
+
+def judge(model: Model, reference: Model, split: Split, metric: Metric | str | None = None) -> Score:
+    """Measure a model, its plan applied, beside the reference it came from; see `Judge`."""
+    return Judge(reference, split, metric).score(model)
+
+
+def _interval(metric: Metric, rows: Array) -> tuple[float, float]:
+    if rows.dtype == bool:
+        return intervals.wilson(float(rows.sum()), len(rows))
+    return intervals.bootstrap(rows, metric.figure)
+
+
+def _by_part(parts: Array | None, figure: Callable[[Array], float]) -> dict[str, float]:
+    import numpy as np
+
+    return {} if parts is None else {str(part): figure(np.flatnonzero(parts == part)) for part in np.unique(parts)}
+
+
+def top1(network: Network, split: Split, batch: int = BATCH) -> float:
     """Return the share of samples whose highest score is at their label.
 
     Raises:
         UsageError: the split has no labels.
         InputError: the first output holds no scores [samples, classes].
     """
-    if split.labels is None:
-        raise UsageError("top-1 needs labels, this split has none", "add labels, or measure the agreement")
-    return float((choices(network, split, batch) == split.labels).mean())
+    return _share("top1", network, network, split, batch=batch)
 
 
-def agreement(network: Network, reference: Network, split: Split, batch: int = 16) -> float:
+def agreement(network: Network, reference: Network, split: Split, batch: int = BATCH) -> float:
     """Return the share of samples for which both networks choose the same class."""
-    return float((choices(network, split, batch) == choices(reference, split, batch)).mean())
+    return _share("agreement", network, reference, split, batch=batch)
 
 
-def choices(network: Network, split: Split, batch: int = 16) -> Array:
-    """Return the class with the highest score for each sample, from the first output [samples, classes]."""
-    scores = next(iter(run_batched(network, split, batch).values()))
-    if scores.ndim != 2 or not len(scores):
-        raise InputError(f"the first output has the shape {list(scores.shape)}, not [samples, classes]")
-    found: Array = scores.argmax(axis=1)
-    return found
+def _share(name: str, network: Network, reference: Network, split: Split, *, batch: int) -> float:
+    metric = metrics.METRICS[name]
+    metrics.refuse_unfit(metric, split)
+    answers = Answers(run_batched(network, split, batch), split, lambda: run_batched(reference, split, batch))
+    return metric.figure(metric.rows(answers)) if metric.rows else math.nan
 
 
 def score(model: Model, reference: Model, split: Split) -> tuple[str, float]:
     """Measure a model, its plan applied: ``top1`` where there are labels, else ``agreement`` with the reference."""
-    split, batch = whole_batches(model, split)
-    network = planned_network(model)
-    try:
-        if split.labels is not None:
-            return "top1", top1(network, split, batch)
-        return "agreement", agreement(network, planned_network(reference), split, batch)
-    except InputError as error:
-        raise CompressionError(f"{model.name} cannot be judged: {error.message}", error.hint) from error
+    found = judge(model, reference, split, "agreement" if split.labels is None else "top1")
+    return found.metric, found.value
 
 
-def figures(model: Model, reference: Model) -> dict[str, float]:
-    """Measure what every step of a lineage tells: ``parameters``, ``bytes``, ``validation_top1`` or ``…_agreement``."""
+def figures(model: Model, reference: Model, metric: Metric | str | None = None) -> dict[str, float]:
+    """Measure what every step of a lineage tells: ``parameters``, ``bytes``, ``validation_`` and the metric's name."""
     measured: dict[str, float] = {"parameters": parameters(model), "bytes": stored_bytes(model)}
     split = model.data.validation if model.data else None
-    if model.task == "classification" and split is not None and len(split):
-        kind, value = score(model, reference, split)
-        measured[f"validation_{kind}"] = value
+    if split is not None and len(split):
+        found = judge(model, reference, split, metric)
+        measured[f"validation_{found.metric}"] = found.value
     return measured
 
 
@@ -74,8 +201,7 @@ def stored_bytes(model: Model) -> int:
     total = 0
     for name, (shape, width) in _stored(model).items():
         if name in rules:
-            scales = shape[rules[name].axis] if rules[name].granularity == "channel" else 1
-            total += math.ceil(math.prod(shape) * rules[name].bits / 8) + 4 * scales
+            total += grid.stored_bytes(shape, rules[name])
         else:
             total += math.prod(shape) * width
     return total
@@ -95,6 +221,6 @@ def _stored(model: Model) -> dict[str, tuple[tuple[int, ...], int]]:
 def _stored_onnx(network: OnnxNetwork) -> dict[str, tuple[tuple[int, ...], int]]:
     import onnx
 
-    tensors = onnx.load(network.path).graph.initializer
+    tensors = network.proto().graph.initializer
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in tensors}
     return {name: (array.shape, array.dtype.itemsize) for name, array in arrays.items() if array.dtype.kind == "f"}

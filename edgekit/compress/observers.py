@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from edgekit import grid
 from edgekit.plan import Range
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _least_error(counts: Array, extremes: Range) -> Range:
 def _rounded(values: Array, limits: Range) -> Array:
     import numpy as np
 
-    low, high = min(limits.low, 0.0), max(limits.high, 0.0)
-    scale = (high - low) / 255 or 1.0
-    rounded: Array = np.round((np.clip(values, low, high) - low) / scale) * scale + low
+    own = grid.activation_grid(limits)
+    integers = np.clip(np.round(values / own.scale) + own.zero, own.lowest, own.highest)
+    rounded: Array = (integers - own.zero) * own.scale
     return rounded

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgekit import grid
 from edgekit.errors import CompressionError
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import onnx
 
-    from edgekit.plan import QuantizationPlan, Range, WeightRule
-    from edgekit.tensors import Array
+    from edgekit.model import OnnxNetwork
+    from edgekit.plan import QuantizationPlan, Range
 
 CLAMPS = ("Relu", "Clip")
 SUMS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add")
 
 
-def weights(path: Path) -> dict[str, int]:
+def weights(network: OnnxNetwork) -> dict[str, int]:
     """Return each weight of a convolution or matrix product with the axis of its output channels.
 
     Raises:
@@ -28,11 +27,13 @@ def weights(path: Path) -> dict[str, int]:
     with extra("compress"):
         import numpy as np
         import onnx
-    model = onnx.load(path)
+    model = network.proto()
     kinds = {node.op_type for node in model.graph.node}
     quantized = sorted(kind for kind in kinds if "QLinear" in kind or "QuantizeLinear" in kind or "Integer" in kind)
     if quantized:
-        raise CompressionError(f"{path.name} is quantized already: it holds {quantized[0]}", "give the float model")
+        raise CompressionError(
+            f"{network.path.name} is quantized already: it holds {quantized[0]}", "give the float model"
+        )
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     for name, tensor in stored.items():
         values = onnx.numpy_helper.to_array(tensor)
@@ -40,7 +41,7 @@ def weights(path: Path) -> dict[str, int]:
             raise CompressionError(f"weight {name!r} holds NaN or infinity", "check the file")
     found = {}
     for node in model.graph.node:
-        axis = _axis(node, stored)
+        axis = weight_axis(node, stored)
         if axis is not None:
             found[node.input[1]] = axis
     return found
@@ -51,7 +52,8 @@ def values(model: onnx.ModelProto) -> list[str]:
     return [name for node in model.graph.node for name in node.output if name]
 
 
-def _axis(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> int | None:
+def weight_axis(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> int | None:
+    """Return the axis of the output channels of a node's stored weight, None where it has none."""
     if len(node.input) < 2 or node.input[1] not in stored:
         return None
     if node.op_type == "Conv":
@@ -64,19 +66,24 @@ def _axis(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> int | No
     return dimensions - 1 if node.op_type == "MatMul" and dimensions >= 2 else None
 
 
-def rounded(path: Path, plan: QuantizationPlan) -> onnx.ModelProto:
+def rounded(model: onnx.ModelProto, plan: QuantizationPlan) -> onnx.ModelProto:
     """Return the graph with its weights rounded and QuantizeLinear/DequantizeLinear after each planned value.
 
     Only for measuring on this machine: an engine's own choices of what to fuse may differ.
     """
+    import numpy as np
     import onnx
 
-    model = onnx.load(path)
     for tensor in model.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
         if tensor.name in plan.weights:
-            array = _round_weight(onnx.numpy_helper.to_array(tensor), plan.weights[tensor.name])
-            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-    planned = {name: limits for name, limits in plan.activations.items() if name not in _fused_away(model.graph)}
+            tensor.CopyFrom(onnx.numpy_helper.from_array(grid.rounded(array, plan.weights[tensor.name]), tensor.name))
+        elif plan.scheme == "float16" and array.dtype == np.float32:
+            half = array.astype(np.float16).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(half, tensor.name))
+    if plan.scheme == "dynamic":
+        _round_inputs(model, plan)
+    planned = {name: limits for name, limits in plan.activations.items() if name not in fused_away(model.graph)}
     nodes: list[onnx.NodeProto] = []
     for value in model.graph.input:
         if value.name in planned:
@@ -95,7 +102,24 @@ def rounded(path: Path, plan: QuantizationPlan) -> onnx.ModelProto:
     return model
 
 
-def _fused_away(graph: onnx.GraphProto) -> set[str]:
+def _round_inputs(model: onnx.ModelProto, plan: QuantizationPlan) -> None:
+    """Round what each planned weight is multiplied with by the range that it has at that moment."""
+    from onnx import helper
+
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if len(node.input) > 1 and node.input[1] in plan.weights:
+            made = [f"{node.name or node.output[0]}__{part}" for part in ("integer", "scale", "zero", "rounded")]
+            nodes.append(helper.make_node("DynamicQuantizeLinear", [node.input[0]], made[:3]))
+            nodes.append(helper.make_node("DequantizeLinear", made[:3], made[3:]))
+            node.input[0] = made[3]
+        nodes.append(node)
+    kept = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
+def fused_away(graph: onnx.GraphProto) -> set[str]:
     """Name the values that engines never make, because they fuse the clamp that follows."""
     followers: dict[str, list[str]] = {}
     for node in graph.node:
@@ -110,25 +134,13 @@ def _fused_away(graph: onnx.GraphProto) -> set[str]:
     }
 
 
-def _round_weight(weight: Array, rule: WeightRule) -> Array:
-    import numpy as np
-
-    axes = tuple(i for i in range(weight.ndim) if rule.granularity == "tensor" or i != rule.axis)
-    most = 2 ** (rule.bits - 1) - 1
-    scale = np.maximum(np.abs(weight).max(axis=axes, keepdims=True), 1e-12) / most
-    result: Array = (np.clip(np.round(weight / scale), -most, most) * scale).astype(weight.dtype)
-    return result
-
-
 def _round_value(model: onnx.ModelProto, source: str, target: str, limits: Range) -> list[onnx.NodeProto]:
     import numpy as np
     from onnx import helper, numpy_helper
 
-    low, high = min(limits.low, 0.0), max(limits.high, 0.0)
-    scale = np.float32((high - low) / 255 or 1.0)
-    zero = np.uint8(round(-low / float(scale)))
+    own = grid.activation_grid(limits)
     names = [f"{target}__scale", f"{target}__zero"]
-    for name, value in zip(names, (scale, zero), strict=True):
+    for name, value in zip(names, (np.float32(own.scale), np.uint8(own.zero)), strict=True):
         model.graph.initializer.append(numpy_helper.from_array(np.array(value), name))
     return [
         helper.make_node("QuantizeLinear", [source, *names], [f"{target}__integer"]),

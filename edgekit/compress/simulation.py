@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgekit.compress import graph, onnx_graph
+from edgekit import grid
+from edgekit.compress import graph, onnx_graph, rounding
 from edgekit.model import Model, OnnxNetwork, TorchNetwork
 from edgekit.plugins import extra
 from edgekit.workload import trace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import torch
 
     from edgekit.model import Network
-    from edgekit.plan import QuantizationPlan, Range, WeightRule
+    from edgekit.plan import QuantizationPlan
     from edgekit.tensors import Array
 
 
@@ -28,19 +28,19 @@ def planned_network(model: Model) -> Network:
     if model.plan is None:
         return model.network
     if isinstance(model.network, OnnxNetwork):
-        return _RoundedOnnx(model.network.path, model.plan)
+        return _RoundedOnnx(model.network, model.plan)
     if isinstance(model.network, TorchNetwork):
         return TorchNetwork(_rounded_module(model, model.plan), model.network.input_names, model.network.output_names)
     return model.network
 
 
 class _RoundedOnnx:
-    def __init__(self, path: Path, plan: QuantizationPlan) -> None:
+    def __init__(self, network: OnnxNetwork, plan: QuantizationPlan) -> None:
         with extra("compress"):
             import onnxruntime
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        content = onnx_graph.rounded(path, plan).SerializeToString()
+        content = onnx_graph.rounded(network.proto(), plan).SerializeToString()
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -53,21 +53,23 @@ def _rounded_module(model: Model, plan: QuantizationPlan) -> torch.nn.Module:
     with extra("compress"):
         import torch
     module = trace(model).module(check_guards=False)
-    weights = {
-        name: _round_weight(tensor.detach(), plan.weights[name])
-        for name, tensor in module.state_dict().items()
-        if name in plan.weights
-    }
+    weights = {n: _round_weight(t.detach(), n, plan) for n, t in module.state_dict().items()}
     inputs = {n.name: s.name for n, s in zip(module.graph.find_nodes(op="placeholder"), model.inputs, strict=True)}
     skipped = {node.name for node in module.graph.nodes if graph.is_fused_away(node)}
+    planned = {node.name for node, name in graph.weighted(module.graph) if name in plan.weights}
 
     class Rounding(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:  # noqa: ANN401  # torch's own signature: a node may give anything
             if n.op == "get_attr":
                 return weights.get(str(n.target), super().run_node(n))
-            limits = None if n.name in skipped else plan.activations.get(inputs.get(n.name, n.name))
+            if plan.scheme == "dynamic" and n.name in planned:
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                return self.call_function(n.target, (rounding.round_dynamically(args[0]), *args[1:]), kwargs)
             result = super().run_node(n)
-            return result if limits is None else _round_value(result, limits)
+            if plan.scheme == "float16":
+                return _as_half(result)
+            limits = None if n.name in skipped else plan.activations.get(inputs.get(n.name, n.name))
+            return result if limits is None else rounding.round_value(result, limits)
 
     class Rounded(torch.nn.Module):
         def forward(self, *tensors: torch.Tensor) -> Any:  # noqa: ANN401  # whatever the graph gives
@@ -76,20 +78,16 @@ def _rounded_module(model: Model, plan: QuantizationPlan) -> torch.nn.Module:
     return Rounded()
 
 
-def _round_weight(weight: torch.Tensor, rule: WeightRule) -> torch.Tensor:
+def _round_weight(weight: torch.Tensor, name: str, plan: QuantizationPlan) -> torch.Tensor:
     import torch
 
-    most = 2 ** (rule.bits - 1) - 1
-    axes = [i for i in range(weight.dim()) if rule.granularity == "tensor" or i != rule.axis]
-    scale = weight.abs().amax(axes, keepdim=True).clamp_min(1e-12) / most
-    rounded: torch.Tensor = torch.round(weight / scale).clamp(-most, most) * scale
-    return rounded
+    if plan.scheme == "float16":
+        return weight.half().float() if weight.is_floating_point() else weight
+    rule = plan.weights.get(name)
+    return weight if rule is None else torch.from_numpy(grid.rounded(weight.float().numpy(), rule)).to(weight.dtype)
 
 
-def _round_value(values: torch.Tensor, limits: Range) -> torch.Tensor:
+def _as_half(value: Any) -> Any:  # noqa: ANN401  # a node may give anything
     import torch
 
-    low, high = min(limits.low, 0.0), max(limits.high, 0.0)
-    scale = (high - low) / 255 or 1.0
-    rounded: torch.Tensor = torch.fake_quantize_per_tensor_affine(values, scale, round(-low / scale), 0, 255)
-    return rounded
+    return value.half().float() if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value

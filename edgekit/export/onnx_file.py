@@ -62,7 +62,7 @@ def _from_file(network: OnnxNetwork) -> Graph:
     with extra("onnx"):
         import onnx
 
-    proto = onnx.load(str(network.path))
+    proto = network.proto()
     _strip(proto)
     return Graph(proto, {name: name for node in proto.graph.node for name in node.output})
 

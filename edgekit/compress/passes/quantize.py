@@ -1,6 +1,6 @@
-"""Int8 post-training quantization: plans the bits of every weight and the range of every activation.
+"""Post-training quantization: plans the bits and scales of every weight and the range of every activation.
 
-The weights stay float; the exporters lower the plan.
+The weights stay float; later passes may compensate them on the plan's grid, and the exporters lower it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import msgspec
 
 from edgekit.compress import graph, onnx_graph
 from edgekit.compress.calibration import runner
+from edgekit.compress.layers import layers
 from edgekit.compress.observers import Observer, ranges
 from edgekit.compress.passes import CompressionPass
 from edgekit.compress.passes.fold import fold
-from edgekit.errors import CompressionError
+from edgekit.compress.weight_scales import WeightObserver, scaled
+from edgekit.errors import CompressionError, UnknownName
 from edgekit.manifest import Step
 from edgekit.model import GgufFile, LlamaFolder, OnnxNetwork, TorchNetwork
-from edgekit.plan import QuantizationPlan, WeightRule
+from edgekit.plan import Granularity, QuantizationPlan, Scheme, WeightRule
 from edgekit.plugins import extra
 from edgekit.workload import trace
 
@@ -26,19 +28,26 @@ if TYPE_CHECKING:
     from edgekit.model import Model, Split
     from edgekit.progress import Progress
 
-Granularity = Literal["channel", "tensor"]
+SCHEMES: dict[str, Scheme] = {"static": "static", "dynamic": "dynamic", "none": "weight-only"}
 
 
 class Quantize(CompressionPass, frozen=True):
     """Fold batch normalization, watch the calibration data, and write a `QuantizationPlan`.
 
-    Weights are symmetric, one scale a channel unless ``granularity`` is ``tensor``; activations get the range that
-    ``observer`` chooses from the first ``samples`` calibration samples (Jacob et al. 2018; Nagel et al. 2021).
+    Weights are symmetric integers of ``bits``, one scale a channel, a tensor, or a ``group`` of 32 to 128 inputs;
+    ``weights`` chooses the scales: by the largest value, or by the least squared error. ``activations`` are 8-bit
+    integers of the range that ``observer`` chooses from the first ``samples`` calibration samples (``static``), of
+    the range at that moment (``dynamic``), or stay float (``none``). ``keep`` names weights that stay float
+    (Jacob et al. 2018; Nagel et al. 2021, "A White Paper on Neural Network Quantization").
     """
 
-    bits: Literal[8] = 8
+    bits: Literal[8, 7, 6, 5, 4, 3, 2] = 8
+    activations: Literal["static", "dynamic", "none"] = "static"
     observer: Observer = "minmax"
+    weights: WeightObserver = "minmax"
     granularity: Granularity = "channel"
+    group: Literal[0, 32, 64, 128] = 0
+    keep: tuple[str, ...] = ()
     samples: Annotated[int, msgspec.Meta(ge=2)] = 512
 
     def apply(self, model: Model, progress: Progress) -> Model:
@@ -46,21 +55,42 @@ class Quantize(CompressionPass, frozen=True):
 
         Raises:
             CompressionError: quantized already, a language model, nothing to quantize, NaN in a weight or an
-                activation, fewer than two calibration samples.
+                activation, fewer than two calibration samples, groups without a size.
+            UnknownName: ``keep`` names no weight.
         """
+        if (self.granularity == "group") != bool(self.group):
+            raise CompressionError(
+                f"granularity {self.granularity!r} with group = {self.group}",
+                'groups need both: granularity = "group" and group = 32, 64 or 128',
+            )
         samples = _calibration(model, self.samples)
         folded, count = fold(model)
-        weights = _weights(folded, self.granularity)
+        rules = self._rules(folded)
+        observed = ranges(runner(folded, samples), self.observer, progress) if self.activations == "static" else {}
         plan = QuantizationPlan(
             bits=self.bits,
-            observer=self.observer,
-            weights=weights,
-            activations=ranges(runner(folded, samples), self.observer, progress),
+            observer=self.observer if observed else "none",
+            weights=rules,
+            activations=observed,
+            scheme=SCHEMES[self.activations],
         )
-        measured: dict[str, float] = {"folded": count, "weights": len(weights), "activations": len(plan.activations)}
+        measured: dict[str, float] = {"folded": count, "weights": len(rules), "activations": len(observed)}
         measured["calibration_samples"] = len(samples)
         note = Step(name="quantize", measured=measured)
         return replace(folded, plan=plan, lineage=(*model.lineage, note))
+
+    def _rules(self, model: Model) -> dict[str, WeightRule]:
+        axes = _weights(model)
+        for name in self.keep:
+            if name not in axes:
+                raise UnknownName("weight", name, axes)
+        found = {layer.weight: layer.values for layer in layers(model)}
+        rules = {}
+        for name, axis in axes.items():
+            if name not in self.keep:
+                rule = WeightRule(bits=self.bits, granularity=self.granularity, axis=axis, group=self.group)
+                rules[name] = scaled(found[name], rule, self.weights) if name in found else rule
+        return rules
 
 
 def _calibration(model: Model, most: int) -> Split:
@@ -84,15 +114,15 @@ def _calibration(model: Model, most: int) -> Split:
     return samples
 
 
-def _weights(model: Model, granularity: Granularity) -> dict[str, WeightRule]:
+def _weights(model: Model) -> dict[str, int]:
     network = model.network
-    axes = onnx_graph.weights(network.path) if isinstance(network, OnnxNetwork) else _torch_weights(model)
+    axes = onnx_graph.weights(network) if isinstance(network, OnnxNetwork) else _torch_weights(model)
     if not axes:
         raise CompressionError(
             f"{model.name} has no weight that can be quantized",
             "quantize takes convolutions, linear layers and matmuls",
         )
-    return {name: WeightRule(granularity=granularity, axis=axis) for name, axis in axes.items()}
+    return axes
 
 
 def _torch_weights(model: Model) -> dict[str, int]:
