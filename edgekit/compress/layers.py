@@ -56,43 +56,46 @@ def _public(traced: fx.Graph, model: Model) -> dict[str, str]:
 def _torch_layer(traced: fx.GraphModule, node: fx.Node, weight: str, public: Mapping[str, str]) -> Layer:
     import numpy as np
 
-    kind = graph.operation(node)
     bias = graph.parameter(graph.argument(node, 2))
     axis = graph.weight_axis(node)
     stored = _tensor(traced, weight).detach().float().numpy()
     source = graph.argument(node, 0)
-    common = {
-        "weight": weight,
-        "bias": bias,
-        "node": node.name,
-        "source": public.get(source.name, source.name) if source is not None else "",
-        "values": np.ascontiguousarray(np.moveaxis(stored, axis, 0)),
-        "offsets": None if bias is None else _tensor(traced, bias).detach().float().numpy(),
-        "axis": axis,
-    }
-    if kind == "linear":
-        return Layer(kind="linear", **common)
-    size = stored.ndim - 2
-    if kind in graph.TRANSPOSED:
+    plain = Layer(
+        kind="linear",
+        weight=weight,
+        bias=bias,
+        node=node.name,
+        source="" if source is None else public.get(source.name, source.name),
+        values=np.ascontiguousarray(np.moveaxis(stored, axis, 0)),
+        offsets=None if bias is None else _tensor(traced, bias).detach().float().numpy(),
+        axis=axis,
+    )
+    return plain if graph.operation(node) == "linear" else _sliding(plain, node, stored.shape[2:])
+
+
+def _sliding(layer: Layer, node: fx.Node, kernel: tuple[int, ...]) -> Layer:
+    """Add to a layer how its convolution slides."""
+    size = len(kernel)
+    if graph.operation(node) in graph.TRANSPOSED:
         stride, padding, extra_padding, groups, dilation = _arguments(node, ((1,), (0,), (0,), 1, (1,)))
-        return Layer(
+        return replace(
+            layer,
             kind="transposed",
             stride=_each(stride, size),
             padding=_each(padding, size),
             output_padding=_each(extra_padding, size),
             groups=groups,
             dilation=_each(dilation, size),
-            **common,
         )
     stride, padding, dilation, groups = _arguments(node, ((1,), (0,), (1,), 1))
-    kernel, dilation = stored.shape[2:], _each(dilation, size)
-    return Layer(
+    dilation = _each(dilation, size)
+    return replace(
+        layer,
         kind="conv",
         stride=_each(stride, size),
         padding=_same(padding, kernel, dilation) if isinstance(padding, str) else _each(padding, size),
         dilation=dilation,
         groups=groups,
-        **common,
     )
 
 

@@ -169,7 +169,7 @@ class _TorchStep:
         self._module, self._node, self._public = module, node, public
         self.name = node.name
         self.sources = tuple(public.get(n.name, n.name) for n in node.all_input_nodes)
-        self.makes = (node.name,)
+        self.makes: tuple[str, ...] = (node.name,)
         self.layer = layer
         self.is_fused_away = graph.is_fused_away(node)
 
