@@ -1,74 +1,100 @@
-"""Knowledge distillation: a large network's scores teach the model."""
+"""Knowledge distillation: a large network teaches the model, by its scores, or by what its modules give."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
 from edgekit import workload
-from edgekit.compress.passes import CompressionPass
-from edgekit.compress.passes.prune import trainable
-from edgekit.compress.training import Lesson, Schedule, train
+from edgekit.compress.losses import Decoupled, hint, is_language_model, is_scores, mimicry, truth_of
+from edgekit.compress.passes._learning import LearningPass, train_split, trainable
+from edgekit.compress.training import Lesson, train
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
-from edgekit.model import run_batched
 
 if TYPE_CHECKING:
-    from edgekit.model import Model, Split
+    from edgekit.compress.losses import Loss
+    from edgekit.compress.passes import CompressionPass
+    from edgekit.model import Model, Network, Split
     from edgekit.progress import Progress
-    from edgekit.tensors import Array
 
 
-class Distill(CompressionPass, frozen=True):
-    """Train the model on a teacher's softened scores, and by ``1 - alpha`` on the labels (Hinton et al. 2015).
+class Distill(LearningPass, frozen=True, kw_only=True):
+    """Train the model on a teacher's answers, and by ``1 - alpha`` on the labels.
 
-    ``teacher`` is anything that `workload.load` reads, relative to the working folder; its scores are computed once.
+    ``teacher`` is anything that `workload.load` reads, relative to the working folder. ``method``: ``kd`` softened
+    scores (Hinton et al. 2015), ``dkd`` target class and the others apart (Zhao et al. 2022; ``beta`` for the others),
+    ``hints`` softened scores and features besides (Romero et al. 2015), the pairs in ``hints`` as ``student.module =
+    teacher.module``. Language models learn the distribution of every token, and by ``1 - alpha`` the next token.
     """
 
     teacher: str
     teacher_checkpoint: str = ""
+    method: Literal["kd", "dkd", "hints"] = "kd"
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 2.0
     alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
+    beta: Annotated[float, msgspec.Meta(ge=0)] = 2.0
+    hints: tuple[str, ...] = ()
+    hint_weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     epochs: Annotated[int, msgspec.Meta(ge=1)] = 20
     lr: Annotated[float, msgspec.Meta(gt=0)] = 5e-3
-    batch: Annotated[int, msgspec.Meta(ge=2)] = 32
-    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     def apply(self, model: Model, progress: Progress) -> Model:
         """Return the trained model.
 
         Raises:
-            CompressionError: not a PyTorch network with modules, no train split, a teacher with other outputs.
-            UsageError: the teacher cannot be loaded.
+            CompressionError: not a PyTorch network with modules, no train split, a teacher with other outputs, hints
+                that do not fit each other, or a method that does not fit the outputs.
+            UsageError: the teacher or a module of the hints cannot be found.
         """
         network = trainable(model, "distill")
-        split = model.data.train if model.data else None
-        if split is None:
-            raise CompressionError("distill has no train split to learn from", "give data with one")
-        if split.labels is None and self.alpha < 1:
-            raise CompressionError(f"alpha {self.alpha} needs labels, the train split has none", "set alpha = 1")
-        progress("distill: the teacher's scores", 0, 1)
-        lesson = Lesson(split, self._teach(model, split), self.alpha, self.temperature)
+        split = train_split(model, "distill", "learn from:give data with one")
+        losses = self._losses(model, split)
+        progress("distill: the teacher", 0, 1)
+        lesson = Lesson(split, losses, self._teacher(model), model.data.validation if model.data else None)
         student = replace(network, module=copy.deepcopy(network.module))
-        schedule = Schedule(epochs=self.epochs, lr=self.lr, batch=self.batch, seed=self.seed)
-        loss = train(student, lesson, schedule, progress)
-        note = Step(name="distill", measured={"train_loss": loss})
+        note = Step(name="distill", measured={"train_loss": train(student, lesson, self.schedule(), progress)})
         return replace(model, network=student, lineage=(*model.lineage, note))
 
-    def _teach(self, model: Model, split: Split) -> Array:
+    def _losses(self, model: Model, split: Split) -> tuple[Loss, ...]:
+        truth = truth_of(model, split, 1 - self.alpha)
+        if truth is None and self.alpha < 1:
+            raise CompressionError(f"alpha {self.alpha} needs labels, the train split has none", "set alpha = 1")
+        if self.hints and self.method != "hints":
+            raise CompressionError(f"hints are given, the method is {self.method!r}", 'set method = "hints"')
+        if self.method == "hints" and not self.hints:
+            raise CompressionError("the method hints has no hints", 'give hints = ["student.module = teacher.module"]')
+        taught = self._decoupled(model, split) if self.method == "dkd" else mimicry(model, self.alpha, self.temperature)
+        own = () if truth is None else (truth,)
+        return (*own, *taught, *(hint(pair, self.hint_weight) for pair in self.hints))
+
+    def _decoupled(self, model: Model, split: Split) -> tuple[Loss, ...]:
+        if is_language_model(model) or not is_scores(model, 0) or split.labels is None:
+            raise CompressionError(
+                f"dkd tells the label's class from the others: {model.name} has no classes with labels",
+                'set method = "kd"',
+            )
+        first = Decoupled(self.alpha, self.temperature, 1.0, self.beta)
+        return (first, *mimicry(model, self.alpha, self.temperature)[1:])
+
+    def _teacher(self, model: Model) -> Network:
         checkpoint = Path(self.teacher_checkpoint) if self.teacher_checkpoint else None
         teacher = workload.load(self.teacher, checkpoint, model.data)
-        scores: Array = next(iter(run_batched(teacher.network, split, 64).values()))
-        if scores.shape[1:] != model.outputs[0].shape[1:] or scores.ndim != 2:
+        theirs, mine = ([list(o.shape[1:]) for o in one.outputs] for one in (teacher, model))
+        if theirs != mine:
             raise CompressionError(
-                f"the teacher gives {list(scores.shape[1:])} scores, {model.name} {list(model.outputs[0].shape[1:])}",
-                "choose a teacher for the same classes",
+                f"the teacher gives {_sizes(theirs)} scores, {model.name} {_sizes(mine)}",
+                "choose a teacher with the same outputs, for the same classes",
             )
-        return scores
+        return teacher.network
+
+
+def _sizes(outputs: list[list[int]]) -> str:
+    return " and ".join(map(str, outputs))
 
 
 PLUGIN: type[CompressionPass] = Distill

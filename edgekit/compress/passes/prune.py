@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 
 from edgekit.compress import graph
+from edgekit.compress.losses import mimicry, truth_of
 from edgekit.compress.passes import CompressionPass
+from edgekit.compress.passes._learning import trainable
 from edgekit.compress.training import Lesson, Schedule, train
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
-from edgekit.model import TorchNetwork, run_batched
 from edgekit.plugins import extra
 from edgekit.workload import trace
 
@@ -58,31 +59,12 @@ class Prune(CompressionPass, frozen=True):
         changed = replace(model, network=smaller)
         if self.epochs and model.data and model.data.train:
             split = model.data.train
-            scores = None if split.labels is not None else next(iter(run_batched(network, split).values()))
-            lesson = Lesson(split, scores, 0.0 if scores is None else 1.0)
+            truth = truth_of(model, split)
+            losses = mimicry(model, 1.0, 1.0) if truth is None else (truth,)
+            lesson = Lesson(split, losses, network if truth is None else None)
             schedule = Schedule(epochs=self.epochs, lr=self.lr, batch=self.batch, seed=self.seed)
             measured["train_loss"] = train(smaller, lesson, schedule, progress)
         return replace(changed, lineage=(*model.lineage, Step(name="prune", measured=measured)))
-
-
-def trainable(model: Model, verb: str) -> TorchNetwork:
-    """Return the network if its modules can be changed and trained.
-
-    Raises:
-        CompressionError: an ONNX file, a language model, a graph that edgekit saved, or a model with a plan.
-    """
-    with extra("compress"):
-        import torch
-    network = model.network
-    if not isinstance(network, TorchNetwork) or isinstance(network.module, torch.fx.GraphModule):
-        kind = "a saved graph" if isinstance(network, TorchNetwork) else f"a {type(network).__name__}"
-        raise CompressionError(
-            f"{verb} needs PyTorch modules, {model.name} is {kind}",
-            "give file.py:build with --checkpoint, and put all passes into one recipe",
-        )
-    if model.plan is not None:
-        raise CompressionError(f"{verb} must come before quantize: the plan fits the weights as they are now")
-    return network
 
 
 def _cut(model: Model, module: torch.nn.Module, options: Prune) -> dict[str, float]:

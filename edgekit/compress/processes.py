@@ -1,0 +1,88 @@
+"""One training on several processes: who am I, what is my share, what do all agree on. Knows no loss and no pass.
+
+``torchrun`` sets ``RANK`` and ``WORLD_SIZE``; without them there is one process, and nothing here talks to anybody.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+
+@dataclass(frozen=True)
+class Crew:
+    """This process among all that train together."""
+
+    rank: int
+    size: int
+
+    @property
+    def leads(self) -> bool:
+        """Say whether this process reports and saves."""
+        return self.rank == 0
+
+    def device(self) -> torch.device:
+        """Return this process's accelerator, or the CPU where there is none."""
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cpu")
+
+    def share(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return this process's part of a batch's sample numbers, all parts of one size."""
+        return batch[self.rank :: self.size][: len(batch) // self.size]
+
+    def mean(self, value: float) -> float:
+        """Return the mean over all processes; every one gets the same."""
+        import torch
+        from torch import distributed
+
+        if self.size == 1:
+            return value
+        held = torch.tensor(value, dtype=torch.float64, device=self.device())
+        distributed.all_reduce(held)
+        return float(held) / self.size
+
+    def wrap(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Return the module with gradients that are averaged over all processes."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        if self.size == 1:
+            return module
+        return DistributedDataParallel(module, find_unused_parameters=True)
+
+    def agree(self, module: torch.nn.Module) -> None:
+        """Give every process the leader's parameters and statistics."""
+        from torch import distributed
+
+        if self.size > 1:
+            for tensor in (*module.parameters(), *module.buffers()):
+                distributed.broadcast(tensor.data, 0)
+
+
+@contextmanager
+def crew() -> Iterator[Crew]:
+    """Join the other processes where ``torchrun`` started any, and leave them at the end."""
+    import torch
+    from torch import distributed
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        yield Crew(0, 1)
+        return
+    joined = distributed.is_initialized()
+    if not joined:
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Crew(int(os.environ["RANK"]), size)
+    finally:
+        if not joined:
+            distributed.destroy_process_group()
