@@ -22,7 +22,7 @@ SHOWN = 12
 """How many functions of a module are offered, those of similar names first."""
 
 
-def named_object(source: str) -> Callable[[], object]:
+def named_object(source: str) -> Callable[..., object]:
     """Import ``file.py:name`` or ``package.module:name``.
 
     Raises:
@@ -37,7 +37,7 @@ def named_object(source: str) -> Callable[[], object]:
         functions = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
         known = list(dict.fromkeys([*difflib.get_close_matches(name, functions), *functions]))[:SHOWN]
         raise UsageError(f"{place} has no function {name!r}", f"it has: {', '.join(known) or 'none'}")
-    return cast("Callable[[], object]", found)
+    return cast("Callable[..., object]", found)
 
 
 def call(source: str) -> object:
@@ -46,9 +46,17 @@ def call(source: str) -> object:
     Raises:
         UsageError: it is not there, or it failed.
     """
-    function = named_object(source)
+    return invoke(source, named_object(source))
+
+
+def invoke(source: str, function: Callable[..., object], *arguments: object) -> object:
+    """Call somebody else's function, which ``source`` names in messages.
+
+    Raises:
+        UsageError: it failed.
+    """
     try:
-        return function()
+        return function(*arguments)
     except ModuleNotFoundError as error:
         raise _lacking(source, error) from error
     except _broken_code_errors() as error:

@@ -92,10 +92,11 @@ class Judge:
         if self.metric.rows is None:
             raise UsageError(f"{self.metric.name} has no rows", "give it a function for a batch or for the whole")
         parts = []
+        ask: Callable[[], Mapping[str, Array]]
         for number, batch in enumerate(self._split.batches(self._size)):
             outputs = run_batched(network, batch, self._size)
-            ask = functools.partial(self._asked, number, batch)
-            parts.append(self.metric.rows(Answers(outputs, batch, (lambda: outputs) if own else ask)))
+            ask = functools.partial(dict, outputs) if own else functools.partial(self._asked, number, batch)
+            parts.append(self.metric.rows(Answers(outputs, batch, ask)))
         return np.concatenate(parts)
 
     def _asked(self, number: int, batch: Split) -> Mapping[str, Array]:
