@@ -26,10 +26,13 @@ PACKAGES = ("edgekit", "torch", "onnx", "onnxruntime", "numpy")
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One figure beside its peer's. ``goal`` reads ``ratio <= 0.30`` or ``value <= 150``; empty for none."""
+    """One figure beside its peer's. ``goal`` reads ``ratio <= 0.30`` or ``value <= 150``; empty for none.
+
+    What could not be measured has no value, and its ``unit`` says why.
+    """
 
     what: str
-    value: float
+    value: float | None
     unit: str
     peer: str = ""
     peer_value: float | None = None
@@ -38,7 +41,7 @@ class Row(msgspec.Struct, frozen=True):
     @property
     def ratio(self) -> float | None:
         """The value over the peer's."""
-        return self.value / self.peer_value if self.peer_value else None
+        return self.value / self.peer_value if self.peer_value and self.value is not None else None
 
     @property
     def holds(self) -> bool | None:
@@ -82,7 +85,7 @@ def run(title: str, measure: Callable[[bool], list[Row]]) -> None:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.what,
-        f"{_number(row.value)} {row.unit}",
+        f"{_number(row.value)} {row.unit}".strip(),
         row.peer,
         _number(row.peer_value),
         _number(row.ratio),

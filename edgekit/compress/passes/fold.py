@@ -44,10 +44,10 @@ def fold(model: Model) -> tuple[Model, int]:
     A pair folds when the layer's output goes into the normalization only, and both stand once in the graph
     (Jacob et al. 2018, section 3.2). Other networks come back as they are.
     """
-    with extra("compress"):
-        import torch
     if not isinstance(model.network, TorchNetwork):
         return model, 0
+    with extra("compress"):
+        import torch
     traced = trace(model).module(check_guards=False)
     pairs = _pairs(traced.graph)
     if isinstance(model.network.module, torch.fx.GraphModule):

@@ -1,0 +1,195 @@
+"""Int8 post-training quantization of image networks: accuracy, time and memory, beside everybody who does the same.
+
+CIFAR-10 ResNets calibrate on 512 train pictures and are judged on 10,000 test pictures; EfficientNet-Lite0 calibrates
+on 32 photographs and is judged on 600 that nothing else saw. Three calibration seeds; a drop is the mean over them.
+Every contender begins at the same float ONNX file (torchao at the module), gets the same samples, runs in a process
+of its own on one thread, and its file is judged in ONNX Runtime. edgekit's recipes were chosen on validation pictures
+(`_choose.py`). SQNR of the logits tells more than a drop of less than 0.1 points, which is chance.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import _cifar
+import _peers
+import numpy as np
+from _setting import HERE, Row, gap, run, scores, sqnr, top1
+from _subjects import EFFICIENTNET, PHOTOGRAPHS, Subject, cifar, efficientnet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from edgekit.tensors import Array
+
+SEEDS = (0, 1, 2)
+OURS = "edgekit"
+UNSIGNED = {"activation_type": "QUInt8", "weight_type": "QInt8", "per_channel": True}
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ORT, default": ("onnxruntime", {}),
+    "ORT, u8s8 per channel": ("onnxruntime", UNSIGNED),
+    "ORT, u8s8 per channel, percentile": ("onnxruntime", {**UNSIGNED, "calibrate_method": "Percentile"}),
+    "ORT, u8s8 per channel, entropy": ("onnxruntime", {**UNSIGNED, "calibrate_method": "Entropy"}),
+    "NNCF, default (fast bias correction)": ("nncf", {}),
+    "NNCF, full bias correction": ("nncf", {"fast_bias_correction": False}),
+    "NNCF, mixed preset, min-max, full bias correction": (
+        "nncf",
+        {"preset": "MIXED", "minmax": True, "batch": 16, "fast_bias_correction": False},
+    ),
+    "NNCF, min-max, no bias correction": ("nncf", {"minmax": True, "uncorrected": True, "batch": 16}),
+    "torchao PT2E, x86": ("torchao", {}),
+}
+GOALS = {EFFICIENTNET: 0.2}
+NEAR = 0.05
+"""Points: a peer whose mean drop is at most this much above ours reaches our accuracy, so its time counts."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One contender on one network: a value a seed."""
+
+    drops: tuple[float, ...] = ()
+    noise: tuple[float, ...] = ()
+    seconds: float = 0
+    cpu: float = 0
+    own: float = 0
+    peak: float = 0
+    megabytes: float = 0
+    error: str = ""
+
+    @property
+    def clear(self) -> float:
+        """The mean signal over the noise of the logits, in dB."""
+        return float(np.mean(self.noise))
+
+    @property
+    def drop(self) -> float:
+        """The mean over the seeds, in points; digits that are no pictures cut away."""
+        return round(float(np.mean(self.drops)), 4)
+
+
+def main(quick: bool) -> list[Row]:
+    rows: list[Row] = []
+    for name, subject in _subjects(quick):
+        if subject is None:
+            rows.append(gap(f"{name}: int8", "no data at hand: see EDGEKIT_BENCH_DATA"))
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            rows += _rows(subject, _contest(subject, Path(scratch), SEEDS[:1] if quick else SEEDS))
+    return rows
+
+
+def _subjects(quick: bool) -> Iterator[tuple[str, Subject | None]]:
+    for name in list(_cifar.BUILDERS)[: 1 if quick else None]:
+        subject = cifar(name) if _cifar.there() else None
+        yield name, subject.smaller(500) if subject and quick else subject
+    if not quick:
+        yield EFFICIENTNET, efficientnet() if PHOTOGRAPHS.is_file() else None
+
+
+def _contest(subject: Subject, folder: Path, seeds: tuple[int, ...]) -> tuple[float, dict[str, Found]]:
+    plain = subject.float_file(folder)
+    reference = scores(plain, subject.test.inputs)
+    np.save(folder / "judged.npy", subject.test.inputs[subject.input])
+    for seed in seeds:
+        np.save(folder / f"calibration-{seed}.npy", subject.calibration(seed))
+    contenders = {OURS: ("edgekit", {"recipe": _recipe(subject.name)}), **PEERS}
+    found = {
+        name: _compete(subject, reference, [_job(subject, folder, seed, *contender) for seed in seeds])
+        for name, contender in contenders.items()
+    }
+    return top1(reference, _labels(subject)), found
+
+
+def _recipe(name: str) -> str:
+    return (HERE / f"recipes/int8-{'lite0' if name == EFFICIENTNET else 'resnet'}.toml").read_text(encoding="utf-8")
+
+
+def _labels(subject: Subject) -> Array:
+    assert subject.test.labels is not None, "what judges has labels"
+    return subject.test.labels
+
+
+def _job(subject: Subject, folder: Path, seed: int, contender: str, options: dict[str, Any]) -> _peers.Job:
+    return _peers.Job(
+        contender=contender,
+        onnx=str(subject.float_file(folder)),
+        workload=subject.workload,
+        checkpoint=str(subject.checkpoint) if subject.checkpoint else None,
+        input=subject.input,
+        calibration=str(folder / f"calibration-{seed}.npy"),
+        judged=str(folder / "judged.npy"),
+        out=str(folder / f"out-{contender}.onnx"),
+        options=options,
+    )
+
+
+def _compete(subject: Subject, reference: Array, jobs: list[_peers.Job]) -> Found:
+    labels, drops, noise, done = _labels(subject), [], [], []
+    for job in jobs:
+        one = _peers.run_apart(job)
+        if one.error:
+            return Found(error=one.error)
+        given = np.load(one.scores) if one.scores else scores(Path(job.out), subject.test.inputs)
+        drops.append(top1(reference, labels) - top1(given, labels))
+        noise.append(sqnr(given, reference))
+        done.append(one)
+    return Found(
+        drops=tuple(drops),
+        noise=tuple(noise),
+        seconds=min(one.seconds for one in done),
+        cpu=min(one.cpu_seconds for one in done),
+        own=min(one.seconds - one.import_seconds for one in done),
+        peak=max(one.peak_mib for one in done),
+        megabytes=done[0].bytes / 1e6,
+    )
+
+
+def _rows(subject: Subject, contest: tuple[float, dict[str, Found]]) -> list[Row]:
+    plain, found = contest
+    name = subject.name
+    rows = [Row(f"{name}: fp32 top-1 on {len(subject.test)} test pictures", plain, "%")]
+    rows += [gap(f"{name}: {who}", one.error) for who, one in found.items() if one.error]
+    done = {who: one for who, one in found.items() if not one.error}
+    if OURS not in done:
+        return [*rows, Row(f"{name}: drop, {OURS}", None, "points", goal="value <= 0")]
+    ours, others = done.pop(OURS), done
+    rows += [_drop_row(name, OURS, ours, f"value <= {GOALS.get(name, 0.1)}")]
+    rows += [_drop_row(name, who, one, "") for who, one in others.items()]
+    if others:
+        rows += _against(name, ours, others)
+    return rows
+
+
+def _drop_row(name: str, who: str, one: Found, goal: str) -> Row:
+    each = " ".join(f"{drop:.2f}" for drop in one.drops)
+    what = f"{name}: drop, {who} (seeds {each}; SQNR {one.clear:.1f} dB; {one.megabytes:.2f} MB)"
+    return Row(what, one.drop, "points", goal=goal)
+
+
+def _against(name: str, ours: Found, others: dict[str, Found]) -> list[Row]:
+    best = min(others, key=lambda who: others[who].drop)
+    clearest = max(others, key=lambda who: others[who].clear)
+    rows = [
+        Row(f"{name}: drop, {OURS}", ours.drop, "points", best, others[best].drop, "value <= peer"),
+        Row(f"{name}: SQNR of the logits, {OURS}", ours.clear, "dB", clearest, others[clearest].clear, "value >= peer"),
+    ]
+    equal = {who: one for who, one in others.items() if one.drop <= ours.drop + NEAR} or others
+    fastest = min(equal, key=lambda who: equal[who].seconds)
+    quick, lean = equal[fastest], min(equal, key=lambda who: equal[who].peak)
+    rows += [
+        Row(f"{name}: wall time to the file, {OURS}", ours.seconds, "s", fastest, quick.seconds, "ratio <= 0.7"),
+        Row(f"{name}: the same without imports, {OURS}", ours.own, "s", fastest, quick.own),
+        Row(f"{name}: CPU time to the file, {OURS}", ours.cpu, "s", fastest, quick.cpu),
+        Row(f"{name}: peak memory, {OURS}", ours.peak, "MiB", lean, equal[lean].peak),
+    ]
+    rows += [Row(f"{name}: wall time to the file, {who}", one.seconds, "s") for who, one in others.items()]
+    rows += [Row(f"{name}: peak memory, {who}", one.peak, "MiB") for who, one in others.items()]
+    return rows
+
+
+if __name__ == "__main__":
+    run("Int8 post-training quantization of image networks, one thread", main)
