@@ -8,6 +8,7 @@
     │   └── InputError     2   a tensor, picture or message the model does not take
     ├── MissingExtra       3   an optional package is not installed: install it
     ├── CompressionError   4   a pass cannot do that to this model: change recipe, data or model
+    │   └── BudgetError   13   no candidate keeps the budgets: loosen one; the best candidate was kept
     ├── ExportError        5   a format cannot hold this model: change target or model
     │   └── ParityError    6   the written file computes something else: do not ship it
     ├── BundleError        7   bytes are missing, changed or unlisted: fetch the bundle again
@@ -76,6 +77,12 @@ class CompressionError(EdgekitError):
     """A pass cannot do that to this model."""
 
     exit_code = 4
+
+
+class BudgetError(CompressionError):
+    """No candidate keeps every budget; the best one was kept."""
+
+    exit_code = 13
 
 
 class ExportError(EdgekitError):
