@@ -129,7 +129,7 @@ class Step(_Part, frozen=True, kw_only=True):
     """One line of the lineage: a pass or a source, its options, and what was measured."""
 
     name: str
-    options: dict[str, str | int | float | bool] = {}
+    options: dict[str, str | int | float | bool | tuple[str | int | float | bool, ...]] = {}
     measured: dict[str, float] = {}
 
 

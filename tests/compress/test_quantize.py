@@ -14,6 +14,7 @@ from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.recipe import Recipe, default
 from edgekit.compress.simulation import planned_network
 from edgekit.errors import CompressionError, InputError, UsageError
+from edgekit.manifest import Step
 from edgekit.model import Data, LlamaFolder, Model, Split
 from edgekit.plan import Range, WeightRule
 from edgekit.progress import silent
@@ -31,7 +32,11 @@ def test_the_plan_has_every_weight_by_parameter_name_and_every_activation_by_nod
     model = digits.quantized()
     matrices = {name for name, p in model.network.module.named_parameters() if p.dim() > 1}
     assert set(model.plan.weights) == matrices
-    assert set(model.plan.weights.values()) == {WeightRule(bits=8, granularity="channel", axis=0)}
+    for name, rule in model.plan.weights.items():
+        assert msgspec.structs.replace(rule, scales=b"") == WeightRule(bits=8, granularity="channel", axis=0)
+        weight = model.network.module.get_parameter(name).detach().numpy()
+        largest = np.abs(weight).max(axis=tuple(range(1, weight.ndim)))
+        np.testing.assert_allclose(np.frombuffer(rule.scales, "<f4"), largest / 127, rtol=1e-6)
     nodes = {node.name for node in workload.trace(model).graph.nodes if node.op == "call_function"}
     assert set(model.plan.activations) == nodes | {"image", "scores"}
     assert model.precision == "int8"
@@ -137,7 +142,9 @@ def test_samples_limits_how_much_is_watched():
 def test_the_lineage_tells_options_and_figures():
     step = digits.quantized().lineage[-1]
     assert step.name == "quantize"
-    assert step.options == {"bits": 8, "observer": "minmax", "granularity": "channel", "samples": 512}
+    assert step.options == msgspec.to_builtins(Quantize())
+    again = msgspec.json.decode(msgspec.json.encode(step), type=Step)
+    assert msgspec.convert(again.options, Quantize) == Quantize()
     assert step.measured["validation_top1"] > 0.95
     before = evaluate.figures(digits.model(), digits.model())
     assert step.measured["bytes"] < 0.3 * before["bytes"]
@@ -214,7 +221,7 @@ def test_an_onnx_file_that_is_quantized_or_holds_nan_is_refused(tmp_path):
     onnx = pytest.importorskip("onnx")
     from edgekit.compress import onnx_graph
 
-    proto = onnx_graph.rounded(digits.onnx_file(), digits.quantized().plan)
+    proto = onnx_graph.rounded(onnx.load(digits.onnx_file()), digits.quantized().plan)
     onnx.save(proto, tmp_path / "int8.onnx")
     data = digits.example().data()
     with pytest.raises(CompressionError, match="is quantized already: it holds QuantizeLinear"):
