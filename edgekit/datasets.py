@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from edgekit import image_folder, text
 from edgekit.errors import UsageError
-from edgekit.model import Data, Split
+from edgekit.loaders import data_of
+from edgekit.model import SPLITS, Data, Split
+from edgekit.overlap import kept, refuse_shared
 from edgekit.plugins import extra
 from edgekit.sources import call, first_line
 from edgekit.tensors import DYNAMIC, TensorSpec
@@ -19,22 +26,62 @@ if TYPE_CHECKING:
 
 
 def load_data(source: str) -> Data:
-    """Read data from ``file.py:function`` (returns `Data`) or a ``.npz``.
+    """Read data from ``file.py:function``, a ``.npz``, a ``data.toml``, or a folder of pictures with one.
 
-    An ``.npz`` holds ``<split>.<input>`` arrays and ``<split>.labels``, splits ``calibration``, ``train``,
-    ``validation`` and ``test``.
+    A function returns `Data` or a dict of splits (see `loaders.data_of`). An ``.npz`` holds ``<split>.<input>``
+    arrays, ``<split>.labels`` and ``<split>.groups``, splits ``calibration``, ``train``, ``validation``, ``test``.
 
     Raises:
-        UsageError: nothing there, no calibration split, or the function returns something else.
+        UsageError: nothing there, no calibration split, something else, or a sample in two splits.
     """
-    if source.endswith(".npz"):
-        return _load_npz(Path(source))
-    if ":" not in source:
-        raise UsageError(f"{source!r} is no data", "give file.py:function, package.module:function or data.npz")
-    result = call(source)
-    if not isinstance(result, Data):
-        raise UsageError(f"{source} returned {type(result).__name__}, not edgekit.model.Data")
-    return result
+    path = Path(source)
+    if path.is_dir():
+        return _load_toml(_toml_of(path), path)
+    if path.suffix == ".toml":
+        return _load_toml(path, None)
+    if path.suffix == ".npz":
+        data = _load_npz(path)
+    elif ":" in source:
+        data = data_of(source, call(source))
+    else:
+        raise UsageError(
+            f"{source!r} is no data",
+            "give file.py:function, package.module:function, data.npz, data.toml or a folder of pictures",
+        )
+    refuse_overlap(data)
+    return data
+
+
+def _toml_of(folder: Path) -> Path:
+    """Find ``data.toml`` in a folder, or beside it under the folder's name."""
+    places = (folder / "data.toml", folder.resolve().parent / f"{folder.resolve().name}.toml")
+    for place in places:
+        if place.is_file():
+            return place
+    raise UsageError(
+        f"{folder} has no data.toml, and pictures without stated preprocessing are not guessed",
+        f"write {places[0]}:\n\n{image_folder.EXAMPLE}",
+    )
+
+
+def _load_toml(path: Path, folder: Path | None) -> Data:
+    if not path.is_file():
+        raise UsageError(f"there is no data at {path}", "check --data")
+    try:
+        spec = msgspec.toml.decode(path.read_bytes(), type=image_folder.Images | text.Text | text.Table)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        hint = f"pictures, for one, are stated so:\n\n{image_folder.EXAMPLE}"
+        raise UsageError(f"{path} does not state data: {first_line(error)}", hint) from error
+    beside = path.parent
+    if isinstance(spec, image_folder.Images):
+        if folder is not None:
+            spec, beside = msgspec.structs.replace(spec, folder="."), folder
+        return image_folder.read(spec, beside)
+    data = text.read_text(spec, beside) if isinstance(spec, text.Text) else text.read_table(spec, beside)
+    if spec.overlap == "drop":
+        return without_overlap(data)
+    refuse_overlap(data)
+    return data
 
 
 def _load_npz(path: Path) -> Data:
@@ -52,25 +99,51 @@ def _load_npz(path: Path) -> Data:
     splits: dict[str, dict[str, Array]] = {}
     for key, array in arrays.items():
         split, _, name = key.partition(".")
-        if split not in ("calibration", "train", "validation", "test") or not name:
+        if split not in SPLITS or not name:
             raise UsageError(f"{path} holds {key!r}", "name arrays <split>.<input>, as calibration.image")
         if not array.ndim:
             raise UsageError(f"{path} holds one number as {key!r}", "samples lie on the first axis of an array")
         splits.setdefault(split, {})[name] = array
     if "calibration" not in splits:
         raise UsageError(f"{path} has no calibration split", "name arrays <split>.<input>, as calibration.image")
-    cut = {name: Split(part, part.pop("labels", None)) for name, part in splits.items()}
-    return Data(cut["calibration"], cut.get("train"), cut.get("validation"), cut.get("test"))
+    cut = {name: Split(part, part.pop("labels", None), part.pop("groups", None)) for name, part in splits.items()}
+    return Data.of(cut)
+
+
+def refuse_overlap(data: Data) -> None:
+    """Raise UsageError where a sample of ``test`` is in another split, or one of ``validation`` steers or trains."""
+    way_out = "leave it out of one: edgekit.datasets.without_overlap(data) does"
+    refuse_shared(_hashes(data), lambda _, number: f"sample {number}", way_out)
+
+
+def without_overlap(data: Data) -> Data:
+    """Return the data without those samples that a split which judges has too; ``test`` keeps all of its own."""
+    import numpy as np
+
+    splits = data.splits()
+    left = {name: splits[name].take(np.array(rows, np.int64)) for name, rows in kept(_hashes(data)).items()}
+    return replace(Data.of(left, data.preprocess, data.labels), outputs=data.outputs)
+
+
+def _hashes(data: Data) -> dict[str, list[str]]:
+    return {name: [_hash(split, number) for number in range(len(split))] for name, split in data.splits().items()}
+
+
+def _hash(split: Split, number: int) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(split.inputs):
+        found.update(split.inputs[name][number].tobytes())
+    return found.hexdigest()
 
 
 def refuse_unfit(model: Model) -> None:
-    """Raise UsageError where a split lacks an input, has another shape or type, or labels that no score stands for."""
+    """Raise UsageError where a split lacks an input, has another shape or type, holds NaN, or labels beside the scores.
+
+    Labels are integers for which the first output has a score, or floats in the first output's shape.
+    """
     if model.data is None or not model.inputs:
         return
-    for part in ("calibration", "train", "validation", "test"):
-        split: Split | None = getattr(model.data, part)
-        if split is None:
-            continue
+    for part, split in model.data.splits().items():
         if set(split.inputs) != {spec.name for spec in model.inputs}:
             wanted = ", ".join(str(spec) for spec in model.inputs)
             raise UsageError(
@@ -84,6 +157,7 @@ def refuse_unfit(model: Model) -> None:
                     f"the {part} split has {spec.name}: {array.dtype}{list(array.shape)}, the network takes {spec}",
                     "samples lie on the first axis",
                 )
+            _refuse_nan(f"the {part} split's {spec.name}", array)
         if split.labels is not None and model.outputs:
             _refuse_labels(part, split.labels, model.outputs[0])
 
@@ -92,15 +166,36 @@ def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
     return TensorSpec(spec.name, spec.dtype, (DYNAMIC, *spec.shape[1:])).accepts(shape)
 
 
+def _refuse_nan(what: str, array: Array) -> None:
+    import numpy as np
+
+    if array.dtype.kind != "f" or np.isfinite(np.sum(array, dtype=np.float64)):
+        return
+    bad = ~np.isfinite(array.reshape(len(array), -1)).all(1)
+    raise UsageError(
+        f"{what} holds NaN or infinity in {bad.sum()} sample(s), the first is {bad.argmax()}",
+        "leave them out, or mend what prepares the data",
+    )
+
+
 def _refuse_labels(part: str, labels: Array, scores: TensorSpec) -> None:
+    if labels.dtype.kind == "f" and _are_targets(labels.shape, scores.shape):
+        _refuse_nan(f"the {part} split's labels", labels)
+        return
     classes = scores.shape[-1] if len(scores.shape) == 2 and scores.shape[-1] != DYNAMIC else None
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UsageError(
             f"the labels of the {part} split are {labels.dtype}{list(labels.shape)}, not one integer each",
-            "give the number of the class of each sample, counted from 0",
+            f"give the number of the class of each sample, counted from 0, or float targets as {scores}",
         )
     if len(labels) and (labels.min() < 0 or (classes is not None and labels.max() >= classes)):
         raise UsageError(
             f"the labels of the {part} split go from {labels.min()} to {labels.max()}, {scores} has no such class",
             "count classes from 0",
         )
+
+
+def _are_targets(labels: tuple[int, ...], output: tuple[int, ...]) -> bool:
+    """Compare the shapes behind the samples; one number a sample may come without its axis."""
+    wanted, given = output[1:], labels[1:]
+    return given == wanted or (not given and wanted == (1,))

@@ -90,6 +90,14 @@ class Data:
     labels: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls, splits: Mapping[str, Split], preprocess: ImagePreprocess | None = None, labels: tuple[str, ...] = ()
+    ) -> Data:
+        """Make it of splits by name, ``calibration`` among them."""
+        train, validation, test = (splits.get(name) for name in SPLITS[1:])
+        return cls(splits["calibration"], train, validation, test, preprocess, labels)
+
     def splits(self) -> dict[str, Split]:
         """Return the splits that are there, by name."""
         found = {name: getattr(self, name) for name in SPLITS}

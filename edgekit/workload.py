@@ -1,20 +1,23 @@
 """Reads a model as people have it, and a compressed one as edgekit saved it.
 
-Takes ``file.py:build`` or ``package.module:build`` with a checkpoint, an ONNX or GGUF file, a Hugging Face folder, or
-a folder that `edgekit compress` wrote. Knows neither passes nor formats to export.
+Takes ``file.py:build`` or ``package.module:build`` with a checkpoint, an exported program (.pt2), an ONNX or GGUF
+file, a Hugging Face folder, or a folder that `edgekit compress` wrote. Knows neither passes nor formats to export.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit import checkpoints, hugging_face
 from edgekit.datasets import load_data, refuse_unfit
 from edgekit.errors import UsageError
+from edgekit.hugging_face import write as huggingface_folder
 from edgekit.manifest import Step
 from edgekit.model import Data, GgufFile, LlamaFolder, Model, OnnxNetwork, Split, Task, TorchNetwork
-from edgekit.network_files import broken_file_errors
 from edgekit.plugins import extra
 from edgekit.saving import load_saved, refuse_foreign, save, whole_onnx
 from edgekit.sources import call, first_line, named_object
@@ -22,17 +25,19 @@ from edgekit.tensors import DYNAMIC, TensorSpec
 from edgekit.tracing import trace
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
 
     import torch
 
     from edgekit.tensors import Array
 
-__all__ = ["load", "load_data", "named_object", "refuse_foreign", "save", "trace"]
+__all__ = ["huggingface_folder", "load", "load_data", "named_object", "refuse_foreign", "save", "trace"]
 
 
 def load(source: str, checkpoint: Path | None = None, data: Data | None = None) -> Model:
-    """Read a model from ``file.py:build``, ``package.module:build``, ``.onnx``, ``.gguf``, or a folder.
+    """Read a model from ``file.py:build``, ``package.module:build``, ``.pt2``, ``.onnx``, ``.gguf``, or a folder.
+
+    A Hugging Face folder becomes a PyTorch network where there is data that says its inputs; a Llama's stays a folder
+    without.
 
     Raises:
         UsageError: nothing there, not readable, or the checkpoint does not fit the network.
@@ -52,12 +57,15 @@ def _load(source: str, checkpoint: Path | None, data: Data | None) -> Model:
         raise UsageError(f"{source} brings its own weights", "drop --checkpoint")
     if path.is_dir():
         return _load_folder(path, data)
+    if path.suffix == ".pt2":
+        return _load_program(path, data)
     if path.suffix == ".onnx":
         return _load_onnx(path, data)
     if path.suffix == ".gguf":
         return _load_gguf(path)
     raise UsageError(
-        f"{source!r} is no model", "give file.py:build, package.module:build, a .onnx or .gguf file, or a model folder"
+        f"{source!r} is no model",
+        "give file.py:build, package.module:build, a .pt2, .onnx or .gguf file, or a model folder",
     )
 
 
@@ -69,7 +77,7 @@ def _load_torch(source: str, checkpoint: Path | None, data: Data | None) -> Mode
         raise UsageError(f"{source} returned {type(module).__name__}, not torch.nn.Module", "return the network")
     steps = [Step(name="load", options={"source": Path(source).name})]
     if checkpoint is not None:
-        module.load_state_dict(_read_checkpoint(checkpoint, module))
+        module.load_state_dict(checkpoints.read(checkpoint, module))
         steps = [Step(name="load", options={"source": Path(source).name, "checkpoint": _sha256(checkpoint)})]
     if data is None:
         raise UsageError(f"{source} needs data to learn its input shapes", "give --data file.py:function or data.npz")
@@ -77,20 +85,50 @@ def _load_torch(source: str, checkpoint: Path | None, data: Data | None) -> Mode
     return from_module(name, module.eval(), data, tuple(steps))
 
 
+def _load_program(path: Path, data: Data | None) -> Model:
+    program = checkpoints.read_program(path)
+    if data is None:
+        raise UsageError(
+            f"{path} needs data to learn the names of its inputs", "give --data file.py:function or data.npz"
+        )
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in program.graph_signature.user_inputs and isinstance(node.meta["val"].shape[0], int):
+            raise UsageError(
+                f"{path} was exported for exactly {node.meta['val'].shape[0]} samples at once",
+                "export it with dynamic_shapes: {0: torch.export.Dim('batch')} for each input",
+            )
+    step = Step(name="load", options={"source": path.name, "checkpoint": _sha256(path)})
+    return from_module(path.stem, program.module(), data, (step,))
+
+
 def from_module(name: str, module: torch.nn.Module, data: Data, lineage: tuple[Step, ...] = ()) -> Model:
     """Wrap a PyTorch module; input names come from the data, shapes from its calibration split.
+
+    Inputs go by name where the data has the names of ``forward``, else in the data's order. Outputs are named by
+    ``data.outputs``; an only one is ``scores`` else, and several are ``output_0``, ``output_1`` …
 
     Raises:
         UsageError: the network does not take the calibration data, or returns other than tensors.
     """
-    names = tuple(data.calibration.inputs)
-    network = TorchNetwork(module, names, ())
+    return _described(name, TorchNetwork(module, _in_order(module, data), ()), data, lineage)
+
+
+def _in_order(module: torch.nn.Module, data: Data) -> tuple[str, ...]:
+    given = tuple(data.calibration.inputs)
+    taken = tuple(inspect.signature(module.forward).parameters)
+    return taken if set(taken) == set(given) else given
+
+
+def _described(name: str, network: TorchNetwork, data: Data, lineage: tuple[Step, ...]) -> Model:
+    """Learn the outputs of a network, whose names it may know, from two samples."""
+    samples = data.calibration.inputs
     try:
-        count = _count_outputs(module, data.calibration.head(1))
-        network = TorchNetwork(module, names, ("scores",) if count == 1 else tuple(f"output_{i}" for i in range(count)))
+        if not network.output_names:
+            count = _count_outputs(network, data.calibration.head(1))
+            network = replace(network, output_names=_output_names(data, count))
         results = network.run(data.calibration.head(2).inputs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        given = ", ".join(f"{n}: {a.dtype}{list(a.shape)}" for n, a in data.calibration.inputs.items())
+        given = ", ".join(f"{n}: {a.dtype}{list(a.shape)}" for n, a in samples.items())
         raise UsageError(
             f"{name} does not take the calibration data {given}: {first_line(error)}",
             "samples lie on the first axis, in the type of the network's inputs (mostly float32)",
@@ -101,21 +139,30 @@ def from_module(name: str, module: torch.nn.Module, data: Data, lineage: tuple[S
         network=network,
         data=data,
         lineage=lineage,
-        inputs=tuple(_spec(n, a) for n, a in data.calibration.inputs.items()),
+        inputs=tuple(_spec(n, samples[n]) for n in network.input_names),
         outputs=tuple(_spec(n, a) for n, a in results.items()),
     )
 
 
+def _output_names(data: Data, count: int) -> tuple[str, ...]:
+    if data.outputs and len(data.outputs) != count:
+        raise UsageError(
+            f"the data names {len(data.outputs)} outputs ({', '.join(data.outputs)}), the network gives {count}",
+            "name each one, or none",
+        )
+    return data.outputs or (("scores",) if count == 1 else tuple(f"output_{i}" for i in range(count)))
+
+
 def _task(data: Data) -> Task:
-    splits = (data.calibration, data.train, data.validation, data.test)
-    return "classification" if data.labels or any(s is not None and s.labels is not None for s in splits) else "tensor"
+    has_classes = any(s.labels is not None and s.labels.dtype.kind in "iu" for s in data.splits().values())
+    return "classification" if data.labels or has_classes else "tensor"
 
 
-def _count_outputs(module: torch.nn.Module, sample: Split) -> int:
+def _count_outputs(network: TorchNetwork, sample: Split) -> int:
     import torch
 
     with torch.no_grad():
-        result = module(*[torch.as_tensor(a) for a in sample.inputs.values()])
+        result = network.module(*[torch.as_tensor(sample.inputs[name]) for name in network.input_names])
     results = result if isinstance(result, tuple | list) else (result,)
     for one in results:
         if not isinstance(one, torch.Tensor):
@@ -130,39 +177,6 @@ def _spec(name: str, array: Array) -> TensorSpec:
     return TensorSpec(name, str(array.dtype), (DYNAMIC, *array.shape[1:]))
 
 
-def _read_checkpoint(path: Path, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    import torch
-
-    if not path.is_file():
-        raise UsageError(f"there is no checkpoint at {path}", "check --checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            with extra("compress"):
-                from safetensors.torch import load_file
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except broken_file_errors() as error:
-        raise UsageError(
-            f"{path} is no checkpoint: {_unpickled(error)}", "give .safetensors, or .pt with weights only"
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict):
-        raise UsageError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not tensors by name")
-    state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    _refuse_misfit(path, state, module.state_dict())
-    return state
-
-
-def _unpickled(error: Exception) -> str:
-    """Leave out PyTorch's advice to load what is no plain tensors by running its code."""
-    import pickle
-
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds something else than tensors, or is damaged"
-    return first_line(error)
-
-
 def _onnx_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -174,22 +188,6 @@ def _onnx_errors() -> tuple[type[Exception], ...]:
         state.NoSuchFile,
         RuntimeError,
     )
-
-
-def _refuse_misfit(path: Path, state: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> None:
-    for name in sorted(want.keys() - state.keys()):
-        if not name.endswith("num_batches_tracked"):
-            raise UsageError(f"{path} lacks {name!r}, which the network has", "is it the checkpoint of another model?")
-    for name, tensor in state.items():
-        if name not in want:
-            raise UsageError(
-                f"{path} holds {name!r}, which the network lacks", "is it the checkpoint of another model?"
-            )
-        if tensor.shape != want[name].shape:
-            raise UsageError(
-                f"{path}: {name!r} is {list(tensor.shape)}, the network wants {list(want[name].shape)}",
-                "is it the checkpoint of another model?",
-            )
 
 
 def _load_onnx(path: Path, data: Data | None) -> Model:
@@ -240,14 +238,21 @@ def _load_gguf(path: Path) -> Model:
 def _load_folder(folder: Path, data: Data | None) -> Model:
     if (folder / "model.json").is_file():
         return load_saved(folder, data)
-    if (folder / "config.json").is_file():
-        return Model(
-            name=folder.resolve().name,
-            task="text-generation",
-            network=LlamaFolder(folder),
-            lineage=(Step(name="load", options={"source": folder.resolve().name}),),
-        )
+    if hugging_face.is_folder(folder):
+        return _load_hugging_face(folder, data)
     raise UsageError(f"{folder} holds no model", "give a folder that edgekit compress wrote, or a Hugging Face folder")
+
+
+def _load_hugging_face(folder: Path, data: Data | None) -> Model:
+    name = folder.resolve().name
+    steps = (Step(name="load", options={"source": name}),)
+    if data is not None:
+        digest = hashlib.sha256(b"".join(_sha256(path).encode() for path in sorted(folder.glob("*.safetensors"))))
+        steps = (Step(name="load", options={"source": name, "checkpoint": digest.hexdigest()}),)
+        return _described(name, hugging_face.network(folder, data.calibration), data, steps)
+    if hugging_face.is_llama(folder):
+        return Model(name=name, task="text-generation", network=LlamaFolder(folder), lineage=steps)
+    raise UsageError(f"{name} needs data to learn its input shapes", "give --data data.toml with its tokenizer")
 
 
 def _sha256(path: Path) -> str:

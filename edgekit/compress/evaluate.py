@@ -215,7 +215,10 @@ def _stored(model: Model) -> dict[str, tuple[tuple[int, ...], int]]:
     with extra("compress"):
         if isinstance(model.network, TorchNetwork):
             state = model.network.module.state_dict().items()
-            return {n: (tuple(t.shape), t.element_size()) for n, t in state if t.is_floating_point()}
+            planned = model.plan.weights if model.plan else {}
+            once = {(t.data_ptr(), n in planned) if t.numel() else n: n for n, t in reversed(list(state))}
+            kept = set(once.values())  # tied weights, as embedding and head, are stored once
+            return {n: (tuple(t.shape), t.element_size()) for n, t in state if t.is_floating_point() and n in kept}
         return _stored_onnx(model.network)
 
 

@@ -129,7 +129,7 @@ def refuse_unfit(metric: Metric, split: Split) -> None:
 
 def _refuse_unlabelled(metric: Metric) -> None:
     raise UsageError(
-        f"{metric.name} needs the class of each sample as labels, this split has none",
+        f"{metric.name} needs labels, the class of each sample; this split has none",
         "add labels, or choose agreement, cosine or kl, which compare with the uncompressed model",
     )
 

@@ -19,8 +19,9 @@ from edgekit.errors import EdgekitError, UsageError
 from edgekit.export import parity, targets
 from edgekit.export.golden import expected_of, golden_of, reference_of
 from edgekit.manifest import Manifest, Parity, Variant
-from edgekit.model import GgufFile, LlamaFolder, Model
+from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
 from edgekit.progress import Progress, silent
+from edgekit.workload import huggingface_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,9 +79,9 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
     """
     _refuse_names(name or model.name, version, [profile.name for profile in profiles])
     bundles.refuse_foreign(folder)
-    model = _with_precision(model, precision)
-    reference = reference_of(model, name or model.name, version)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as source:
+        model = _with_precision(_as_language_model(model, profiles, Path(source)), precision)
+        reference = reference_of(model, name or model.name, version)
         rows = tuple(
             _export_one(model, _adapted(profile, precision), reference, scratch=Path(scratch), progress=progress)
             for profile in profiles
@@ -100,6 +101,17 @@ def _refuse_names(name: str, version: str, given: Sequence[str]) -> None:
             raise UsageError(f"{word!r} cannot name a bundle or target", "use letters, digits, dot, dash, underscore")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,99}", version):
         raise UsageError(f"{version!r} cannot be a version", "write it as 1, 1.2.0 or 2026-05-01")
+
+
+def _as_language_model(model: Model, profiles: Sequence[DeviceProfile], folder: Path) -> Model:
+    """Write a network that came from a Hugging Face folder as one again, where every target is llama.cpp."""
+    if not isinstance(model.network, TorchNetwork) or model.network.folder is None:
+        return model
+    if any(profile.format != "gguf" for profile in profiles):
+        return model
+    huggingface_folder(model, folder)
+    network = LlamaFolder(folder)
+    return replace(model, network=network, task="text-generation", inputs=(), outputs=(), data=None, plan=None)
 
 
 def _with_precision(model: Model, precision: str | None) -> Model:

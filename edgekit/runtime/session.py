@@ -87,7 +87,7 @@ class Session:
         Raises:
             InputError: the bytes are no picture, or the model takes none.
         """
-        from edgekit.runtime import preprocess
+        from edgekit import pictures
 
         how = self.contract.preprocess
         if how is None or self.contract.postprocess is None:
@@ -95,7 +95,7 @@ class Session:
                 f"{self.contract.name} does not say how to read a picture",
                 "its manifest has no preprocess/postprocess: give arrays",
             )
-        return {how.input: preprocess.picture_to_tensor(picture, how)}
+        return {how.input: pictures.picture_to_tensor(picture, how)}
 
     def labels(self, outputs: Mapping[str, Array], top_k: int = 0) -> list[list[tuple[str, float]]]:
         """Turn the outputs of `run` into the ``top_k`` labels (0: as the manifest says), a list a sample.

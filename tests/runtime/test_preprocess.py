@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 import edgekit
 from edgekit.errors import HealthError, InputError
 from edgekit.manifest import Classification, ImagePreprocess
-from edgekit.runtime.preprocess import best_labels, picture_to_tensor
+from edgekit.pictures import picture_to_tensor
+from edgekit.runtime.preprocess import best_labels
 
 
 def png(picture, kind="PNG"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import ExportError, UsageError
 from edgekit.export import llama, vocabulary
 from edgekit.export.targets import Artifact
-from edgekit.model import GgufFile, LlamaFolder, Model
+from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ class GgufExporter:
         """
         if isinstance(model.network, GgufFile):
             return _taken(model.network.path, folder)
+        if isinstance(model.network, TorchNetwork) and model.network.folder is not None:  # else it came as a folder
+            raise ExportError(
+                f"{model.name} cannot answer in words and in tensors from one bundle", "export llama-cpp by itself"
+            )
         if not isinstance(model.network, LlamaFolder):
             raise ExportError(
                 f"{model.name} is no language model; GGUF holds those",
