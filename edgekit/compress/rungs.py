@@ -5,16 +5,20 @@ A rung is offered where its passes are installed and the model's data allow it. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
 from edgekit import plugins
+from edgekit.compress.evaluate import stored_bytes
+from edgekit.compress.layers import layers
 from edgekit.compress.observers import Observer
+from edgekit.compress.passes.fold import fold
 from edgekit.compress.recipe import PASSES, Recipe
 from edgekit.errors import UnknownName
 from edgekit.model import OnnxNetwork
+from edgekit.plan import QuantizationPlan, WeightRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -91,6 +95,23 @@ class Rung:
         )
 
 
+def situation(model: Model, budget: Budget, target: str) -> Situation:
+    """Return where to begin: with 8 bits, with 4 where the weights of 8 bits do not fit the budget of bytes.
+
+    Raises:
+        CompressionError: no network to look into.
+    """
+    fits = budget.size is None or size_at(model, 8) <= budget.size
+    return Situation(model=model, budget=budget, target=target, bits=8 if fits else 4)
+
+
+def size_at(model: Model, bits: int) -> int:
+    """Return the bytes of the folded model with weights of so many bits, one scale a channel."""
+    folded, _ = fold(model)
+    rules = {layer.weight: WeightRule(bits=bits, axis=layer.axis) for layer in layers(folded)}
+    return stored_bytes(replace(folded, plan=QuantizationPlan(bits, "none", rules, {})))
+
+
 def offered(situation: Situation) -> tuple[Rung, ...]:
     """Return the rungs for this model, the cheapest first."""
     return tuple(rung for rung in RUNGS if rung.is_offered(situation))
@@ -144,13 +165,13 @@ RUNGS = (
         mends=frozenset({"drop", "size", "latency"}),
     ),
     Rung(name="observers", does="other ranges for activations", passes=("quantize",), grow=_observers),
-    Rung(name="equalize", does="even out the channels between layers", passes=("equalize",), grow=_equalize),
     Rung(
         name="weight-scales",
         does="scales of weights by the least squared error",
         passes=("quantize",),
         grow=_weight_scales,
     ),
+    Rung(name="equalize", does="even out the channels between layers", passes=("equalize",), grow=_equalize),
     Rung(
         name="bias-correction",
         does="take back the shift that rounding gives each channel",

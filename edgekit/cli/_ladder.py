@@ -1,0 +1,329 @@
+"""`edgekit compress --max-drop`: the ladder's options, its plan beforehand, and what it bought afterwards."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.cli._terminal import finite
+from edgekit.errors import BudgetError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from edgekit.cli._terminal import Terminal
+    from edgekit.compress.blame import Suspect
+    from edgekit.compress.budget import Budget
+    from edgekit.compress.ladder import Climb, Try, Work
+    from edgekit.compress.recipe import Recipe
+    from edgekit.compress.weighing import Scales
+    from edgekit.device_profiles import DeviceProfile
+    from edgekit.model import Model
+
+OPTIONS = (
+    click.option("--max-drop", type=float, callback=finite, help="Find a recipe that loses at most so much of METRIC."),
+    click.option("--metric", help="What is lost: top1, top5, f1, mse, mae, cosine, agreement, perplexity, kl, f.py:f."),
+    click.option("--target", help="Hardware class to fit, as raspberry-pi-5; see: edgekit devices list."),
+    click.option("--latency", help="Most time a sample on the target, as 20ms."),
+    click.option(
+        "--latency-of",
+        type=click.Path(path_type=Path),
+        help="What edgekit bench --json told of the float bundle on the target, to estimate latencies from.",
+    ),
+    click.option("--size", help="Most bytes of the weights, as 2MB or 1.5MiB."),
+    click.option("--budget", "time_budget", help="Most time for all this, as 30m; then the best so far is kept."),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What was asked of the ladder, as it was spelled."""
+
+    max_drop: float | None
+    metric: str | None
+    target: str | None
+    latency: str | None
+    latency_of: Path | None
+    size: str | None
+    time_budget: str | None
+
+    def is_ladder(self, recipe: object) -> bool:
+        """Say whether a recipe is to be found.
+
+        Raises:
+            UsageError: options of the ladder without a loss that is allowed; or with a recipe; or without a target.
+        """
+        others = {
+            "--target": self.target,
+            "--latency": self.latency,
+            "--latency-of": self.latency_of,
+            "--size": self.size,
+            "--budget": self.time_budget,
+        }
+        given = [name for name, value in others.items() if value is not None]
+        if self.max_drop is None:
+            if given:
+                raise UsageError(
+                    f"{given[0]} is kept by searching a recipe, which needs to know what may be lost",
+                    "add --max-drop, as --max-drop 0.5",
+                )
+            return False
+        if recipe is not None:
+            raise UsageError("--max-drop searches a recipe, --recipe gives one", "drop one of the two")
+        if self.target is None:
+            raise UsageError("the ladder needs a target to fit", "add --target; see: edgekit devices list")
+        return True
+
+    def budget(self) -> Budget:
+        """Parse the budgets.
+
+        Raises:
+            UsageError: no number, no unit, or nothing above zero.
+        """
+        from edgekit.compress import budget
+
+        return budget.Budget(
+            max_drop=self.max_drop or 0.0,
+            size=None if self.size is None else budget.size(self.size, "--size"),
+            latency=None if self.latency is None else budget.seconds(self.latency, "--latency"),
+        )
+
+    def limit(self) -> float | None:
+        """Parse the seconds that all may take."""
+        from edgekit.compress import budget
+
+        return None if self.time_budget is None else budget.seconds(self.time_budget, "--budget")
+
+
+def options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the ladder's options, which it gets together as ``wanted``."""
+
+    @functools.wraps(function)
+    def run(terminal: Terminal, **given: Any) -> None:  # noqa: ANN401  # what click parsed
+        own = {name: given.pop(name) for name in Wanted.__dataclass_fields__}
+        function(terminal, wanted=Wanted(**own), **given)
+
+    made: Callable[..., None] = run
+    for option in reversed(OPTIONS):
+        made = option(made)
+    return made
+
+
+class Search:
+    """One search for a recipe: prepared from a model and what is wanted, told, and climbed.
+
+    Raises:
+        UsageError: a budget that cannot be read or measured, an unknown target or metric, no validation split.
+    """
+
+    def __init__(self, terminal: Terminal, model: Model, wanted: Wanted, work: Work) -> None:
+        from edgekit import device_profiles
+        from edgekit.compress import estimate, ladder, rungs
+        from edgekit.compress.weighing import Scales
+
+        self._terminal = terminal
+        self._wanted = wanted
+        self.model = model
+        budget = wanted.budget()
+        limit = wanted.limit()
+        self._profile = device_profiles.load(wanted.target or "")
+        self._latency = _latency(terminal, model, wanted, self._profile)
+        self._scales = Scales(model, wanted.metric, self._latency)
+        situation = rungs.situation(model, budget, self._profile.name)
+        self.ladder = ladder.Ladder(
+            situation=situation,
+            rungs=rungs.offered(situation),
+            work=work,
+            weigh=self._scales.weigh,
+            pace=estimate.pace(model, time.perf_counter),
+            clock=time.monotonic,
+            limit=limit,
+            progress=terminal.progress,
+            told=self._tell_try,
+        )
+
+    def show_plan(self) -> dict[str, object]:
+        """Tell what will be tried and how long each may take; return it for a program."""
+        rows, total = [], 0.0
+        for rung, seconds in self.ladder.plan():
+            total += seconds
+            rows.append({"rung": rung.name, "does": rung.does, "seconds": round(seconds, 1)})
+        say = self._terminal.say
+        say(f"budget  {_spelled_budget(self.ladder.budget, self._scales)}")
+        say(f"target  {self._profile.name}: {self._profile.title}{self._latency_note()}\n")
+        self._terminal.table(
+            ["rung", "what it tries", "at most about"],
+            [[row["rung"], row["does"], duration(float(str(row["seconds"])))] for row in rows],
+        )
+        limit = "" if self.ladder.limit is None else f", of {duration(self.ladder.limit)} allowed"
+        say(f"\nall of it about {duration(total)}{limit}; it ends as soon as every budget is kept\n")
+        return {"plan": rows, "seconds": round(total, 1), "rungs": [row["rung"] for row in rows]}
+
+    def climb(self) -> Climb:
+        """Search; tell every try as it ends, then what each bought and which layers were to blame."""
+        climb = self.ladder.climb()
+        columns = ["rung", "recipe", "lost", "bytes", "SQNR", *(["latency"] if self._latency else []), "took", ""]
+        self._terminal.say()
+        self._terminal.table(columns, [self._row(tried, climb) for tried in climb.tries])
+        return climb
+
+    def blamed(self, climb: Climb) -> tuple[Suspect, ...]:
+        """Tell which layers the worst candidate suffered from."""
+        from edgekit.compress.blame import blame
+
+        if climb.worst is None:
+            return ()
+        found = blame(climb.worst, self._scales.fidelity, self._terminal.progress)
+        if found:
+            self._terminal.say("\nwhat broke the candidate that lost most:")
+        for suspect in found:
+            self._terminal.say(f"  {suspect.told}")
+        return found
+
+    def document(self, climb: Climb, blamed: Sequence[Suspect]) -> dict[str, Any]:
+        """Return all of it for a program and for the file ``ladder.json``."""
+        import msgspec
+
+        budget = climb.budget
+        return {
+            "target": self._profile.name,
+            "metric": self._scales.metric.name,
+            "budget": {"max_drop": budget.max_drop, "size": budget.size, "latency": budget.latency},
+            "latency_is": self._latency and ("an estimate" if self._latency.is_estimate else "measured here"),
+            "met": not climb.misses,
+            "missed": climb.misses,
+            "before": self._scales.before,
+            "tries": [_told(tried, is_best=tried is climb.best) for tried in climb.tries],
+            "blamed": [{**msgspec.to_builtins(suspect), "told": suspect.told} for suspect in blamed],
+        }
+
+    def marked(self, climb: Climb) -> Model:
+        """Return the best model with a step in its lineage that tells the budgets, and whether they are kept."""
+        from edgekit.manifest import Step
+
+        budget, reached = climb.budget, climb.best.reached
+        wanted = {"max_drop": budget.max_drop, "size": budget.size, "latency": budget.latency}
+        options = {name: value for name, value in wanted.items() if value is not None}
+        step = Step(
+            name="ladder",
+            options={
+                "target": self._profile.name,
+                "metric": self._scales.metric.name,
+                **options,
+                "keeps_budgets": not climb.misses,
+            },
+            measured={"tries": len(climb.tries), **({} if reached is None else {"drop": reached.drop})},
+        )
+        old = len(self.model.lineage)
+        lineage = climb.model.lineage
+        return replace(climb.model, lineage=(*lineage[:old], step, *lineage[old:]))
+
+    def error(self, climb: Climb, blamed: Sequence[Suspect], output: Path) -> BudgetError | None:
+        """Return the error that a missed budget is, None where all are kept."""
+        reached = climb.best.reached
+        if not climb.misses or reached is None:
+            return None
+        words = {
+            "drop": f"lost {self._lost(reached.drop)}, allowed {self._lost(climb.budget.max_drop)}",
+            "size": f"{reached.bytes:,} bytes, allowed {climb.budget.size or 0:,}",
+            "latency": f"{_milliseconds(reached.latency)}, allowed {_milliseconds(climb.budget.latency)}",
+        }
+        left_out = [t for t in climb.tries if t.note.startswith("takes about")]
+        ways = ["loosen it"]
+        ways += [f"give more than --budget {self._wanted.time_budget}"] if left_out else []
+        ways += [f"look at {blamed[0].layer}"] if blamed else []
+        return BudgetError(
+            f"no recipe keeps every budget: {'; '.join(words[kind] for kind in climb.misses)}",
+            f"the best of {len([t for t in climb.tries if t.reached])} is kept in {output}, marked as missing it; "
+            f"{', '.join(ways)}",
+        )
+
+    def _tell_try(self, tried: Try) -> None:
+        if tried.reached is None:
+            self._terminal.say(f"{tried.rung}: not tried: {tried.note}")
+            return
+        self._terminal.say(f"{tried.rung}: {self._lost(tried.reached.drop)} lost, {duration(tried.seconds)}")
+
+    def _row(self, tried: Try, climb: Climb) -> list[str]:
+        reached = tried.reached
+        if reached is None:
+            figures = ["-"] * (4 if self._latency else 3)
+        else:
+            figures = [self._lost(reached.drop), f"{reached.bytes:,}", f"{reached.fidelity:.1f} dB"]
+            figures += [_milliseconds(reached.latency)] if self._latency else []
+        note = "kept" if tried is climb.best else tried.note
+        return [tried.rung, spelled(tried.recipe), *figures, duration(tried.seconds) if reached else "-", note]
+
+    def _lost(self, drop: float) -> str:
+        return f"{drop:.2f} points" if self._scales.metric.points else f"{drop:.3g}"
+
+    def _latency_note(self) -> str:
+        if self._latency is None:
+            return ""
+        if not self._latency.is_estimate:
+            return "; this machine is one, so latency is measured"
+        return f"; latency is an ESTIMATE: this machine's times {self._latency.scale:.2f}"
+
+
+def estimated(model: Model, recipe: Recipe) -> list[float] | None:
+    """Return the seconds that each pass will take, judging included; None where the model cannot be run here."""
+    from edgekit.compress import estimate
+    from edgekit.model import OnnxNetwork, TorchNetwork
+
+    if model.data is None or not isinstance(model.network, TorchNetwork | OnnxNetwork):
+        return None
+    pace = estimate.pace(model, time.perf_counter)
+    return [pace.of_pass(step) + pace.of_judging() for _, step in recipe.passes]
+
+
+def _latency(terminal: Terminal, model: Model, wanted: Wanted, profile: DeviceProfile) -> Any:  # noqa: ANN401  # TargetLatency, whose module is heavy
+    if wanted.latency is None:
+        if wanted.latency_of is not None:
+            raise UsageError("--latency-of helps to estimate a latency that is not asked for", "add --latency, as 20ms")
+        return None
+    from edgekit.cli._latency import TargetLatency
+
+    return TargetLatency(model, profile, wanted.latency_of, terminal.progress)
+
+
+def _told(tried: Try, *, is_best: bool) -> dict[str, Any]:
+    figures = {} if tried.reached is None else asdict(tried.reached)
+    return {"rung": tried.rung, "recipe": spelled(tried.recipe), **figures, "note": tried.note, "kept": is_best}
+
+
+def spelled(recipe: Recipe) -> str:
+    """Name the passes with the options that are not their defaults."""
+    import msgspec
+
+    parts = []
+    for name, step in recipe.passes:
+        given = [(field, getattr(step, field.name)) for field in msgspec.structs.fields(step)]
+        own = [f"{field.name}={value}" for field, value in given if value != field.default]
+        parts.append(f"{name}({', '.join(own)})" if own else name)
+    return " + ".join(parts)
+
+
+def _spelled_budget(budget: Budget, scales: Scales) -> str:
+    unit = "points of " if scales.metric.points else "of "
+    parts = [f"at most {budget.max_drop:g} {unit}{scales.metric.name} ({scales.before:.4g} before)"]
+    parts += [f"at most {budget.size:,} bytes"] if budget.size else []
+    parts += [f"at most {_milliseconds(budget.latency)} a sample"] if budget.latency else []
+    return ", ".join(parts)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.3g} ms"
+
+
+def duration(seconds: float) -> str:
+    """Write a time for a person: 0.4 s, 12 s, 3 min, 2.5 h."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
