@@ -100,6 +100,11 @@ def _is_saved(folder: Path) -> bool:
     return True
 
 
+def onnx_bytes(network: OnnxNetwork) -> bytes:
+    """Return what a saved model holds of an ONNX network: one file with all weights."""
+    return whole_onnx(network.path) if network.content is None else network.content
+
+
 def whole_onnx(path: Path) -> bytes:
     """Return an ONNX file as one piece, with the weights that lie in files beside it."""
     with extra("onnx"):
