@@ -1,5 +1,6 @@
 """Pruning: fewer channels, the same doors, nearly the same accuracy."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,9 @@ from fakes import digits
 
 from edgekit import workload
 from edgekit.compress import compress, evaluate
-from edgekit.compress.passes.prune import Prune
+from edgekit.compress.dependencies import channel_padding, choose, cut, families
+from edgekit.compress.latency import Compared
+from edgekit.compress.passes.prune import Prune, _feel, _timed
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.recipe import Recipe
 from edgekit.errors import CompressionError
@@ -165,3 +168,282 @@ def test_a_network_without_channels_to_cut_says_so():
     model = workload.from_module("plain", nn.Sequential(nn.Linear(4, 3)), Data(Split({"x": images})))
     with pytest.raises(CompressionError, match="removes no channel"):
         Prune(ratio=0.5, round_to=1, epochs=0).apply(model, silent)
+
+
+class Shortcut(nn.Module):
+    """A residual block of kind A: the way around takes every second pixel, new channels are zero."""
+
+    def __init__(self, narrow, wide):
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(narrow, wide, 3, 2, 1, bias=False), nn.BatchNorm2d(wide)
+        self.second, self.second_norm = nn.Conv2d(wide, wide, 3, 1, 1, bias=False), nn.BatchNorm2d(wide)
+        self.added = (wide - narrow) // 2
+
+    def forward(self, x):
+        inner = self.second_norm(self.second(torch.relu(self.first_norm(self.first(x)))))
+        return torch.relu(inner + nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added, self.added)))
+
+
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, 8, 3), Shortcut(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.block(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+class Joined(nn.Module):
+    """Concatenation, depthwise and grouped convolutions, and a residual way."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 16, 3, padding=1)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.norm = nn.BatchNorm2d(24)
+        self.pointwise = nn.Conv2d(24, 16, 1)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = torch.cat((torch.relu(self.left(x)), torch.relu(self.right(x))), 1)
+        x = self.pointwise(torch.relu(self.norm(self.depthwise(x))))
+        return self.head((x + torch.relu(self.grouped(x))).mean((2, 3)))
+
+
+class Gated(nn.Module):
+    """A decoder of Llama's kind: shared key heads, rotary positions, a gated FFN; or BERT."""
+
+    def __init__(self, kind):
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        small = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        if kind == "llama":
+            config = transformers.LlamaConfig(**small, num_attention_heads=8, num_key_value_heads=4, use_cache=False)
+            self.inner = transformers.LlamaForCausalLM(config)
+        else:
+            config = transformers.BertConfig(**small, num_attention_heads=4, max_position_embeddings=16)
+            self.inner = transformers.BertForSequenceClassification(config)
+
+    def forward(self, input_ids):
+        return self.inner(input_ids=input_ids).logits
+
+
+def with_dead_odd_channels(module, whole_rows, whole_columns):
+    """Silence every second channel: what it gives is zero, and so is what reads it. Cutting those changes nothing."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, part in module.named_modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.running_mean.normal_()
+                part.weight.uniform_(0.5, 1)
+                part.weight[1::2] = part.bias[1::2] = 0
+            elif isinstance(part, nn.Conv2d | nn.Linear):
+                if not name.endswith(whole_rows):
+                    part.weight[1::2] = 0
+                    if part.bias is not None:
+                        part.bias[1::2] = 0
+                if not name.endswith(whole_columns) and part.weight.shape[1] > 1:
+                    part.weight[:, 1::2] = 0
+    return module.eval()
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(
+    ("build", "whole_rows", "whole_columns", "widths"),
+    [
+        (
+            Padded,
+            ("head", "stem", "second"),
+            ("stem", "head", "block.first"),
+            {"block.first": 8, "block.second": 16, "stem": 8},
+        ),
+        (Joined, ("head",), ("left", "right"), {"left": 4, "right": 8, "depthwise": 12, "pointwise": 8, "grouped": 8}),
+    ],
+    ids=["zero-padded shortcut", "concat, depthwise, groups, residual"],
+)
+def test_cutting_dead_channels_changes_nothing(build, whole_rows, whole_columns, widths, scope):
+    images = np.random.default_rng(0).normal(size=(4, 3, 12, 12)).astype(np.float32)
+    model = workload.from_module(
+        "net", with_dead_odd_channels(build(), whole_rows, whole_columns), Data(Split({"x": images}))
+    )
+    cut_model = Prune(ratio=0.5, epochs=0, round_to=1, scope=scope).apply(model, silent)
+    found = {name: cut_model.network.module.get_submodule(name).out_channels for name in widths}
+    assert found == widths
+    np.testing.assert_allclose(
+        *(next(iter(one.network.run({"x": images}).values())) for one in (model, cut_model)),
+        atol=1e-5,
+    )
+    assert cut_model.lineage[-1].measured["layers_held_by_padding"] == (build is Padded)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_heads_and_gated_layers_leave_whole_and_dead_ones_change_nothing(kind):
+    tokens = np.random.default_rng(0).integers(0, 32, (2, 7))
+    torch.manual_seed(0)
+    module = Gated(kind).eval()
+    ffn = ("gate_proj", "up_proj") if kind == "llama" else ("intermediate.dense",)
+    values = ("v_proj", "q_proj", "k_proj") if kind == "llama" else ("self.query", "self.key", "self.value")
+    with torch.no_grad():
+        for name, part in module.named_modules():
+            if name.endswith(ffn):
+                part.weight[1::2] = 0
+                if part.bias is not None:
+                    part.bias[1::2] = 0
+            if name.endswith(("down_proj", "output.dense")) and part.weight.shape[1] == 48:
+                part.weight[:, 1::2] = 0
+            if name.endswith(values):  # the second half of the heads is silent
+                part.weight[part.weight.shape[0] // 2 :] = 0
+                if part.bias is not None:
+                    part.bias[part.weight.shape[0] // 2 :] = 0
+            if name.endswith(("o_proj", "attention.output.dense")):
+                part.weight[:, part.weight.shape[1] // 2 :] = 0
+    model = workload.from_module(kind, module, Data(Split({"input_ids": tokens})))
+    keep = () if kind == "llama" else ("inner.bert.pooler",)
+    smaller = Prune(ratio=0.5, epochs=0, round_to=1, keep_modules=keep).apply(model, silent)
+    one, two = (next(iter(net.network.run({"input_ids": tokens}).values())) for net in (model, smaller))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    inner = smaller.network.module.inner
+    if kind == "llama":
+        layer = inner.model.layers[0]
+        sizes = [layer.mlp.gate_proj.out_features, layer.mlp.down_proj.in_features]
+        assert sizes == [24, 24]
+        assert [layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features] == [16, 8]
+        assert layer.self_attn.o_proj.in_features == 16
+    else:
+        layer = inner.bert.encoder.layer[1]
+        assert (layer.intermediate.dense.out_features, layer.attention.self.query.out_features) == (24, 16)
+        assert (layer.attention.self.num_attention_heads, layer.attention.self.all_head_size) == (2, 16)
+
+
+def test_a_transformer_of_pytorch_gets_narrower_heads():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter = nn.Linear(5, 16)
+            self.inner = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+            self.leave = nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.leave(self.inner(self.enter(x)).mean(1))
+
+    sequences = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
+    model = workload.from_module("encoder", Encoder().eval(), Data(Split({"x": sequences})))
+    smaller = Prune(ratio=0.5, epochs=0, round_to=1).apply(model, silent).network
+    inner = smaller.module.inner
+    assert (inner.linear1.out_features, inner.self_attn.embed_dim, inner.self_attn.head_dim) == (16, 8, 2)
+    assert next(iter(smaller.run({"x": sequences}).values())).shape == (4, 3)
+
+
+@pytest.mark.parametrize("importance", ["l1", "bn_scale", "taylor"])
+def test_every_importance_keeps_what_the_network_needs(importance):
+    """After a cut without recovery, choosing by importance must beat choosing the other half."""
+    model = digits.model()
+    module = copy.deepcopy(model.network.module)
+    if importance == "taylor":
+        _feel(model, module)
+    found = families(model, module, importance)
+    kept = choose(found, 0.3, "layer", 1)
+
+    def accuracy(order):
+        turned = [replace(one, scores=order * one.scores) for one in found]
+        smaller = copy.deepcopy(model.network.module)
+        cut(model, smaller, turned, kept)
+        return evaluate.top1(replace(model.network, module=smaller), model.data.validation)
+
+    assert accuracy(1) > accuracy(-1) + 0.1
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_the_share_of_macs_that_was_asked_for_is_met(scope):
+    measured = Prune(macs=0.6, epochs=0, round_to=1, scope=scope).apply(digits.model(), silent).lineage[-1].measured
+    assert measured["macs"] / measured["macs_before"] == pytest.approx(0.6, abs=0.03)
+
+
+def test_a_share_that_cannot_be_reached_tells_the_smallest():
+    with pytest.raises(CompressionError, match=r"0\.01 cannot be reached.* still has 0\.\d+"):
+        Prune(macs=0.005, epochs=0, round_to=12).apply(digits.model(), silent)
+    with pytest.raises(CompressionError, match="both asked for"):
+        Prune(macs=0.5, latency=0.5).apply(digits.model(), silent)
+
+
+def test_latency_is_measured_and_stands_beside_the_macs():
+    cut_model = Prune(latency=0.8, epochs=0, round_to=1, timed="torch").apply(wide(), silent)
+    measured = cut_model.lineage[-1].measured
+    assert measured["macs"] < measured["macs_before"]
+    assert 0 < measured["ms"] < measured["ms_before"]
+
+
+def test_latency_through_onnx_runtime():
+    measured = Prune(ratio=0.5, epochs=0, timed="onnx").apply(wide(), silent).lineage[-1].measured
+    assert 0 < measured["ms"] < 0.8 * measured["ms_before"]
+    assert "slower" not in measured
+
+
+def wide():
+    """A network whose time is its arithmetic."""
+    images = np.zeros((2, 3, 32, 32), np.float32)
+    layers = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
+    return workload.from_module("wide", nn.Sequential(layers, nn.Conv2d(64, 8, 1)), Data(Split({"x": images})))
+
+
+def test_a_network_that_is_not_faster_is_warned_of():
+    said = []
+    assert _timed(Compared(1.0, 1.1), lambda *told: said.append(told[0])) == {
+        "ms_before": 1.0,
+        "ms": 1.1,
+        "slower": 1.0,
+    }
+    assert "WARNING not faster" in said[0]
+    assert "slower" not in _timed(Compared(1.0, 0.9), silent)
+
+
+class Rigid(nn.Module):
+    def forward(self, x):
+        return x.reshape(x.shape[0], 2, 8, -1).mean(1)
+
+
+class Stuck(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.rigid, self.head = nn.Conv2d(3, 16, 3), Rigid(), nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.head(self.rigid(torch.relu(self.stem(x))).flatten(1))
+
+
+def test_an_unprunable_network_names_the_module_in_the_way_and_keeping_its_channels_helps():
+    images = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    module = Stuck()
+    module(torch.zeros(2, 3, 8, 8))
+    model = workload.from_module("stuck", module.eval(), Data(Split({"x": images})))
+    with pytest.raises(CompressionError, match=r"the module 'stem' stands in the way") as caught:
+        Prune(ratio=0.3, epochs=0, round_to=1).apply(model, silent)
+    assert "keep_modules" in caught.value.hint
+    with pytest.raises(CompressionError, match="removes no channel of stuck, which has 0 layers"):
+        Prune(ratio=0.3, epochs=0, keep_modules=("stem",)).apply(model, silent)
+    with pytest.raises(CompressionError, match="keep_modules names 'stemm'"):
+        Prune(ratio=0.3, epochs=0, keep_modules=("stemm",)).apply(model, silent)
+
+
+def test_steps_cut_and_recover_in_turns_and_end_at_the_ratio():
+    said = []
+    options = Prune(ratio=0.5, epochs=2, steps=2, round_to=1, batch=50)
+    cut_model = options.apply(small(), lambda what, *_: said.append(what.split(":")[0]))
+    assert cut_model.network.module.stem.out_channels == 3
+    assert [one for one, before in zip(said, ["", *said], strict=False) if one != before][-4:] == ["prune", "train"] * 2
+
+
+def test_padded_channels_are_seen_and_padded_pixels_are_not():
+    images = np.zeros((2, 3, 8, 8), np.float32)
+
+    class Bordered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.only = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.only(nn.functional.pad(x, (1, 1, 1, 1)))
+
+    assert len(channel_padding(workload.from_module("a", Padded().eval(), Data(Split({"x": images}))))) == 1
+    assert not channel_padding(workload.from_module("b", Bordered().eval(), Data(Split({"x": images}))))

@@ -1,118 +1,260 @@
-"""Structured pruning: whole channels leave the network, which then learns to do without them."""
+"""Structured pruning: whole channels and heads leave the network, which then learns to do without them."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
-from edgekit.compress import graph
-from edgekit.compress.losses import mimicry, truth_of
-from edgekit.compress.passes import CompressionPass
-from edgekit.compress.passes._learning import trainable
-from edgekit.compress.training import Lesson, Schedule, train
+from edgekit.compress.dependencies import (
+    Importance,
+    Scope,
+    channel_padding,
+    choose,
+    cut,
+    families,
+    size,
+)
+from edgekit.compress.latency import Compared, Stopwatch
+from edgekit.compress.losses import Labels, Seen, mimicry, truth_of
+from edgekit.compress.passes._learning import LearningPass, train_split, trainable
+from edgekit.compress.training import Lesson, train
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
 from edgekit.plugins import extra
-from edgekit.workload import trace
 
 if TYPE_CHECKING:
-    import torch
-    from torch import fx
+    from collections.abc import Callable
 
-    from edgekit.model import Model
+    from torch import nn
+
+    from edgekit.compress.dependencies import Family
+    from edgekit.compress.passes import CompressionPass
+    from edgekit.model import Model, Split, TorchNetwork
     from edgekit.progress import Progress
 
+Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+CLOSE = 0.01
+"""How near a search has to come to the share of MACs that was asked for; of latency, which is noisy, thrice that."""
 
-class Prune(CompressionPass, frozen=True):
-    """Remove the ``ratio`` of channels with the smallest weights from every layer, then fine-tune for ``epochs``.
 
-    Channels that depend on each other leave together (Fang et al. 2023, DepGraph), by the norm of the group's weights
-    (Li et al. 2017). What is left is a multiple of ``round_to``. The outputs of the network keep their sizes. Recovery
-    learns the labels of the train split, or, where it has none, the scores of the network before pruning.
+class Prune(LearningPass, frozen=True, kw_only=True):
+    """Remove the least important channels and attention heads, then train for ``epochs``.
+
+    How many: ``ratio`` of the channels; or as many as leave the share ``macs`` of the multiply-accumulates; or the share
+    ``latency`` of what a sample takes here, on one thread. ``scope``: the least important of all layers, or as many of
+    each. Channels that depend on each other leave together (Fang et al. 2023, DepGraph), judged by their group's norm
+    (``l1``, ``l2``; Li et al. 2017), by the scale of batch norm (Liu et al. 2017) or by weight times gradient
+    (``taylor``; Molchanov et al. 2019). What stays of a layer is a multiple of ``round_to``; 0 takes up to 8, but at least four
+    steps a layer. ``keep_modules`` stay whole; the outputs keep their sizes.
+
+    Recovery learns the labels by ``1 - alpha`` and by ``alpha`` the scores of the network before pruning, those alone
+    where there are no labels. ``steps`` cuts and recovers in so many turns. ``timed`` measures the latency before and
+    after on this machine, which makes the lineage differ from run to run.
     """
 
     ratio: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.3
-    round_to: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
-    importance: Literal["l1", "l2"] = "l2"
-    epochs: Annotated[int, msgspec.Meta(ge=0)] = 10
-    lr: Annotated[float, msgspec.Meta(gt=0)] = 1e-3
-    batch: Annotated[int, msgspec.Meta(ge=2)] = 32
-    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    macs: Share = 0.0
+    latency: Share = 0.0
+    scope: Scope = "layer"
+    importance: Importance = "l2"
+    round_to: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+    keep_modules: tuple[str, ...] = ()
+    steps: Annotated[int, msgspec.Meta(ge=1, le=32)] = 1
+    alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
+    temperature: Annotated[float, msgspec.Meta(gt=0)] = 2.0
+    timed: Literal["", "onnx", "torch"] = ""
 
     def apply(self, model: Model, progress: Progress) -> Model:
         """Return the smaller, fine-tuned model.
 
         Raises:
-            CompressionError: not a PyTorch network with modules, no train split, nothing left to remove.
+            CompressionError: not a PyTorch network with modules, no train split, a module that stands in the way, or
+                nothing left to remove.
         """
         network = trainable(model, "prune")
-        if self.epochs and (model.data is None or model.data.train is None):
-            raise CompressionError(
-                "prune has no train split to recover on", "give data with one, or set epochs = 0 to only cut"
-            )
-        progress("prune: channels", 0, 1)
-        smaller = replace(network, module=copy.deepcopy(network.module))
-        measured = _cut(model, smaller.module, self)
-        changed = replace(model, network=smaller)
-        if self.epochs and model.data and model.data.train:
-            split = model.data.train
-            truth = truth_of(model, split)
-            losses = mimicry(model, 1.0, 1.0) if truth is None else (truth,)
-            lesson = Lesson(split, losses, network if truth is None else None)
-            schedule = Schedule(epochs=self.epochs, lr=self.lr, batch=self.batch, seed=self.seed)
-            measured["train_loss"] = train(smaller, lesson, schedule, progress)
+        if self.macs and self.latency:
+            raise CompressionError(f"macs {self.macs} and latency {self.latency} are both asked for", "drop one")
+        if self.epochs:
+            train_split(model, "prune", "recover on:give data with one, or set epochs = 0 to only cut")
+        work = _Work(model, network, self, progress)
+        now = copy.deepcopy(network.module)
+        loss = None
+        for turn in range(1, self.steps + 1):
+            now = work.smaller(now, turn)
+            loss = work.recover(now, turn)
+        changed = replace(model, network=replace(network, module=now))
+        measured = work.figures(changed) | ({} if loss is None else {"train_loss": loss})
         return replace(changed, lineage=(*model.lineage, Step(name="prune", measured=measured)))
 
 
-def _cut(model: Model, module: torch.nn.Module, options: Prune) -> dict[str, float]:
-    """Remove the channels in place; return multiply-accumulates and parameters before and after."""
+@dataclass(frozen=True)
+class _Work:
+    """One pruning: the model as it came, and what is asked of it."""
+
+    model: Model
+    network: TorchNetwork
+    options: Prune
+    progress: Progress
+
+    def smaller(self, module: nn.Module, turn: int) -> nn.Module:
+        """Return a copy with fewer channels, as far as this turn goes."""
+        options, share = self.options, turn / self.options.steps
+        self.progress("prune: how much each channel matters", turn - 1, options.steps)
+        weighed = copy.deepcopy(module)
+        if options.importance == "taylor":
+            _feel(self.model, weighed)
+        found = families(self.model, weighed, options.importance, options.keep_modules)
+        tried: dict[tuple[int, ...], nn.Module] = {}
+
+        def candidate(ratio: float) -> nn.Module:
+            kept = choose(found, ratio, options.scope, options.round_to)
+            key = tuple(kept[one.name] for one in found)
+            if key not in tried:
+                tried[key] = copy.deepcopy(module)
+                cut(self.model, tried[key], found, kept)
+            return tried[key]
+
+        if not options.macs and not options.latency:
+            # of what the turns before left, so much leaves that the ratio is reached at the end
+            before = options.ratio * (turn - 1) / options.steps
+            result = candidate((options.ratio * share - before) / (1 - before))
+        else:
+            measure, goal, close = self._goal(share)
+            result = _search(candidate, measure, goal, close, self.progress)
+        self._refuse_nothing(module, result, found)
+        return result
+
+    def _goal(self, share: float) -> tuple[Callable[[nn.Module], float], float, float]:
+        """Return what is measured of a candidate, how much of it may be left after this turn, and how exactly."""
+        if self.options.macs:
+            whole = size(self.model, copy.deepcopy(self.network.module))[0]
+            return lambda module: size(self.model, module)[0] / whole, 1 - share * (1 - self.options.macs), CLOSE
+        watch = Stopwatch(self.model, self.options.timed or "onnx")
+        return (
+            lambda module: watch.compare(self._as_model(module)).fraction,
+            1 - share * (1 - self.options.latency),
+            3 * CLOSE,
+        )
+
+    def _refuse_nothing(self, before: nn.Module, after: nn.Module, found: list[Family]) -> None:
+        if not found or size(self.model, after)[1] >= size(self.model, copy.deepcopy(before))[1]:
+            raise CompressionError(
+                f"ratio {self.options.ratio} with round_to {self.options.round_to} removes no channel of"
+                f" {self.model.name}, which has {len(found)} layers with channels that can leave",
+                "raise ratio or lower round_to",
+            )
+
+    def recover(self, module: nn.Module, turn: int) -> float | None:
+        """Train what is left, by this turn's part of the epochs; return the last loss."""
+        options = self.options
+        epochs = options.epochs * turn // options.steps - options.epochs * (turn - 1) // options.steps
+        if not epochs or self.model.data is None or self.model.data.train is None:
+            return None
+        split = self.model.data.train
+        truth = truth_of(self.model, split, 1 - options.alpha)
+        alpha = options.alpha if truth else 1.0
+        taught = mimicry(self.model, alpha, options.temperature) if alpha else ()
+        losses = (*taught, *((truth,) if truth and truth.weight else ()))
+        lesson = Lesson(split, losses, self.network if taught else None, self.model.data.validation)
+        return train(replace(self.network, module=module), lesson, options.schedule(epochs), self.progress)
+
+    def figures(self, changed: Model) -> dict[str, float]:
+        """Measure before and after, side by side."""
+        before = size(self.model, copy.deepcopy(self.network.module))
+        macs, parameters = size(changed, copy.deepcopy(_module(changed)))
+        found = {
+            "macs_before": before[0],
+            "macs": macs,
+            "parameters_before": before[1],
+            "parameters": parameters,
+            "layers_held_by_padding": float(len(channel_padding(self.model))),
+        }
+        engine = self.options.timed or ("onnx" if self.options.latency else "")
+        return found | (_timed(Stopwatch(self.model, engine).compare(changed), self.progress) if engine else {})
+
+    def _as_model(self, module: nn.Module) -> Model:
+        return replace(self.model, network=replace(self.network, module=module))
+
+
+def _search(
+    candidate: Callable[[float], nn.Module],
+    measure: Callable[[nn.Module], float],
+    goal: float,
+    close: float,
+    progress: Progress,
+) -> nn.Module:
+    """Find the largest network that holds the goal, by halving; each candidate is measured once.
+
+    Raises:
+        CompressionError: even the smallest does not reach it.
+    """
+    low, high = 0.0, 0.95
+    best = candidate(high)
+    least = measure(best)
+    if least > goal + close:
+        raise CompressionError(
+            f"{goal:.2f} cannot be reached: with a tenth of its channels the network still has {least:.2f}",
+            "ask for more of macs or latency, or lower round_to",
+        )
+    known = {id(best): least}
+    for turn in range(8):
+        ratio = (low + high) / 2
+        one = candidate(ratio)
+        known.setdefault(id(one), 0.0)
+        share = known[id(one)] or measure(one)
+        known[id(one)] = share
+        progress(f"prune: {ratio:.3f} of the channels leave {share:.3f}, goal {goal:.3f}", turn + 1, 8)
+        if share > goal + close / 2:
+            low = ratio
+        else:
+            high, best = ratio, one
+            if share > goal - close / 2:
+                break
+    return best
+
+
+def _feel(model: Model, module: nn.Module) -> None:
+    """Leave in every weight's ``grad`` the root of the mean square of its gradients over batches of 16, up to 512 samples.
+
+    Weight times that estimates what leaving it out costs (Molchanov et al. 2019, equation 8). Where there are no labels,
+    the network's own choices stand for them.
+    """
     with extra("compress"):
         import torch
-        import torch_pruning
-    example = tuple(torch.zeros(1, *spec.shape[1:], dtype=getattr(torch, spec.dtype)) for spec in model.inputs)
-    count = torch_pruning.utils.count_ops_and_params
-    before = count(module, example)
-    importance = torch_pruning.importance.GroupMagnitudeImportance(p=1 if options.importance == "l1" else 2)
-    try:
-        pruner = torch_pruning.pruner.BasePruner(
-            module,
-            example,
-            importance,
-            pruning_ratio=options.ratio,
-            round_to=options.round_to,
-            ignored_layers=_output_layers(model, module),
-        )
-        pruner.step()
-        after = count(module.eval(), example)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise CompressionError(f"{model.name} cannot be pruned: {error}", "drop the pass from the recipe") from error
-    if after[1] >= before[1]:
-        raise CompressionError(
-            f"ratio {options.ratio} with round_to {options.round_to} removes no channel of {model.name}",
-            "raise ratio or lower round_to",
-        )
-    return dict(zip(("macs_before", "parameters_before", "macs"), (*before, after[0]), strict=True))
+    if model.data is None:
+        raise CompressionError("taylor needs samples to compute gradients on", "give data")
+    split: Split = (model.data.train or model.data.calibration).head(512)
+    truth = truth_of(model, split) or Labels(kind="classes")
+    module.eval()
+    squares = {name: torch.zeros_like(weight) for name, weight in module.named_parameters()}
+    for part in split.batches(16):
+        module.zero_grad()
+        inputs = [torch.as_tensor(part.inputs[spec.name]) for spec in model.inputs]
+        result = module(*inputs)
+        outputs = tuple(result) if isinstance(result, tuple | list) else (result,)
+        own = outputs[0].detach().argmax(1) if truth.kind == "classes" else inputs[0]
+        loss = truth(Seen(outputs=outputs, targets=own if part.labels is None else torch.as_tensor(part.labels)))
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        for name, weight in module.named_parameters():
+            if weight.grad is not None:
+                squares[name] += weight.grad.square()
+    for name, weight in module.named_parameters():
+        weight.grad = squares[name].sqrt()
 
 
-def _output_layers(model: Model, module: torch.nn.Module) -> list[torch.nn.Module]:
-    """Find the layers whose channels are the network's outputs, by walking the graph back from its end."""
-    traced = trace(model).module(check_guards=False)
-    weights = dict(graph.weighted(traced.graph))
-    found: set[str] = set()
-    open_nodes: list[fx.Node] = list(traced.graph.output_node().all_input_nodes)
-    seen = set(open_nodes)
-    while open_nodes:
-        node = open_nodes.pop()
-        if node in weights:
-            found.add(weights[node].rpartition(".")[0])
-            continue
-        new = [n for n in node.all_input_nodes if n not in seen]
-        seen.update(new)
-        open_nodes += new
-    return [module.get_submodule(name) for name in sorted(found)]
+def _timed(compared: Compared, progress: Progress) -> dict[str, float]:
+    found = {"ms_before": compared.before_ms, "ms": compared.after_ms}
+    if compared.fraction >= 1:
+        progress(f"prune: WARNING not faster here: {compared.before_ms:.3f} -> {compared.after_ms:.3f} ms", 1, 1)
+        found["slower"] = 1.0
+    return found
+
+
+def _module(model: Model) -> nn.Module:
+    return trainable(model, "prune").module
 
 
 PLUGIN: type[CompressionPass] = Prune
