@@ -68,7 +68,55 @@ def test_two_inputs_and_two_outputs_keep_their_names_and_order(tmp_path):
     assert model.task == "tensor"
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".th"])
+def test_inputs_go_to_the_network_by_name_whatever_their_order_in_the_data(tmp_path):
+    source = code(
+        tmp_path,
+        "import torch\nclass build(torch.nn.Module):\n    def forward(self, tokens, scale):\n"
+        "        return tokens * scale, tokens + 1\n",
+    )
+    split = Split({"scale": np.full((3, 2), 0.5, np.float32), "tokens": np.full((3, 2), 4)})
+    model = workload.load(source, None, Data(split, outputs=("scaled", "next")))
+    assert [str(t) for t in model.inputs] == ["tokens: int64[?, 2]", "scale: float32[?, 2]"]
+    assert {n: a.tolist()[0] for n, a in model.network.run(split.inputs).items()} == {"scaled": [2, 2], "next": [5, 5]}
+    with pytest.raises(UsageError, match=r"names 1 outputs \(scaled\), the network gives 2"):
+        workload.load(source, None, Data(split, outputs=("scaled",)))
+
+
+def exported(path, **how):
+    torch.export.save(torch.export.export(digits.model().network.module, (torch.zeros(2, 1, 8, 8),), **how), path)
+    return path
+
+
+def test_an_exported_program_is_a_model_by_itself(tmp_path):
+    path = exported(tmp_path / "m.pt2", dynamic_shapes=({0: torch.export.Dim("batch")},))
+    model = workload.load(str(path), None, digits.model().data)
+    images = digits.model().data.test.head(5).inputs
+    np.testing.assert_allclose(
+        model.network.run(images)["scores"], digits.model().network.run(images)["scores"], atol=1e-5
+    )
+    assert (model.name, model.task, len(model.lineage[0].options["checkpoint"])) == ("m", "classification", 64)
+    workload.trace(model)
+    with pytest.raises(UsageError, match="needs data"):
+        workload.load(str(path))
+
+
+def test_an_exported_program_of_one_batch_size_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(UsageError, match="exactly 2 samples at once") as caught:
+        workload.load(str(exported(tmp_path / "m.pt2")), None, digits.model().data)
+    assert "dynamic_shapes" in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage", b"PK\x03\x04 but no archive", "half"])
+def test_a_missing_or_corrupt_exported_program_is_refused(tmp_path, content):
+    path = tmp_path / "m.pt2"
+    if content is not None:
+        whole = exported(path).read_bytes() if content == "half" else b""
+        path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(UsageError, match="no exported program"):
+        workload.load(str(path), None, digits.model().data)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".th", ".pt2"])
 def test_checkpoints_of_every_kind_give_the_same_weights(tmp_path, suffix):
     state = digits.model().network.module.state_dict()
     path = tmp_path / f"weights{suffix}"
@@ -76,6 +124,8 @@ def test_checkpoints_of_every_kind_give_the_same_weights(tmp_path, suffix):
         from safetensors.torch import save_file
 
         save_file(state, path)
+    elif suffix == ".pt2":
+        exported(path)
     elif suffix == ".th":  # as data-parallel training writes it
         torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, path)
     else:
@@ -174,6 +224,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
     [
         (lambda s: s.pop("down.weight"), r"lacks 'down\.weight'"),
         (lambda s: s.update(extra=torch.zeros(2)), "holds 'extra', which the network lacks"),
+        (lambda s: s.update({"stem.weight": s["stem.weight"] / 0}), r"'stem\.weight' holds NaN or infinity"),
         (lambda s: s.update({"stem.weight": torch.zeros(7, 1, 3, 3)}), r"'stem\.weight' is \[7, 1, 3, 3\].*\[24, 1"),
     ],
 )
@@ -183,7 +234,7 @@ def test_the_checkpoint_of_another_model_is_refused_by_tensor(tmp_path, change, 
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(UsageError, match=message) as caught:
         workload.load(digits.BUILD, tmp_path / "other.pt", plain_data())
-    assert "another model" in caught.value.hint
+    assert ("another model" in caught.value.hint) != ("NaN" in message)
 
 
 def test_a_checkpoint_that_is_no_dictionary_is_refused(tmp_path):
@@ -201,11 +252,12 @@ def test_a_checkpoint_beside_a_model_that_brings_its_weights_is_refused(tmp_path
 
 
 def test_an_npz_becomes_splits(tmp_path):
-    arrays = {"calibration.image": IMAGES, "test.image": IMAGES, "test.labels": LABELS}
+    arrays = {"calibration.image": IMAGES, "test.image": IMAGES + 1, "test.labels": LABELS, "test.groups": list("abab")}
     np.savez(tmp_path / "d.npz", **arrays)
     data = workload.load_data(str(tmp_path / "d.npz"))
     assert (len(data.calibration), data.train, data.validation) == (4, None, None)
     assert data.test.labels.tolist() == LABELS.tolist()
+    assert data.test.head(3).groups.tolist() == ["a", "b", "a"]
     assert workload.load(digits.BUILD, digits.checkpoint(), data).task == "classification"
 
 
@@ -235,8 +287,8 @@ def test_a_missing_or_corrupt_npz_is_refused(tmp_path, content):
 
 
 def test_a_data_function_that_gives_something_else_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"returned dict, not edgekit\.model\.Data"):
-        workload.load_data(code(tmp_path, "def build(): return {}"))
+    with pytest.raises(UsageError, match=r"returned list, not edgekit\.model\.Data"):
+        workload.load_data(code(tmp_path, "def build(): return []"))
     with pytest.raises(UsageError, match="is no data"):
         workload.load_data("pictures")
 
@@ -258,11 +310,22 @@ def test_a_data_function_that_gives_something_else_is_refused(tmp_path):
         (plain_data(test=Split({"image": IMAGES}, LABELS - 1)), "labels of the test split go from -1 to 8"),
         (plain_data(test=Split({"image": IMAGES}, LABELS * 0.5)), "not one integer each"),
         (plain_data(test=Split({"image": IMAGES}, np.eye(4, 10, dtype=int))), "not one integer each"),
+        (plain_data(test=Split({"image": IMAGES}, np.full((4, 10), np.nan))), "test split's labels holds NaN"),
+        (
+            plain_data(train=Split({"image": np.where(np.arange(4) == 2, np.inf, IMAGES.T).T.astype(np.float32)})),
+            r"the train split's image holds NaN or infinity in 1 sample\(s\), the first is 2",
+        ),
     ],
 )
 def test_data_that_does_not_fit_is_refused_by_split_and_shape(data, message):
     with pytest.raises(UsageError, match=message):
         workload.load(digits.BUILD, digits.checkpoint(), data)
+
+
+def test_float_labels_in_the_shape_of_the_output_are_targets():
+    targets = np.zeros((4, 10), np.float32)
+    data = plain_data(test=Split({"image": IMAGES}, targets))
+    assert workload.load(digits.BUILD, digits.checkpoint(), data).task == "tensor"
 
 
 # --- ONNX files
