@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import TYPE_CHECKING
 
 from edgekit.errors import CompressionError
@@ -14,7 +15,12 @@ from edgekit.tensors import DYNAMIC
 if TYPE_CHECKING:
     import torch
 
-    from edgekit.tensors import Array
+    from edgekit.tensors import Array, TensorSpec
+
+_TRACED: weakref.WeakKeyDictionary[
+    torch.nn.Module, tuple[tuple[object, ...], tuple[TensorSpec, ...], torch.export.ExportedProgram]
+] = weakref.WeakKeyDictionary()
+"""Graphs of the modules that are alive: a pass, its measuring and its saving all need the same one."""
 
 
 def trace(model: Model) -> torch.export.ExportedProgram:
@@ -27,19 +33,35 @@ def trace(model: Model) -> torch.export.ExportedProgram:
         import torch
     if not isinstance(model.network, TorchNetwork):
         raise CompressionError(f"{model.name} is no PyTorch network", "give its Python workload instead")
+    module, state = model.network.module, _state(model.network.module)
+    kept = _TRACED.get(module)
+    if kept is not None and kept[:2] == (state, model.inputs):
+        return kept[2]
     example = tuple(torch.as_tensor(a) for a in _example(model, 2).values())
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     shapes = tuple({0: batch} for _ in example)
-    parameters = list(inspect.signature(model.network.module.forward).parameters.values())
+    parameters = list(inspect.signature(module.forward).parameters.values())
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
         shapes = (shapes,)  # type: ignore[assignment]  # *args are one entry, a tuple of its own
     try:
-        return torch.export.export(model.network.module, example, dynamic_shapes=shapes)
+        traced = torch.export.export(module, example, dynamic_shapes=shapes)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise CompressionError(
             f"{model.name} cannot be traced to a graph: {first_line(error)}",
             "remove control flow that depends on values, or export it to ONNX yourself and give the .onnx file",
         ) from error
+    _TRACED[module] = (state, model.inputs, traced)
+    return traced
+
+
+def _state(module: torch.nn.Module) -> tuple[object, ...]:
+    """Return what tells that a module would be traced to another graph: its parts, its tensors, its modes.
+
+    New values in the same tensors are not among it: the graph holds the tensors themselves.
+    """
+    parts = tuple((name, id(part), part.training) for name, part in module.named_modules())
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return (*parts, *((name, id(tensor), tuple(tensor.shape)) for name, tensor in tensors))
 
 
 def _example(model: Model, batch: int) -> dict[str, Array]:
