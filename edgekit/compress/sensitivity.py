@@ -1,0 +1,209 @@
+"""What each layer costs when it alone is rounded: damage at the network's outputs, bytes, multiplications.
+
+Knows candidates for bits; chooses none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import msgspec
+
+from edgekit import grid
+from edgekit.compress.losses import is_scores
+from edgekit.compress.rounding import canonical
+from edgekit.compress.walking import steps_of
+from edgekit.compress.weight_scales import scaled
+from edgekit.model import whole_batches
+from edgekit.plan import WeightRule
+from edgekit.plugins import extra
+from edgekit.progress import silent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from edgekit.compress.layer import Layer
+    from edgekit.compress.walking import Step
+    from edgekit.model import Model, Split
+    from edgekit.plan import QuantizationPlan
+    from edgekit.progress import Progress
+
+FLOAT = 32
+"""The width of a weight that stays float."""
+
+
+class Sensitivity(msgspec.Struct, frozen=True, kw_only=True):
+    """One weight at one width: ``damage`` at the outputs when it alone is rounded, bytes stored, MACs a sample."""
+
+    name: str
+    bits: int
+    damage: float
+    bytes: int
+    macs: int
+    weights: int
+
+
+class Compare(Protocol):
+    """Says how far outputs of one batch lie from the float network's."""
+
+    def __call__(self, wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+        """Return a mean over the samples of the batch; 0 for none."""
+        ...
+
+
+def candidate(layer: Layer, plan: QuantizationPlan | None, bits: int) -> WeightRule:
+    """Return the rule of a layer at a width: the plan's own, else its granularity with scales of least error."""
+    rule = WeightRule(axis=layer.axis) if plan is None else plan.weights[layer.weight]
+    if rule.bits == bits and rule.scales:
+        return rule
+    return scaled(layer.values, msgspec.structs.replace(rule, bits=bits, scales=b"", zeros=b""), "mse")
+
+
+def sensitivities(
+    model: Model,
+    samples: Split,
+    widths: Sequence[int],
+    *,
+    compare: Compare | None = None,
+    progress: Progress = silent,
+) -> tuple[Sensitivity, ...]:
+    """Round each weight alone to each width and compare the network's outputs; all else stays float.
+
+    Without ``compare`` the damage is the divergence KL(float || rounded) of scores, and of other outputs the power of
+    the error over that of the signal (Pandey et al. 2023, "A Practical Mixed Precision Algorithm for Post-Training
+    Quantization", section 3.1). What stands before a layer is computed once for all widths. With a plan only its
+    weights are tried, in its granularity; 32 bits are float.
+
+    Raises:
+        CompressionError: a network that cannot be walked through.
+    """
+    with extra("compress"):
+        import torch
+    whole, size = whole_batches(model, samples)
+    steps, ends = steps_of(model)
+    runs = [_Run(steps, ends, batch.inputs) for batch in whole.batches(size)]
+    found: list[Sensitivity] = []
+    seen: set[str] = set()
+    with torch.no_grad():
+        for run in runs:
+            run.wanted = run.rest(0, {})
+        judge = compare or _default(model)
+        for position, step in enumerate(steps):
+            layer = step.layer
+            if layer is not None and layer.weight not in seen and _is_planned(layer, model.plan):
+                seen.add(layer.weight)
+                progress("sensitivity", position, len(steps))
+                found += [_tried(layer, model.plan, bits, _Trial(runs, position, judge)) for bits in widths]
+            for run in runs:
+                run.advance(position)
+    progress("sensitivity", len(steps), len(steps))
+    return tuple(found)
+
+
+def _is_planned(layer: Layer, plan: QuantizationPlan | None) -> bool:
+    return plan is None or layer.weight in plan.weights
+
+
+class _Run:
+    """One batch in the float network, computed up to some step."""
+
+    def __init__(self, steps: Sequence[Step], ends: Sequence[str], inputs: Mapping[str, Any]) -> None:
+        import torch
+
+        self._steps, self._ends = steps, tuple(ends)
+        self._last = {name: position for position, step in enumerate(steps) for name in step.sources}
+        self._values: dict[str, Any] = {name: torch.as_tensor(array) for name, array in inputs.items()}
+        self.samples = len(next(iter(inputs.values())))
+        self.wanted: list[torch.Tensor] = []
+
+    def advance(self, position: int) -> None:
+        """Compute one step."""
+        self._compute(position, self._values, {})
+
+    def rest(self, position: int, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Compute the outputs from a step on, with other weights, and leave the float values as they are."""
+        values = dict(self._values)
+        for place in range(position, len(self._steps)):
+            self._compute(place, values, weights)
+        return [values[name] for name in self._ends]
+
+    def macs(self, position: int) -> int:
+        """Count the multiplications of a weighted step for one sample."""
+        layer = self._steps[position].layer
+        if layer is None:
+            return 0
+        if layer.kind == "transposed":
+            each, times = self._values[layer.source].numel(), layer.values.size // layer.values.shape[1]
+        else:
+            made = self._steps[position].compute(self._values)[0]
+            each, times = made.numel(), layer.values[0].size
+        return int(each * times // self.samples)
+
+    def _compute(self, position: int, values: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+        step = self._steps[position]
+        if step.layer is not None and step.layer.weight in weights:
+            values[step.makes[0]] = _weighted(step.layer, values[step.layer.source], weights[step.layer.weight])
+        else:
+            values.update(zip(step.makes, step.compute(values), strict=True))
+        for name in step.sources:
+            if self._last[name] == position and name not in self._ends:
+                values.pop(name, None)
+
+
+def _weighted(layer: Layer, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return layer.compute(inputs, weight, None if layer.offsets is None else torch.from_numpy(layer.offsets))
+
+
+class _Trial(NamedTuple):
+    """Where a layer stands, and who judges what its rounding does."""
+
+    runs: Sequence[_Run]
+    position: int
+    judge: Compare
+
+
+def _tried(layer: Layer, plan: QuantizationPlan | None, bits: int, trial: _Trial) -> Sensitivity:
+    import torch
+
+    count = layer.values.size
+    known: dict[str, Any] = {"name": layer.weight, "bits": bits, "weights": count}
+    known["macs"] = trial.runs[0].macs(trial.position)
+    if bits == FLOAT:
+        return Sensitivity(**known, damage=0.0, bytes=4 * count)
+    rule = canonical(candidate(layer, plan, bits))
+    weights = {layer.weight: torch.from_numpy(grid.rounded(layer.values, rule))}
+    damage = sum(run.samples * trial.judge(run.wanted, run.rest(trial.position, weights)) for run in trial.runs)
+    return Sensitivity(
+        **known,
+        damage=damage / sum(run.samples for run in trial.runs),
+        bytes=grid.stored_bytes(layer.values.shape, rule),
+    )
+
+
+def _default(model: Model) -> Compare:
+    scored = [is_scores(model, position) for position in range(len(model.outputs))]
+
+    def compare(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+        pairs = zip(scored, wanted, found, strict=True)
+        return sum(divergence(one, other) if scores else noise(one, other) for scores, one, other in pairs)
+
+    return compare
+
+
+def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Return the mean KL(softmax wanted || softmax found) over all but the last axis, in nats."""
+    from torch.nn import functional
+
+    told, truth = (functional.log_softmax(side.double(), -1) for side in (found, wanted))
+    each = functional.kl_div(told, truth, reduction="none", log_target=True).sum(-1)
+    return float(each.mean().clamp_min(0))
+
+
+def noise(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Return the power of the error over the power of the signal."""
+    signal = float((wanted.double() ** 2).sum())
+    return float(((wanted.double() - found.double()) ** 2).sum()) / max(signal, 1e-30)
