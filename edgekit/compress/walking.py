@@ -61,7 +61,7 @@ def walk(model: Model, samples: Split, visit: Visit, progress: Progress, what: s
     with extra("compress"):
         import torch
     whole, size = whole_batches(model, samples)
-    steps, ends = _steps(model)
+    steps, ends = steps_of(model)
     worlds = [_World(batch.inputs, model.plan) for batch in whole.batches(size)]
     uses = Counter(name for step in steps for name in step.sources) + Counter(ends)
     changes: dict[str, Change] = {}
@@ -139,8 +139,12 @@ class _World:
         return value if limits is None else rounding.round_value(value, limits)
 
 
-def _steps(model: Model) -> tuple[list[Step], list[str]]:
-    """Return the steps of a network and the names of what it gives."""
+def steps_of(model: Model) -> tuple[list[Step], list[str]]:
+    """Return the steps of a network and the names of what it gives.
+
+    Raises:
+        CompressionError: a language model without data, whose network is not at hand, or a node that branches.
+    """
     if isinstance(model.network, OnnxNetwork):
         return list(onnx_layers.steps_of(model.network.proto(), layers(model))), [o.name for o in model.outputs]
     if not isinstance(model.network, TorchNetwork):
