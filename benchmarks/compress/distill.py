@@ -49,6 +49,7 @@ class Separable(nn.Module):
         self.pointwise_norm = nn.BatchNorm2d(wide)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Change the width, and the size by the stride."""
         x = torch.relu(self.depthwise_norm(self.depthwise(x)))
         return torch.relu(self.pointwise_norm(self.pointwise(x)))
 

@@ -1,4 +1,4 @@
-"""Pruning ResNet-56 to 2.1 times fewer MACs and ResNet-20 by 27 %: accuracy and latency beside Torch-Pruning's own pruner.
+"""ResNet-56 with 2.1 times fewer MACs and ResNet-20 with 27 % fewer: accuracy and latency beside Torch-Pruning.
 
 Both start from the same adapted checkpoint, reach the same share of MACs, and recover for the same epochs on the same
 pictures with the same optimizer; the accuracy is the last epoch's on test. The peer runs twice: with the labels alone,

@@ -6,7 +6,7 @@ Takes whole heads out; a key head that several query heads share leaves with the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,7 +42,7 @@ class Attention:
 
         total = torch.zeros(self.heads)
         for name in (*self.layers, self.output):
-            weight = module.get_submodule(name).weight
+            weight = _layer(module, name).weight
             rows = weight.T if name == self.output else weight
             total += _each(rows, measure).reshape(self.heads, -1).sum(1)
         return total / total.mean().clamp_min(1e-30)
@@ -51,9 +51,9 @@ class Attention:
         """Take these heads out of the layers, and correct what the module knows of its heads."""
         gone = set(heads)
         kept = [head for head in range(self.heads) if head not in gone]
-        inner = module.get_submodule(self.layers[0]).out_features
+        inner = _layer(module, self.layers[0]).out_features
         for name in (*self.layers, self.output):
-            _keep(module.get_submodule(name), kept, self.heads, is_input=name == self.output)
+            _keep(_layer(module, name), kept, self.heads, is_input=name == self.output)
         self._correct(module.get_submodule(self.name), len(kept), inner)
 
     def _correct(self, owner: nn.Module, kept: int, inner: int) -> None:
@@ -102,6 +102,10 @@ def _head_size(owner: nn.Module, width: int) -> int:
     return width // int(counts[0]) if counts else 0
 
 
+def _layer(module: nn.Module, name: str) -> nn.Linear:
+    return cast("nn.Linear", module.get_submodule(name))
+
+
 def _linear(owner: nn.Module, name: str) -> nn.Linear | None:
     from torch import nn
 
@@ -109,18 +113,18 @@ def _linear(owner: nn.Module, name: str) -> nn.Linear | None:
     return found if isinstance(found, nn.Linear) else None
 
 
-def _keep(layer: nn.Module, kept: list[int], heads: int, *, is_input: bool) -> None:
+def _keep(layer: nn.Linear, kept: list[int], heads: int, *, is_input: bool) -> None:
     """Keep the rows of some heads, or the columns where the layer reads them."""
     import torch
     from torch import nn
 
     axis = 1 if is_input else 0
-    size = layer.weight.shape[axis] // heads  # type: ignore[union-attr,operator]  # a linear layer's weight
+    size = layer.weight.shape[axis] // heads
     chosen = torch.cat([torch.arange(head * size, (head + 1) * size) for head in kept])
     with torch.no_grad():
-        layer.weight = nn.Parameter(layer.weight.index_select(axis, chosen))  # type: ignore[union-attr,operator]  # the same
+        layer.weight = nn.Parameter(layer.weight.index_select(axis, chosen))
         if layer.bias is not None and not is_input:
-            layer.bias = nn.Parameter(layer.bias.index_select(0, chosen))  # type: ignore[union-attr,operator]  # the same
+            layer.bias = nn.Parameter(layer.bias.index_select(0, chosen))
     setattr(layer, "in_features" if is_input else "out_features", len(chosen))
 
 

@@ -64,25 +64,18 @@ def families(model: Model, module: nn.Module, importance: Importance, keep: tupl
         CompressionError: the graph cannot be followed; names the module.
     """
     heads = [one for one in attentions(module) if not any(_within(layer, keep) for layer in one.layers)]
-    held = _held(model, module, keep) + [
-        module.get_submodule(layer) for one in attentions(module) for layer in one.layers
-    ]
-    score = _scorer(importance)
     found = []
     with _named(model, module) as inside:
         tree = _tree(model, module)
         names = {part: name for name, part in module.named_modules()}
-        for group in tree.get_all_groups(ignored_layers=held, root_module_types=_roots()):
+        score = _scorer(importance)
+        for group in tree.get_all_groups(ignored_layers=_held(model, module, keep), root_module_types=_roots()):
             inside[:] = [names[group[0].dep.target.module]]
             scores = score(group)
             if scores is not None and len(scores) > 1 and _is_complete(group, tree):
                 copies = _copies(group)
-                found.append(
-                    Family(names[group[0].dep.target.module], scores.reshape(copies, -1).mean(0).numpy(), copies)
-                )
-    for one in heads:
-        if one.heads > 1:
-            found.append(Family(one.name, one.scores(module, importance).numpy(), heads=one))
+                found.append(Family(inside[0], scores.reshape(copies, -1).mean(0).numpy(), copies))
+    found += [Family(one.name, one.scores(module, importance).numpy(), heads=one) for one in heads if one.heads > 1]
     return found
 
 
@@ -213,7 +206,7 @@ def _is_complete(group: Any, tree: Any) -> bool:  # noqa: ANN401  # torch_prunin
 
 
 def _held(model: Model, module: nn.Module, keep: tuple[str, ...]) -> list[nn.Module]:
-    """Find the layers whose channels have to stay: those of outputs, before padded channels, embeddings, and the named.
+    """Find the layers whose channels have to stay: before outputs and padded channels, embeddings, heads, the named.
 
     The graph is walked back from the outputs and from the padding to the layers that made the channels.
     """
@@ -231,7 +224,8 @@ def _held(model: Model, module: nn.Module, keep: tuple[str, ...]) -> list[nn.Mod
     names = _makers(ends, dict(graph.weighted(traced.graph)))
     embeddings = [name for name, part in known.items() if isinstance(part, nn.Embedding)]
     inside = [name for name in known if _within(name, keep)]
-    return [module.get_submodule(name) for name in sorted({*names, *embeddings, *inside})]
+    heads = [layer for one in attentions(module) for layer in one.layers]
+    return [module.get_submodule(name) for name in sorted({*names, *embeddings, *inside, *heads})]
 
 
 def _makers(ends: list[fx.Node], weights: Mapping[fx.Node, str]) -> set[str]:
@@ -271,8 +265,10 @@ def _named(model: Model, module: nn.Module) -> Iterator[list[str]]:
     inside: list[str] = []
     hooks = []
     for name, part in module.named_modules():
-        hooks.append(part.register_forward_pre_hook(lambda *_, name=name: inside.append(name)))
-        hooks.append(part.register_forward_hook(lambda *_: inside.__delitem__(-1)))
+        hooks += [
+            part.register_forward_pre_hook(lambda *_, name=name: inside.append(name)),
+            part.register_forward_hook(lambda *_: inside.__delitem__(-1)),
+        ]
     try:
         yield inside
     except BROKEN as error:

@@ -83,11 +83,19 @@ def _onnx(model: Model) -> bytes:
     with extra("compress"):
         import torch
     program = trace(model)
-    names = {"input_names": [s.name for s in model.inputs], "output_names": [s.name for s in model.outputs]}
+    names = [[spec.name for spec in side] for side in (model.inputs, model.outputs)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         try:
-            torch.onnx.export(program, f=path, dynamo=True, external_data=False, verbose=False, **names)
+            torch.onnx.export(
+                program,
+                f=path,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                input_names=names[0],
+                output_names=names[1],
+            )
         except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
             raise CompressionError(
                 f"the latency of {model.name} cannot be measured as ONNX: {first_line(error)}", 'set timed = "torch"'

@@ -36,7 +36,7 @@ def weights(network):
     return torch.cat([t.flatten().float() for t in network.module.state_dict().values()])
 
 
-class Killed(Exception):  # noqa: N818  # stands for a signal
+class Killed(Exception):
     pass
 
 

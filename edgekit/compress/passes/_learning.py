@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
+from edgekit.compress.losses import mimicry, truth_of
 from edgekit.compress.passes import CompressionPass
-from edgekit.compress.training import Schedule
+from edgekit.compress.training import Lesson, Schedule
 from edgekit.errors import CompressionError
 from edgekit.model import TorchNetwork
 from edgekit.plugins import extra
@@ -66,3 +67,19 @@ def train_split(model: Model, verb: str, way_out: str) -> Split:
     if model.data is None or model.data.train is None:
         raise CompressionError(f"{verb} has no train split to {way_out.partition(':')[0]}", way_out.partition(":")[2])
     return model.data.train
+
+
+def recovery(model: Model, alpha: float, temperature: float) -> Lesson:
+    """Return how a changed copy learns to be the model again: labels by ``1 - alpha``, the model's scores by ``alpha``.
+
+    Where there are no labels, the scores alone. For pruning, sparsity and quantization-aware training.
+
+    Raises:
+        CompressionError: there is no train split.
+    """
+    split = train_split(model, "recovery", "learn from:give data with one")
+    truth = truth_of(model, split, 1 - alpha)
+    share = alpha if truth else 1.0
+    taught = mimicry(model, share, temperature) if share else ()
+    losses = (*taught, *((truth,) if truth and truth.weight else ()))
+    return Lesson(split, losses, model.network if taught else None, model.data.validation if model.data else None)

@@ -18,9 +18,9 @@ from edgekit.compress.dependencies import (
     size,
 )
 from edgekit.compress.latency import Compared, Stopwatch
-from edgekit.compress.losses import Labels, Seen, mimicry, truth_of
-from edgekit.compress.passes._learning import LearningPass, train_split, trainable
-from edgekit.compress.training import Lesson, train
+from edgekit.compress.losses import Labels, Seen, truth_of
+from edgekit.compress.passes._learning import LearningPass, recovery, train_split, trainable
+from edgekit.compress.training import train
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
 from edgekit.plugins import extra
@@ -43,12 +43,12 @@ CLOSE = 0.01
 class Prune(LearningPass, frozen=True, kw_only=True):
     """Remove the least important channels and attention heads, then train for ``epochs``.
 
-    How many: ``ratio`` of the channels; or as many as leave the share ``macs`` of the multiply-accumulates; or the share
-    ``latency`` of what a sample takes here, on one thread. ``scope``: the least important of all layers, or as many of
-    each. Channels that depend on each other leave together (Fang et al. 2023, DepGraph), judged by their group's norm
-    (``l1``, ``l2``; Li et al. 2017), by the scale of batch norm (Liu et al. 2017) or by weight times gradient
-    (``taylor``; Molchanov et al. 2019). What stays of a layer is a multiple of ``round_to``; 0 takes up to 8, but at least four
-    steps a layer. ``keep_modules`` stay whole; the outputs keep their sizes.
+    How many: ``ratio`` of the channels; or as many as leave the share ``macs`` of the multiply-accumulates; or the
+    share ``latency`` of what a sample takes here, on one thread. ``scope``: the least important of all layers, or as
+    many of each. Channels that depend on each other leave together (Fang et al. 2023, DepGraph), judged by their
+    group's norm (``l1``, ``l2``; Li et al. 2017), by the scale of batch norm (Liu et al. 2017) or by weight times
+    gradient (``taylor``; Molchanov et al. 2019). What stays of a layer is a multiple of ``round_to``; 0 takes up to 8,
+    but at least four steps a layer. ``keep_modules`` stay whole; the outputs keep their sizes.
 
     Recovery learns the labels by ``1 - alpha`` and by ``alpha`` the scores of the network before pruning, those alone
     where there are no labels. ``steps`` cuts and recovers in so many turns. ``timed`` measures the latency before and
@@ -151,14 +151,9 @@ class _Work:
         """Train what is left, by this turn's part of the epochs; return the last loss."""
         options = self.options
         epochs = options.epochs * turn // options.steps - options.epochs * (turn - 1) // options.steps
-        if not epochs or self.model.data is None or self.model.data.train is None:
+        if not epochs:
             return None
-        split = self.model.data.train
-        truth = truth_of(self.model, split, 1 - options.alpha)
-        alpha = options.alpha if truth else 1.0
-        taught = mimicry(self.model, alpha, options.temperature) if alpha else ()
-        losses = (*taught, *((truth,) if truth and truth.weight else ()))
-        lesson = Lesson(split, losses, self.network if taught else None, self.model.data.validation)
+        lesson = recovery(self.model, options.alpha, options.temperature)
         return train(replace(self.network, module=module), lesson, options.schedule(epochs), self.progress)
 
     def figures(self, changed: Model) -> dict[str, float]:
@@ -217,10 +212,10 @@ def _search(
 
 
 def _feel(model: Model, module: nn.Module) -> None:
-    """Leave in every weight's ``grad`` the root of the mean square of its gradients over batches of 16, up to 512 samples.
+    """Leave in every weight's ``grad`` the root of the sum of its squared gradients over up to 32 batches of 16.
 
-    Weight times that estimates what leaving it out costs (Molchanov et al. 2019, equation 8). Where there are no labels,
-    the network's own choices stand for them.
+    Weight times that estimates what leaving it out costs (Molchanov et al. 2019, equation 8). Where there are no
+    labels, the network's own choices stand for them.
     """
     with extra("compress"):
         import torch
