@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
@@ -15,7 +16,7 @@ from edgekit.plugins import extra
 from edgekit.sources import first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import torch
@@ -48,30 +49,46 @@ def broken_file_errors() -> tuple[type[Exception], ...]:
 
 
 def write(program: torch.export.ExportedProgram, folder: Path) -> None:
-    """Write both files into ``folder``; the program loses its weights on the way."""
+    """Write both files into ``folder``."""
     (folder / WEIGHTS).write_bytes(tensors_to_bytes(program.state_dict))
     (folder / GRAPH).write_bytes(graph_bytes(program))
 
 
 def graph_bytes(program: torch.export.ExportedProgram) -> bytes:
-    """Return the graph as an archive without weights, which the program loses."""
+    """Return the graph as an archive without weights."""
     import torch
 
-    for name, tensor in program.state_dict.items():
-        hollow = torch.empty_like(tensor, device="meta")
-        is_learned = isinstance(tensor, torch.nn.Parameter)
-        program.state_dict[name] = torch.nn.Parameter(hollow, tensor.requires_grad) if is_learned else hollow
-    _forget_places(program.graph_module)
     archive = io.BytesIO()  # torch ends the process at a full disk, and at a path that is no UTF-8
-    torch.export.save(program, archive)
+    with _hollow(program), _without_places(program.graph_module):
+        torch.export.save(program, archive)
     return archive.getvalue()
 
 
-def _forget_places(module: torch.fx.GraphModule) -> None:
-    for part in module.modules():
-        for node in getattr(getattr(part, "graph", None), "nodes", ()):
-            for key in TRACES:
-                node.meta.pop(key, None)
+@contextmanager
+def _hollow(program: torch.export.ExportedProgram) -> Iterator[None]:
+    """Take the weights out for a while: a program is shared by all who trace the same network."""
+    import torch
+
+    whole = dict(program.state_dict)
+    try:
+        for name, tensor in whole.items():
+            hollow = torch.empty_like(tensor, device="meta")
+            is_learned = isinstance(tensor, torch.nn.Parameter)
+            program.state_dict[name] = torch.nn.Parameter(hollow, tensor.requires_grad) if is_learned else hollow
+        yield
+    finally:
+        program.state_dict.update(whole)
+
+
+@contextmanager
+def _without_places(module: torch.fx.GraphModule) -> Iterator[None]:
+    nodes = [node for part in module.modules() for node in getattr(getattr(part, "graph", None), "nodes", ())]
+    kept = [{key: node.meta.pop(key) for key in TRACES if key in node.meta} for node in nodes]
+    try:
+        yield
+    finally:
+        for node, origin in zip(nodes, kept, strict=True):
+            node.meta.update(origin)
 
 
 def read(folder: Path) -> torch.nn.Module:

@@ -78,3 +78,13 @@ def test_a_folder_of_the_first_version_with_the_weights_in_the_graph_still_loads
     torch.export.save(trace(model()), tmp_path / "m" / "network.pt2")
     again = workload.load(str(tmp_path / "m"))
     np.testing.assert_array_equal(again.network.run({"x": X})["scores"], model().network.run({"x": X})["scores"])
+
+
+def test_writing_leaves_the_program_whole(tmp_path):
+    program = trace(model())
+    network_files.write(program, tmp_path)
+    assert not any(tensor.is_meta for tensor in program.state_dict.values())
+    assert any("nn_module_stack" in node.meta for node in program.graph.nodes)
+    first = (tmp_path / "network.pt2").read_bytes()
+    network_files.write(program, tmp_path)
+    assert (tmp_path / "network.pt2").read_bytes() == first
