@@ -42,7 +42,7 @@ def size(text: str, option: str) -> int:
 
 
 def _number(text: str, option: str, units: Mapping[str, float], examples: str) -> float:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", text)
     if found is None:
         raise UsageError(f"{option} {text!r} is no positive number with a unit", f"write it as {examples}")
     number, unit = float(found[1]), found[2]

@@ -17,6 +17,7 @@ from edgekit.progress import silent
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from edgekit.compress.blame import Suspect
     from edgekit.compress.budget import Budget, Kind, Reached
     from edgekit.compress.estimate import Pace
     from edgekit.compress.recipe import Recipe
@@ -50,13 +51,18 @@ class Try:
 
 @dataclass(frozen=True, kw_only=True)
 class Climb:
-    """All that was tried, the best of it and its model, and the model that lost most; None where none lost too much."""
+    """All that was tried, and the best of it with its model.
+
+    ``broke`` are the layers that the first candidate suffered from which lost too much, ``left`` those of the best one
+    where it still does.
+    """
 
     budget: Budget
     tries: tuple[Try, ...]
     best: Try
     model: Model
-    worst: Model | None
+    broke: tuple[Suspect, ...]
+    left: tuple[Suspect, ...]
     seconds: float
 
     @property
@@ -69,6 +75,8 @@ class Climb:
 class Ladder:
     """What is climbed, and with what: ``work`` runs a recipe, ``weigh`` judges, ``told`` hears of every try.
 
+    ``diagnose`` says which layers a candidate suffers from. It is asked once, when a candidate first loses too much,
+    and the rung that cures the worst of them comes next.
     ``limit`` bounds the seconds of the climb: a try that is not expected to end within it is not begun. The first is
     always begun, for there has to be something to keep.
     """
@@ -79,6 +87,7 @@ class Ladder:
     weigh: Callable[[Model], Reached]
     pace: Pace
     clock: Callable[[], float]
+    diagnose: Callable[[Model], tuple[Suspect, ...]] = lambda model: ()  # noqa: ARG005  # nobody is to blame
     limit: float | None = None
     progress: Progress = silent
     told: Callable[[Try], None] = lambda tried: None  # noqa: ARG005  # nobody listens
@@ -105,13 +114,17 @@ class Ladder:
             CompressionError: not even the first recipe fits the model; or nothing could be weighed.
         """
         state = _State(self)
-        for number, rung in enumerate(self.rungs, 1):
+        open_rungs = list(self.rungs)
+        while open_rungs:
+            rung = open_rungs.pop(0)
+            place = f"{len(self.rungs) - len(open_rungs)}/{len(self.rungs)}"
             for settings in rung.grow(state.settings, self.situation):
-                helps = state.attempt(rung, settings, f"{number}/{len(self.rungs)}")
+                helps = state.attempt(rung, settings, place)
                 if state.is_met:
                     return state.result()
                 if not helps:
                     break
+            open_rungs.sort(key=lambda later: state.cause not in later.cures)
         return state.result()
 
 
@@ -124,12 +137,17 @@ class _State:
         self._tries: list[Try] = []
         self._best: Try | None = None
         self._kept: Model | None = None
-        self._worst: tuple[float, Model] | None = None
+        self._broke: tuple[Suspect, ...] | None = None
         self._spent = self._foretold = 0.0
 
     @property
     def settings(self) -> Settings:
         return self._best.settings if self._best else Settings()
+
+    @property
+    def cause(self) -> str:
+        """What the worst layer of the first bad candidate suffers from; empty while nobody is to blame."""
+        return self._broke[0].cause if self._broke else ""
 
     @property
     def is_met(self) -> bool:
@@ -175,12 +193,18 @@ class _State:
         return made
 
     def _keep(self, made: Try, reached: Reached, model: Model) -> None:
-        """Remember the best and the worst model, no others: they are large."""
+        """Remember the best model, no other: they are large."""
         budget = self._ladder.budget
         if self._best is None or self._best.reached is None or reached.rank(budget) < self._best.reached.rank(budget):
             self._best, self._kept = made, model
-        if "drop" in reached.misses(budget) and (self._worst is None or reached.drop > self._worst[0]):
-            self._worst = (reached.drop, model)
+        if self._broke is None and "drop" in reached.misses(budget):
+            self._broke = self._diagnosed(model)
+
+    def _diagnosed(self, model: Model) -> tuple[Suspect, ...]:
+        try:
+            return self._ladder.diagnose(model)
+        except CompressionError:  # a network that cannot be walked through can be compressed all the same
+            return ()
 
     def _reason_against(self, rung: Rung, settings: Settings, seconds: float) -> str:
         """Say why a try is not begun, empty where it is."""
@@ -209,11 +233,14 @@ class _State:
     def result(self) -> Climb:
         if self._best is None or self._kept is None:
             raise CompressionError("no recipe could be weighed")
+        reached = self._best.reached
+        still = reached is not None and "drop" in reached.misses(self._ladder.budget)
         return Climb(
             budget=self._ladder.budget,
             tries=tuple(self._tries),
             best=self._best,
             model=self._kept,
-            worst=self._worst[1] if self._worst else None,
+            broke=self._broke or (),
+            left=self._diagnosed(self._kept) if still else (),
             seconds=self._ladder.clock() - self._started,
         )

@@ -5,12 +5,13 @@ A rung is offered where its passes are installed and the model's data allow it. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
-from edgekit import plugins
+from edgekit import grid, plugins
 from edgekit.compress.evaluate import stored_bytes
 from edgekit.compress.layers import layers
 from edgekit.compress.observers import Observer
@@ -18,11 +19,12 @@ from edgekit.compress.passes.fold import fold
 from edgekit.compress.recipe import PASSES, Recipe
 from edgekit.errors import UnknownName
 from edgekit.model import OnnxNetwork
-from edgekit.plan import QuantizationPlan, WeightRule
+from edgekit.plan import WeightRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from edgekit.compress.blame import Cause
     from edgekit.compress.budget import Budget, Kind
     from edgekit.compress.passes import CompressionPass
     from edgekit.model import Model
@@ -35,11 +37,14 @@ ORDER = (
     "smooth",
     "quantize",
     "mixed_precision",
+    "bias_correction",
     "adaround",
     "qat",
-    "bias_correction",
 )
 """Where a pass stands in a recipe: what re-scales floats before the plan, what compensates for the plan behind it."""
+
+MIXED_GROWTHS = (1.1, 1.3)
+"""How much larger the weights may become so that the most sensitive layers get more bits."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +70,32 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What decides which rungs there are: the model, the budgets, the target, the bits to begin with."""
+    """What decides which rungs there are: the model, the budgets, the target, the bits to begin with.
+
+    ``planned`` are the bytes of the weights at those bits, ``others`` of what stays float.
+    """
 
     model: Model
     budget: Budget
     target: str
     bits: int = 8
+    planned: int = 0
+    others: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """One step of the ladder. ``grow`` makes of the best settings so far those to try, one after the other."""
+    """One step of the ladder. ``grow`` makes of the best settings so far those to try, one after the other.
+
+    ``mends`` are the budgets that it may help to keep, ``cures`` the causes of `blame` that it is made for.
+    """
 
     name: str
     does: str
     passes: tuple[str, ...]
     grow: Callable[[Settings, Situation], Iterable[Settings]]
     mends: frozenset[Kind] = frozenset({"drop"})
+    cures: frozenset[Cause] = frozenset()
     trains: bool = False
     takes_onnx: bool = True
 
@@ -101,15 +115,14 @@ def situation(model: Model, budget: Budget, target: str) -> Situation:
     Raises:
         CompressionError: no network to look into.
     """
-    fits = budget.size is None or size_at(model, 8) <= budget.size
-    return Situation(model=model, budget=budget, target=target, bits=8 if fits else 4)
-
-
-def size_at(model: Model, bits: int) -> int:
-    """Return the bytes of the folded model with weights of so many bits, one scale a channel."""
     folded, _ = fold(model)
-    rules = {layer.weight: WeightRule(bits=bits, axis=layer.axis) for layer in layers(folded)}
-    return stored_bytes(replace(folded, plan=QuantizationPlan(bits, "none", rules, {})))
+    found = layers(folded)
+    others = stored_bytes(folded) - 4 * sum(layer.values.size for layer in found)
+    planned = {
+        bits: sum(grid.stored_bytes(layer.values.shape, WeightRule(bits=bits)) for layer in found) for bits in (8, 4)
+    }
+    bits = 8 if budget.size is None or planned[8] + others <= budget.size else 4
+    return Situation(model=model, budget=budget, target=target, bits=bits, planned=planned[bits], others=others)
 
 
 def offered(situation: Situation) -> tuple[Rung, ...]:
@@ -133,7 +146,7 @@ def _int8(_best: Settings, situation: Situation) -> Iterable[Settings]:
 
 
 def _observers(best: Settings, _situation: Situation) -> Iterable[Settings]:
-    for observer in reversed(get_args(Observer)):
+    for observer in get_args(Observer):
         if observer != best.option("quantize", "observer"):
             yield best.put("quantize", observer=observer)
 
@@ -156,6 +169,15 @@ def _adaround(best: Settings, _situation: Situation) -> Iterable[Settings]:
     yield best.put("adaround")
 
 
+def _mixed_precision(best: Settings, situation: Situation) -> Iterable[Settings]:
+    room = math.inf if situation.budget.size is None else situation.budget.size - situation.others
+    wider = 8 if situation.bits < 8 else 32
+    for growth in MIXED_GROWTHS:
+        size = int(min(room, growth * situation.planned))
+        if size > situation.planned:
+            yield best.put("mixed_precision", widths=(wider, situation.bits), size=size)
+
+
 RUNGS = (
     Rung(
         name="fold",
@@ -164,14 +186,27 @@ RUNGS = (
         grow=_int8,
         mends=frozenset({"drop", "size", "latency"}),
     ),
-    Rung(name="observers", does="other ranges for activations", passes=("quantize",), grow=_observers),
+    Rung(
+        name="observers",
+        does="other ranges for activations",
+        passes=("quantize",),
+        grow=_observers,
+        cures=frozenset({"input outlier", "input"}),
+    ),
     Rung(
         name="weight-scales",
         does="scales of weights by the least squared error",
         passes=("quantize",),
         grow=_weight_scales,
+        cures=frozenset({"weights", "weight channels"}),
     ),
-    Rung(name="equalize", does="even out the channels between layers", passes=("equalize",), grow=_equalize),
+    Rung(
+        name="equalize",
+        does="even out the channels between layers",
+        passes=("equalize",),
+        grow=_equalize,
+        cures=frozenset({"input channels"}),
+    ),
     Rung(
         name="bias-correction",
         does="take back the shift that rounding gives each channel",
@@ -179,5 +214,11 @@ RUNGS = (
         grow=_bias_correction,
     ),
     Rung(name="adaround", does="learn which weights to round up or down", passes=("adaround",), grow=_adaround),
+    Rung(
+        name="mixed-precision",
+        does="more bits for the layers that need them, chosen by an integer program",
+        passes=("mixed_precision",),
+        grow=_mixed_precision,
+    ),
 )
 """In the order in which they are tried: what costs least stands first."""

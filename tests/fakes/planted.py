@@ -1,0 +1,49 @@
+"""Trained networks with a weakness planted into them that changes nothing in float."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+
+import numpy as np
+from fakes import digits
+
+from edgekit.model import Split
+
+CHANNEL = 3
+"""The channel between ``near.0.first`` and ``near.0.second`` that is made wide."""
+
+
+@functools.cache
+def sound():
+    """Return the folded digits network with fewer samples to calibrate and to choose by."""
+    from edgekit.compress.passes.fold import fold
+
+    folded, _ = fold(digits.model())
+    data = folded.data
+    return replace(
+        folded, data=replace(data, calibration=data.calibration.head(48), validation=data.validation.head(160))
+    )
+
+
+def with_a_wide_channel(factor=300.0):
+    """Make one channel much wider, and what follows it so much narrower."""
+    import torch
+
+    model = sound()
+    module = copy.deepcopy(model.network.module)
+    block = module.near[0]
+    with torch.no_grad():
+        block.first.weight[CHANNEL] *= factor
+        block.first.bias[CHANNEL] *= factor
+        block.second.weight[:, CHANNEL] /= factor
+    return replace(model, network=replace(model.network, module=module))
+
+
+def with_an_outlier(value=150.0):
+    """Let one pixel of one calibration picture be far too bright."""
+    model = sound()
+    images = np.array(model.data.calibration.inputs["image"])
+    images[5, 0, 0, 0] = value
+    return replace(model, data=replace(model.data, calibration=Split({"image": images})))
