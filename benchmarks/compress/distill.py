@@ -115,7 +115,7 @@ def main(quick: bool) -> list[Row]:
     ]
 
 
-ALPHA, HEAT = 0.9, 4.0
+ALPHA, HEAT = 0.9, 2.0
 
 
 def grow(data: Data, epochs: int) -> nn.Module:

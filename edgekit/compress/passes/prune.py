@@ -123,7 +123,7 @@ class _Work:
             result = candidate((options.ratio * share - before) / (1 - before))
         else:
             measure, goal, close = self._goal(share)
-            result = _search(candidate, measure, goal, close, self.progress)
+            result = _search(candidate, measure, self.progress, goal=goal, close=close)
         self._refuse_nothing(module, result, found)
         return result
 
@@ -177,9 +177,10 @@ class _Work:
 def _search(
     candidate: Callable[[float], nn.Module],
     measure: Callable[[nn.Module], float],
+    progress: Progress,
+    *,
     goal: float,
     close: float,
-    progress: Progress,
 ) -> nn.Module:
     """Find the largest network that holds the goal, by halving; each candidate is measured once.
 
@@ -198,8 +199,7 @@ def _search(
     for turn in range(8):
         ratio = (low + high) / 2
         one = candidate(ratio)
-        known.setdefault(id(one), 0.0)
-        share = known[id(one)] or measure(one)
+        share = known[id(one)] if id(one) in known else measure(one)
         known[id(one)] = share
         progress(f"prune: {ratio:.3f} of the channels leave {share:.3f}, goal {goal:.3f}", turn + 1, 8)
         if share > goal + close / 2:
