@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from edgekit import network_files
+from edgekit import hugging_face, network_files
 from edgekit.durable import new_folder
 from edgekit.errors import UsageError
 from edgekit.manifest import ImagePreprocess, Step
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 MAX_SAMPLES = 128
 """Calibration samples that travel with a saved model, for the formats that calibrate by themselves."""
+
+ORIGIN = "huggingface"
+"""Configuration and tokenizer of a network that came from a Hugging Face folder: with them it can be one again."""
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -148,7 +151,8 @@ def _load_network(folder: Path, saved: Saved) -> TorchNetwork | OnnxNetwork:
     if (folder / "model.onnx").is_file():
         return OnnxNetwork(folder / "model.onnx")
     module = network_files.read(folder)
-    return TorchNetwork(module, tuple(s.name for s in saved.inputs), tuple(s.name for s in saved.outputs))
+    inputs, outputs = (tuple(spec.name for spec in specs) for specs in (saved.inputs, saved.outputs))
+    return TorchNetwork(module, inputs, outputs, folder / ORIGIN if (folder / ORIGIN).is_dir() else None)
 
 
 def _write_network(model: Model, folder: Path) -> None:
@@ -156,3 +160,5 @@ def _write_network(model: Model, folder: Path) -> None:
         (folder / "model.onnx").write_bytes(model.network.content or whole_onnx(model.network.path))
         return
     network_files.write(trace(model), folder)
+    if isinstance(model.network, TorchNetwork) and model.network.folder:
+        hugging_face.carry(model.network.folder, folder / ORIGIN)

@@ -186,6 +186,18 @@ def test_a_changed_llama_is_exported_to_gguf(spoken, tmp_path):
     np.testing.assert_allclose(written, wanted, atol=1e-3)
 
 
+def test_a_saved_model_still_knows_how_to_become_a_folder(spoken, tmp_path):
+    workload.save(spoken, tmp_path / "saved")
+    again = workload.load(str(tmp_path / "saved"))
+    for model, place in ((spoken, "first"), (again, "second")):
+        workload.huggingface_folder(model, tmp_path / place)
+    names = [sorted(path.name for path in (tmp_path / place).iterdir()) for place in ("first", "second")]
+    assert names[0] == names[1]
+    assert "tok285.bin" in names[0]
+    for name in names[0]:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
 def test_gguf_beside_another_format_is_refused_with_the_way_out(spoken, tmp_path):
     from edgekit.export.targets.gguf import PLUGIN
 
