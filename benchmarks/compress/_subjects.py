@@ -20,7 +20,7 @@ from edgekit.model import Data, Split
 from edgekit.progress import silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from edgekit.model import Model
@@ -67,6 +67,12 @@ def write_onnx(model: Model, folder: Path, path: Path, profile: str = "x86-64") 
     made = exporter.export(model, device_profiles.load(profile), folder, silent)  # type: ignore[attr-defined]  # an Exporter
     (folder / made.main).replace(path)
     return path
+
+
+def wanted(names: Iterable[str]) -> list[str]:
+    """Return the networks that ``EDGEKIT_BENCH_ONLY`` names, with commas between them; all where it is not set."""
+    only = os.environ.get("EDGEKIT_BENCH_ONLY", "")
+    return [name for name in names if not only or name in only.split(",")]
 
 
 def cifar(name: str) -> Subject:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import _cifar
 import numpy as np
 from _setting import HERE, Row, gap, run, scores, sqnr, top1
-from _subjects import EFFICIENTNET, PHOTOGRAPHS, Subject, cifar, efficientnet, write_onnx
+from _subjects import EFFICIENTNET, PHOTOGRAPHS, Subject, cifar, efficientnet, wanted, write_onnx
 
 from edgekit import grid
 from edgekit.compress import compress, recipe
@@ -78,7 +78,7 @@ class Found:
 
 def main(quick: bool) -> list[Row]:
     rows: list[Row] = []
-    for name in ("resnet20",) if quick else ("resnet20", "resnet56", EFFICIENTNET):
+    for name in wanted(("resnet20",) if quick else ("resnet20", "resnet56", EFFICIENTNET)):
         subject = _subject(name)
         if subject is None:
             rows.append(gap(f"{name}: int4", "no data at hand: see EDGEKIT_BENCH_DATA"))

@@ -18,7 +18,7 @@ import _cifar
 import _peers
 import numpy as np
 from _setting import HERE, Row, gap, run, scores, sqnr, top1
-from _subjects import EFFICIENTNET, PHOTOGRAPHS, Subject, cifar, efficientnet
+from _subjects import EFFICIENTNET, PHOTOGRAPHS, Subject, cifar, efficientnet, wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,11 +83,12 @@ def main(quick: bool) -> list[Row]:
 
 
 def _subjects(quick: bool) -> Iterator[tuple[str, Subject | None]]:
-    for name in list(_cifar.BUILDERS)[: 1 if quick else None]:
+    for name in wanted(("resnet20",) if quick else (*_cifar.BUILDERS, EFFICIENTNET)):
+        if name == EFFICIENTNET:
+            yield name, efficientnet() if PHOTOGRAPHS.is_file() else None
+            continue
         subject = cifar(name) if _cifar.there() else None
         yield name, subject.smaller(500) if subject and quick else subject
-    if not quick:
-        yield EFFICIENTNET, efficientnet() if PHOTOGRAPHS.is_file() else None
 
 
 def _contest(subject: Subject, folder: Path, seeds: tuple[int, ...]) -> tuple[float, dict[str, Found]]:
