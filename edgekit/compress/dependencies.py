@@ -38,13 +38,15 @@ class Family:
     """Channels that can leave one by one, each with all that depends on it.
 
     ``name``: the layer that makes them. ``scores``: importance, normalized to a mean of 1. ``copies``: how often the
-    channels repeat along the layer, as the groups of a grouped convolution do.
+    channels repeat along the layer, as the groups of a grouped convolution do. ``cost``: multiply-accumulates that one
+    channel takes, in all layers that make or read it.
     """
 
     name: str
     scores: Array
     copies: int = 1
     heads: Attention | None = None
+    cost: float = 0.0
 
     @property
     def size(self) -> int:
@@ -68,27 +70,36 @@ def families(model: Model, module: nn.Module, importance: Importance, keep: tupl
     with _named(model, module) as inside:
         tree = _tree(model, module)
         names = {part: name for name, part in module.named_modules()}
-        score = _scorer(importance)
+        score, costs = _scorer(importance), _costs(model, module)
         for group in tree.get_all_groups(ignored_layers=_held(model, module, keep), root_module_types=_roots()):
             inside[:] = [names[group[0].dep.target.module]]
             scores = score(group)
             if scores is not None and len(scores) > 1 and _is_complete(group, tree):
                 copies = _copies(group)
-                found.append(Family(inside[0], scores.reshape(copies, -1).mean(0).numpy(), copies))
-    found += [Family(one.name, one.scores(module, importance).numpy(), heads=one) for one in heads if one.heads > 1]
+                cost = copies * sum(_shares(group, tree, costs))
+                found.append(Family(inside[0], scores.reshape(copies, -1).mean(0).numpy(), copies, cost=cost))
+    for one in heads:
+        if one.heads > 1:
+            cost = sum(costs.get(module.get_submodule(name), 0) for name in (*one.layers, one.output)) / one.heads
+            found.append(Family(one.name, one.scores(module, importance).numpy(), heads=one, cost=cost))
     return found
 
 
-def choose(found: list[Family], ratio: float, scope: Scope, round_to: int) -> dict[str, int]:
-    """Return how many channels stay of each family, when ``ratio`` of all leave: the least important, or of each."""
+def choose(found: list[Family], ratio: float, scope: Scope, round_to: int, *, by_cost: bool = False) -> dict[str, int]:
+    """Return how many channels stay of each family, when ``ratio`` of all leave: the least important, or of each.
+
+    ``by_cost`` weighs importance by one over the root of the channel's cost: on the way to a share of MACs, the same
+    damage buys more where channels are dear. The root, for importance is a mean of 1 in every family, not a loss.
+    """
     import numpy as np
 
     if scope == "layer":
         return {one.name: one.kept(one.size * (1 - ratio), round_to) for one in found}
-    everything = np.sort(np.concatenate([one.scores for one in found]))
+    scores = {one.name: one.scores / math.sqrt(one.cost if by_cost and one.cost else 1.0) for one in found}
+    everything = np.sort(np.concatenate([*scores.values()]))
     limit = everything[min(len(everything) - 1, int(len(everything) * ratio))]
     # a tenth of every layer stays: a layer without channels ends the network, however small its weights are
-    return {one.name: one.kept(max(one.size / 10, float((one.scores >= limit).sum())), round_to) for one in found}
+    return {one.name: one.kept(max(one.size / 10, float((scores[one.name] >= limit).sum())), round_to) for one in found}
 
 
 def cut(model: Model, module: nn.Module, found: list[Family], kept: Mapping[str, int]) -> None:
@@ -177,6 +188,37 @@ def _scorer(importance: Importance) -> Any:  # noqa: ANN401  # torch_pruning has
     if importance == "taylor":
         return kinds.GroupTaylorImportance()
     return kinds.GroupMagnitudeImportance(p=1 if importance == "l1" else 2)
+
+
+def _costs(model: Model, module: nn.Module) -> dict[nn.Module, float]:
+    """Return the multiply-accumulates of every convolution and linear layer for one sample."""
+    import torch
+
+    found: dict[nn.Module, float] = {}
+
+    def count(layer: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        found[layer] = float(layer.weight.numel()) * output.numel() / _width(layer)  # type: ignore[operator,union-attr]  # a tensor
+
+    hooks = [part.register_forward_hook(count) for part in module.modules() if isinstance(part, _roots())]
+    with torch.no_grad():
+        module(*example(model))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _width(layer: Any) -> int:  # noqa: ANN401  # a convolution or a linear layer
+    return int(layer.out_channels if hasattr(layer, "out_channels") else layer.out_features)
+
+
+def _shares(group: Any, tree: Any, costs: Mapping[nn.Module, float]) -> Iterator[float]:  # noqa: ANN401  # torch_pruning has no types
+    """Give what one channel of a group costs in each layer that makes or reads it."""
+    for dep, indices in group:
+        layer = dep.target.module
+        if layer in costs:
+            is_output = tree.is_out_channel_pruning_fn(dep.handler)
+            width = (tree.get_out_channels if is_output else tree.get_in_channels)(layer)
+            yield costs[layer] * len(indices) / width / max(1, len(group[0].idxs))
 
 
 def _copies(group: Any) -> int:  # noqa: ANN401  # torch_pruning has no types

@@ -9,7 +9,7 @@ from fakes import digits
 
 from edgekit import workload
 from edgekit.compress import compress, evaluate
-from edgekit.compress.dependencies import channel_padding, choose, cut, families
+from edgekit.compress.dependencies import Family, channel_padding, choose, cut, families, size
 from edgekit.compress.latency import Compared
 from edgekit.compress.passes.prune import Prune, _feel, _timed
 from edgekit.compress.passes.quantize import Quantize
@@ -447,3 +447,22 @@ def test_padded_channels_are_seen_and_padded_pixels_are_not():
 
     assert len(channel_padding(workload.from_module("a", Padded().eval(), Data(Split({"x": images}))))) == 1
     assert not channel_padding(workload.from_module("b", Bordered().eval(), Data(Split({"x": images}))))
+
+
+def test_on_the_way_to_a_goal_dear_channels_leave_before_cheap_ones():
+    scores = np.linspace(0.5, 1.5, 10)
+    dear, cheap = (Family(name, scores, cost=cost) for name, cost in (("dear", 400.0), ("cheap", 100.0)))
+    assert choose([dear, cheap], 0.4, "global", 1) == {"dear": 6, "cheap": 6}
+    kept = choose([dear, cheap], 0.4, "global", 1, by_cost=True)
+    assert kept["dear"] < 5
+    assert kept["cheap"] > 7
+
+
+def test_the_cost_of_a_channel_is_what_leaving_it_saves():
+    model = digits.model()
+    whole = size(model, copy.deepcopy(model.network.module))[0]
+    for one in families(model, copy.deepcopy(model.network.module), "l2"):
+        module = copy.deepcopy(model.network.module)
+        others = families(model, module, "l2")
+        cut(model, module, others, {other.name: other.size - (other.name == one.name) for other in others})
+        assert whole - size(model, module)[0] == pytest.approx(one.cost, rel=0.15)

@@ -110,7 +110,7 @@ class _Work:
         tried: dict[tuple[int, ...], nn.Module] = {}
 
         def candidate(ratio: float) -> nn.Module:
-            kept = choose(found, ratio, options.scope, options.round_to)
+            kept = choose(found, ratio, options.scope, options.round_to, by_cost=bool(options.macs or options.latency))
             key = tuple(kept[one.name] for one in found)
             if key not in tried:
                 tried[key] = copy.deepcopy(module)
