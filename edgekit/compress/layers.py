@@ -137,7 +137,8 @@ def with_parameters(model: Model, changes: Mapping[str, Change]) -> Model:
     with extra("compress"):
         import torch
     traced = isinstance(model.network.module, torch.fx.GraphModule)
-    module = trace(model).module(check_guards=False) if traced else copy.deepcopy(model.network.module)
+    # a traced graph shares its tensors with the network it came from
+    module = copy.deepcopy(trace(model).module(check_guards=False) if traced else model.network.module)
     if not traced:  # parameters that several names share keep being one
         module.eval()
     for name, change in changes.items():

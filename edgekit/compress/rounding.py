@@ -26,7 +26,7 @@ def round_value(values: torch.Tensor, limits: Range) -> torch.Tensor:
 
 def round_dynamically(values: torch.Tensor) -> torch.Tensor:
     """Return an activation rounded to 8 bits by the range it has now, the whole tensor together."""
-    low, high = float(values.min()), float(values.max())
+    low, high = float(values.detach().min()), float(values.detach().max())
     return round_value(values, Range(low, high))
 
 
