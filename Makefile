@@ -38,9 +38,11 @@ check: $(READY) ## Lint, types, layers, and the README against reality
 
 bench: $(READY) ## Run every benchmark; JSON goes to bench-out/
 	@mkdir -p bench-out
-	@status=0; for script in benchmarks/[a-z]*.py; do \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]' || echo "peers are missing"
+	@status=0; for script in benchmarks/[a-z]*.py benchmarks/compress/[a-z]*.py; do \
 		echo "== $$script"; \
-		$(BIN)/python "$$script" --json "bench-out/$$(basename "$$script" .py).json" || status=1; \
+		name=$$(echo "$${script#benchmarks/}" | tr / -); \
+		$(BIN)/python "$$script" --json "bench-out/$${name%.py}.json" || status=1; \
 	done; exit $$status
 
 clean: ## Remove the environment and everything that was built

@@ -49,8 +49,9 @@ NEAR = 0.05
 
 @dataclass(frozen=True)
 class Found:
-    """One contender on one network: a value a seed."""
+    """One contender on one network: a value a seed, and the pictures it got right on average over the seeds."""
 
+    right: Array | None = None
     drops: tuple[float, ...] = ()
     noise: tuple[float, ...] = ()
     seconds: float = 0
@@ -129,16 +130,18 @@ def _job(subject: Subject, folder: Path, seed: int, contender: str, options: dic
 
 
 def _compete(subject: Subject, reference: Array, jobs: list[_peers.Job]) -> Found:
-    labels, drops, noise, done = _labels(subject), [], [], []
+    labels, right, drops, noise, done = _labels(subject), [], [], [], []
     for job in jobs:
         one = _peers.run_apart(job)
         if one.error:
             return Found(error=one.error)
         given = np.load(one.scores) if one.scores else scores(Path(job.out), subject.test.inputs)
+        right.append(given.argmax(1) == labels)
         drops.append(top1(reference, labels) - top1(given, labels))
         noise.append(sqnr(given, reference))
         done.append(one)
     return Found(
+        right=np.mean(right, axis=0),
         drops=tuple(drops),
         noise=tuple(noise),
         seconds=min(one.seconds for one in done),
@@ -171,11 +174,21 @@ def _drop_row(name: str, who: str, one: Found, goal: str) -> Row:
     return Row(what, one.drop, "points", goal=goal)
 
 
+def _lead(peer: Found, ours: Found) -> float:
+    """Return by how many standard errors a peer is ahead, picture by picture: below 2 is chance."""
+    assert peer.right is not None, "it has been judged"
+    assert ours.right is not None, "it has been judged"
+    ahead = peer.right - ours.right
+    error = float(ahead.std()) / len(ahead) ** 0.5
+    return float(ahead.mean()) / error if error else 0.0
+
+
 def _against(name: str, ours: Found, others: dict[str, Found]) -> list[Row]:
     best = min(others, key=lambda who: others[who].drop)
     clearest = max(others, key=lambda who: others[who].clear)
     rows = [
         Row(f"{name}: drop, {OURS}", ours.drop, "points", best, others[best].drop, "value <= peer"),
+        Row(f"{name}: lead of the best peer, {best}, in standard errors", _lead(others[best], ours), ""),
         Row(f"{name}: SQNR of the logits, {OURS}", ours.clear, "dB", clearest, others[clearest].clear, "value >= peer"),
     ]
     equal = {who: one for who, one in others.items() if one.drop <= ours.drop + NEAR} or others
