@@ -197,7 +197,7 @@ def _costs(model: Model, module: nn.Module) -> dict[nn.Module, float]:
     found: dict[nn.Module, float] = {}
 
     def count(layer: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        found[layer] = float(layer.weight.numel()) * output.numel() / _width(layer)  # type: ignore[operator,union-attr]  # a tensor
+        found[layer] = float(layer.weight.numel()) * output.numel() / _width(layer)  # type: ignore[operator]  # a tensor
 
     hooks = [part.register_forward_hook(count) for part in module.modules() if isinstance(part, _roots())]
     with torch.no_grad():

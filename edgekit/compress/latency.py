@@ -5,9 +5,11 @@ Measures float networks, through ONNX Runtime or PyTorch itself. Decides nothing
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,15 +89,16 @@ def _onnx(model: Model) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         try:
-            torch.onnx.export(
-                program,
-                f=path,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-                input_names=names[0],
-                output_names=names[1],
-            )
+            with _quiet():
+                torch.onnx.export(
+                    program,
+                    f=path,
+                    dynamo=True,
+                    external_data=False,
+                    verbose=False,
+                    input_names=names[0],
+                    output_names=names[1],
+                )
         except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
             raise CompressionError(
                 f"the latency of {model.name} cannot be measured as ONNX: {first_line(error)}", 'set timed = "torch"'
@@ -107,6 +110,19 @@ def _seconds(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's advice to itself."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 @contextmanager

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's number and how many there are, as ``torchrun`` says; 0 and 1 where it did not start us."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @dataclass(frozen=True)
 class Crew:
     """This process among all that train together."""
@@ -74,15 +81,15 @@ def crew() -> Iterator[Crew]:
     import torch
     from torch import distributed
 
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    rank, size = rank_and_size()
+    if size == 1:
         yield Crew(0, 1)
         return
     joined = distributed.is_initialized()
     if not joined:
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield Crew(int(os.environ["RANK"]), size)
+        yield Crew(rank, size)
     finally:
         if not joined:
             distributed.destroy_process_group()

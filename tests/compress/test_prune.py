@@ -374,6 +374,13 @@ def test_latency_is_measured_and_stands_beside_the_macs():
     assert 0 < measured["ms"] < measured["ms_before"]
 
 
+def test_several_processes_cannot_measure_one_latency(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CompressionError, match="would measure another"):
+        Prune(latency=0.5, epochs=0).apply(small(), silent)
+
+
 def test_latency_through_onnx_runtime():
     measured = Prune(ratio=0.5, epochs=0, timed="onnx").apply(wide(), silent).lineage[-1].measured
     assert 0 < measured["ms"] < 0.8 * measured["ms_before"]

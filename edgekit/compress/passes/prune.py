@@ -20,6 +20,7 @@ from edgekit.compress.dependencies import (
 from edgekit.compress.latency import Compared, Stopwatch
 from edgekit.compress.losses import Labels, Seen, truth_of
 from edgekit.compress.passes._learning import LearningPass, recovery, train_split, trainable
+from edgekit.compress.processes import rank_and_size
 from edgekit.compress.training import train
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
@@ -77,6 +78,11 @@ class Prune(LearningPass, frozen=True, kw_only=True):
         network = trainable(model, "prune")
         if self.macs and self.latency:
             raise CompressionError(f"macs {self.macs} and latency {self.latency} are both asked for", "drop one")
+        if self.latency and rank_and_size()[1] > 1:
+            raise CompressionError(
+                f"latency {self.latency} is measured, and each of the processes would measure another",
+                "prune in one process, or ask for macs",
+            )
         if self.epochs:
             train_split(model, "prune", "recover on:give data with one, or set epochs = 0 to only cut")
         work = _Work(model, network, self, progress)
