@@ -152,3 +152,22 @@ def from_os(error: OSError, what: str) -> EdgekitError:
     path = error.filename2 or error.filename  # of a rename that failed, the name that a person gave
     place = f": {path}" if path else ""
     return ResourceError(f"{what}: {error.strerror or error}{place}", hint)
+
+
+_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "bad allocation", "failed to allocate memory")
+
+
+def out_of_memory(error: BaseException) -> ResourceError | None:
+    """Return the error of a machine whose memory ran out, if that is what ``error`` or its cause says.
+
+    PyTorch and ONNX Runtime raise a plain RuntimeError then.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, MemoryError) or any(word in str(found).lower() for word in _MEMORY):
+            return ResourceError(
+                "out of memory: nothing was half-written",
+                "use a smaller batch or fewer calibration samples in the recipe, or a machine with more memory",
+            )
+        found = found.__cause__
+    return None

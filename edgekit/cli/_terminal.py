@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekit.errors import EdgekitError, ResourceError, from_os
+from edgekit.errors import EdgekitError, from_os, out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,12 +36,12 @@ class Terminal:
     def say(self, text: str = "") -> None:
         """Tell a person something."""
         if not (self.as_json or self.quiet):
-            self._wipe()
+            self.wipe()
             click.echo(text)
 
     def warn(self, text: str) -> None:
         """Tell a person on stderr, also under ``--quiet``."""
-        self._wipe()
+        self.wipe()
         click.echo(f"warning: {text}", err=True)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -63,13 +63,14 @@ class Terminal:
             self._what, self._started, self._drawn = work, now, 0.0
         self._done = done
         if total and done >= total:
-            self._wipe()
+            self.wipe()
         elif now - self._drawn >= REDRAW_SECONDS:
             self._drawn = now
             width = shutil.get_terminal_size().columns - 1
             click.echo(f"\r\x1b[K{bar(what, done, total, now - self._started)[:width]}", err=True, nl=False)
 
-    def _wipe(self) -> None:
+    def wipe(self) -> None:
+        """Take the bar away."""
         if self._what:
             self._what = ""
             click.echo("\r\x1b[K", err=True, nl=False)
@@ -110,13 +111,16 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], click.Command]: 
             try:
                 function(terminal, **parameters)
             except EdgekitError as error:
-                fail(terminal, error, debug=debug)
+                fail(terminal, out_of_memory(error) or error, debug=debug)
             except BrokenPipeError:  # `edgekit … | head` is no error: click ends it quietly
                 raise
             except OSError as error:
                 fail(terminal, from_os(error, click.get_current_context().info_name or "edgekit"), debug=debug)
-            except MemoryError:
-                fail(terminal, ResourceError("out of memory", "use a smaller batch or a smaller model"), debug=debug)
+            except (MemoryError, RuntimeError) as error:
+                lack = out_of_memory(error)
+                if lack is None:
+                    raise
+                fail(terminal, lack, debug=debug)
 
         made: click.Command = click.command(**settings)(run)
         made.params += [
@@ -138,7 +142,7 @@ def finite(_context: click.Context, _option: click.Parameter, value: float | Non
 
 def fail(terminal: Terminal, error: EdgekitError, *, debug: bool = False) -> None:
     """Print the error and its hint, and leave with its exit code."""
-    terminal._wipe()  # noqa: SLF001  # the same room
+    terminal.wipe()
     if debug:
         traceback.print_exception(error)
     click.echo(f"error: {error.message}", err=True)

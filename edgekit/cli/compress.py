@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,11 +11,19 @@ import click
 import msgspec
 
 from edgekit.cli import _ladder
+from edgekit.cli._stopping import told_when_stopped
 from edgekit.cli._terminal import Terminal, command
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edgekit.cli._speed import Speed
+    from edgekit.compress.cache import Cache
+    from edgekit.compress.origin import Sources
+    from edgekit.compress.outcome import Outcome, Stages
     from edgekit.compress.recipe import Recipe
     from edgekit.model import Data, Model
+    from edgekit.progress import Progress
 
 
 @command(
@@ -23,7 +33,8 @@ if TYPE_CHECKING:
 
     SOURCE is file.py:build or package.module:build (a function that returns a torch.nn.Module), an .onnx file, or a
     folder that this command wrote. Without --recipe the model is quantized to int8. The folder OUT is written in one
-    step at the end; export it with `edgekit export`.
+    step at the end, with a report, a model card and a bill of materials; export it with `edgekit export`. Finished
+    passes are cached: what was interrupted goes on when the same command runs again.
     """,
 )
 @click.argument("source")
@@ -32,6 +43,9 @@ if TYPE_CHECKING:
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="Recipe in TOML; default: int8.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Seed for every pass that has one.")
+@click.option("--cache", "cache_folder", type=click.Path(path_type=Path), help="Where finished passes are kept.")
+@click.option("--no-cache", is_flag=True, help="Keep nothing for a later run.")
+@click.option("--no-latency", is_flag=True, help="Measure no milliseconds: quicker.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes, and stop.")
 @_ladder.options
 def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter is an option of the command line
@@ -43,13 +57,16 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     recipe_file: Path | None,
     output: Path,
     seed: int | None,
+    cache_folder: Path | None,
+    no_cache: bool,
+    no_latency: bool,
     dry_run: bool,
     wanted: _ladder.Wanted,
 ) -> None:
     """Load, compress, measure, save."""
     from edgekit import workload
-    from edgekit.compress import compress
     from edgekit.compress import recipe as recipes
+    from edgekit.compress.origin import sources_of
 
     searches = wanted.is_ladder(recipe_file)
     recipe = recipes.read(recipe_file) if recipe_file else recipes.default()
@@ -57,56 +74,124 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
         recipe = recipe.with_seed(seed)
     workload.refuse_foreign(output)
     model = workload.load(source, checkpoint, workload.load_data(data_source) if data_source else None)
-    if searches:
-        _search(terminal, _ladder.Search(terminal, model, wanted, compress), output, dry_run=dry_run)
-        return
-    if dry_run:
+    if dry_run and not searches:
         _show_plan(terminal, model, recipe, output)
         return
-    compressed = compress(model, recipe, terminal.progress)
-    terminal.result(_keep(terminal, model, compressed, output, {"recipe.toml": recipes.encode(recipe).encode()}))
+    told = "nothing was written" if no_cache else "the same command goes on from the last finished pass"
+    with told_when_stopped(terminal, told):
+        cache = None if no_cache else _cache(cache_folder)
+        job = _Job(terminal, model, output, cache, wanted.metric, sources_of(source, checkpoint, data_source))
+        speed = None if no_latency else _speed_of(model)
+        if searches:
+            _search(job, wanted, speed, dry_run=dry_run)
+        else:
+            terminal.result(_keep(job, *_run(job, recipe, speed)))
 
 
-def _keep(
-    terminal: Terminal, model: Model, compressed: Model, output: Path, files: dict[str, bytes]
-) -> dict[str, object]:
-    """Read test, write the folder, and tell what the compression cost."""
-    from edgekit import workload
+@dataclass(frozen=True)
+class _Job:
+    """What a run of the command works on, and how it speaks."""
 
-    before, after = _judge(model, compressed)
-    workload.save(compressed, output, files)
-    terminal.table(["", "before", "after"], [[name, *_written(name, before, after)] for name in after])
-    terminal.say(f"\nwrote {output}  ({compressed.precision}; next: edgekit export {output} --target x86-64 -o BUNDLE)")
-    lineage = [{"name": s.name, "options": s.options, "measured": s.measured} for s in compressed.lineage]
-    document = {"output": str(output), "precision": compressed.precision, "lineage": lineage}
-    return {**document, "before": before, "after": after}
+    terminal: Terminal
+    model: Model
+    output: Path
+    cache: Cache | None
+    metric: str | None
+    sources: Sources
+
+    def compress(
+        self, model: Model, recipe: Recipe, progress: Progress, follow: Callable[[Model], None] | None = None
+    ) -> Model:
+        """Run a recipe, passes from the cache where they are there."""
+        from edgekit.compress import compress
+
+        return compress(model, recipe, progress, metric=self.metric, cache=self.cache, follow=follow)
 
 
-def _search(terminal: Terminal, search: _ladder.Search, output: Path, *, dry_run: bool) -> None:
+def _cache(folder: Path | None) -> Cache:
+    from edgekit.compress.cache import Cache, default_folder
+
+    return Cache(folder or default_folder())
+
+
+def _speed_of(model: Model) -> Speed:
+    from edgekit.cli._speed import Speed
+
+    return Speed(model)
+
+
+def _stages(model: Model, speed: Speed | None) -> Stages:
+    from edgekit.compress.outcome import Stages
+
+    return Stages(model, speed.compare if speed else None, speed.note if speed else "not measured")
+
+
+def _run(job: _Job, recipe: Recipe, speed: Speed | None) -> tuple[Outcome, dict[str, bytes]]:
+    """Compress by a recipe, and measure every stage on the way."""
+    stages = _stages(job.model, speed)
+    compressed = job.compress(job.model, recipe, job.terminal.progress, stages.seen)
+    return _outcome(job, compressed, recipe, stages), {}
+
+
+def _search(job: _Job, wanted: _ladder.Wanted, speed: Speed | None, *, dry_run: bool) -> None:
     """Climb the ladder and keep the best candidate; a missed budget is an error all the same."""
-    from edgekit.compress import recipe as recipes
-
+    search = _ladder.Search(job.terminal, job.model, wanted, job.compress)
     plan = search.show_plan()
     if dry_run:
-        terminal.result({**plan, "output": str(output), "dry_run": True})
+        job.terminal.result({**plan, "output": str(job.output), "dry_run": True})
         return
     climb = search.climb()
-    blamed = search.blamed(climb)
-    told = search.document(climb, blamed)
-    files = {
-        "recipe.toml": recipes.encode(climb.best.recipe).encode(),
-        "ladder.json": msgspec.json.format(msgspec.json.encode(told)),
-    }
-    terminal.say()
-    document = {**_keep(terminal, search.model, search.marked(climb), output, files), "ladder": told}
-    error = search.error(climb, blamed, output)
+    search.tell_blame(climb)
+    told = search.document(climb)
+    stages = _stages(job.model, speed)
+    for tried in climb.tries:
+        if tried.reached is not None and tried is not climb.best:
+            stages.note_try(tried.rung, tried.reached.bytes, tried.reached.value)
+    best = search.marked(climb)
+    stages.seen(best)
+    job.terminal.say()
+    outcome = _outcome(job, best, climb.best.recipe, stages)
+    files = {"ladder.json": msgspec.json.format(msgspec.json.encode(told))}
+    document = {**_keep(job, outcome, files), "ladder": told}
+    error = search.error(climb, job.output)
     if error is None:
-        terminal.result(document)
+        job.terminal.result(document)
         return
     told_error = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
-    terminal.result({**document, "error": {**told_error, "exit_code": error.exit_code}})
+    job.terminal.result({**document, "error": {**told_error, "exit_code": error.exit_code}})
     click.echo(f"error: {error.message}\nhint: {error.hint}", err=True)
     click.get_current_context().exit(error.exit_code)
+
+
+def _outcome(job: _Job, compressed: Model, recipe: Recipe, stages: Stages) -> Outcome:
+    from edgekit.compress.origin import origin_of
+    from edgekit.compress.outcome import outcome_of
+
+    made_of = recipe, origin_of(job.model, recipe, job.sources)
+    return outcome_of(job.model, compressed, made_of, stages, metric=job.metric, progress=job.terminal.progress)
+
+
+def _keep(job: _Job, outcome: Outcome, files: dict[str, bytes]) -> dict[str, object]:
+    """Write the folder, tell a person what is in it, and return that for a program."""
+    from edgekit.compress import output as outputs
+
+    terminal, output, table = job.terminal, job.output, outcome.table()
+    terminal.progress("write", 0, 0)
+    digest = outputs.write(outcome, output, files)
+    terminal.table(["", "before", "after"], [[n, _figure(n, one), _figure(n, two)] for n, (one, two) in table.items()])
+    for warning in (*outcome.warnings, *(job.cache.notes if job.cache else ())):
+        terminal.warn(warning)
+    compressed = outcome.compressed
+    terminal.say(f"\nwrote {output}  ({compressed.precision}; next: edgekit export {output} --target x86-64 -o BUNDLE)")
+    terminal.say(f"report {output / 'report.html'}\ndigest {digest}")
+    return {
+        "output": str(output),
+        "digest": digest,
+        "lineage": [{"name": s.name, "options": s.options, "measured": s.measured} for s in compressed.lineage],
+        "files": {path.name: str(path) for path in sorted(output.iterdir())},
+        "cache": {"found": len(job.cache.found), "kept": len(job.cache.kept)} if job.cache else {},
+        **outputs.figures(outcome),
+    }
 
 
 def _show_plan(terminal: Terminal, model: Model, recipe: Recipe, output: Path) -> None:
@@ -116,7 +201,7 @@ def _show_plan(terminal: Terminal, model: Model, recipe: Recipe, output: Path) -
         terminal.say(f"{'input ' if tensor in model.inputs else 'output'}  {tensor}")
     sizes = _split_sizes(model.data)
     terminal.say(f"data    {', '.join(f'{name} {size}' for name, size in sizes.items()) or 'none'}")
-    for step, needed in zip(steps, seconds or [None] * len(steps), strict=True):
+    for step, needed in zip(steps, seconds or itertools.repeat(None, len(steps)), strict=True):
         options = ", ".join(f"{key}={value}" for key, value in step.items() if key != "name")
         about = "" if needed is None else f"  (about {_ladder.duration(needed)})"
         terminal.say(f"pass    {step['name']}: {options or 'no options'}{about}")
@@ -131,25 +216,12 @@ def _split_sizes(data: Data | None) -> dict[str, int]:
     return {name: len(split) for name, split in splits.items() if split is not None}
 
 
-def _judge(model: Model, compressed: Model) -> tuple[dict[str, float], dict[str, float]]:
-    """Measure both models: on validation, on test (read here and nowhere else), and by size."""
-    from edgekit.compress import evaluate
-
-    before = evaluate.figures(model, model)
-    after = {name: compressed.lineage[-1].measured[name] for name in before}
-    test = model.data.test if model.data else None
-    if model.task == "classification" and test is not None and len(test):
-        for figures, judged in ((before, model), (after, compressed)):
-            kind, value = evaluate.score(judged, model, test)
-            figures[f"test_{kind}"] = value
-    return before, after
-
-
-def _written(name: str, before: dict[str, float], after: dict[str, float]) -> tuple[str, str]:
-    return _figure(name, before[name]), _figure(name, after[name])
-
-
 def _figure(name: str, value: float) -> str:
     if name == "bytes":
         return f"{value / (1 << 20):.3f} MiB"
-    return f"{value:,.0f}" if name == "parameters" else f"{value:.2%}"
+    if name in ("parameters", "macs"):
+        return f"{value:,.0f}"
+    if name == "latency_ms":
+        return f"{value:.3g}"
+    share = name.rpartition("_")[2] in ("top1", "top5", "agreement", "f1")
+    return f"{value:.2%}" if share else f"{value:.4g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -54,7 +55,7 @@ class Judge:
     """
 
     def __init__(self, reference: Model, split: Split, metric: Metric | str | None = None) -> None:
-        self.metric = metric if isinstance(metric, Metric) else metrics.choose(metric, reference)
+        self.metric = metric if isinstance(metric, Metric) else metrics.choose(metric, _judged_on(reference, split))
         self._split, self._size = whole_batches(reference, split)
         if not len(self._split):
             raise UsageError("there is no sample to judge a model by", "give a validation or test split")
@@ -134,6 +135,11 @@ class Judge:
         else:
             found = _by_part(labels, lambda chosen: self.metric.figure(rows[chosen]))
         return {names[int(c)] if int(c) < len(names) else c: value for c, value in found.items()}
+
+
+def _judged_on(model: Model, split: Split) -> Model:
+    """Return the model as if ``split`` were all it is judged on: another may have labels that this one lacks."""
+    return replace(model, data=model.data and replace(model.data, validation=split, test=None))
 
 
 def judge(model: Model, reference: Model, split: Split, metric: Metric | str | None = None) -> Score:

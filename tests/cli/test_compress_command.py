@@ -1,6 +1,7 @@
 """`edgekit compress` as a person meets it: a table, a folder, or a sentence that says what to change."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -16,8 +17,9 @@ from edgekit.cli import cli
 pytest.importorskip("torch")
 
 
-def run(*arguments, source=digits.BUILD, data=digits.DATA, weights=True):
+def run(*arguments, source=digits.BUILD, data=digits.DATA, weights=True, plain=True):
     line = ["compress", source, *map(str, arguments)]
+    line += ["--no-latency", "--no-cache"] if plain else []
     line += ["--data", data] if data else []
     line += ["--checkpoint", str(digits.checkpoint())] if weights else []
     return CliRunner().invoke(cli, line)
@@ -38,7 +40,7 @@ def test_without_a_recipe_the_model_becomes_int8_and_the_table_tells_the_cost(tm
     done = run("-o", tmp_path / "out")
     assert done.exit_code == 0, done.output
     table = rows(done.output)
-    assert list(table) == ["", "parameters", "bytes", "validation_top1", "test_top1"]
+    assert list(table) == ["", "parameters", "bytes", "macs", "validation_top1", "test_top1"]
     for name in ("validation_top1", "test_top1"):
         before, after = (float(cell.rstrip("%")) for cell in table[name])
         assert before > 95
@@ -84,8 +86,8 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path):
 
 def test_without_labels_agreement_with_the_float_network_is_told(tmp_path):
     data = digits.model().data
-    arrays = {f"{name}.image": getattr(data, name).inputs["image"] for name in ("calibration", "validation")}
-    np.savez(tmp_path / "d.npz", **arrays, **{"test.image": arrays["validation.image"], "test.labels": [0] * 268})
+    arrays = {f"{name}.image": split.inputs["image"] for name, split in data.splits().items()}
+    np.savez(tmp_path / "d.npz", **arrays, **{"test.labels": [0] * 400})
     done = run("-o", tmp_path / "out", data=str(tmp_path / "d.npz"))
     assert done.exit_code == 0, done.output
     table = rows(done.output)
@@ -158,7 +160,7 @@ def test_killed_in_the_middle_leaves_the_old_result_and_a_second_run_works(tmp_p
     out = tmp_path / "out"
     workload.save(digits.model(), out)
     line = [sys.executable, "-c", "from edgekit.cli import main; main()", "compress", digits.BUILD]
-    line += ["--data", digits.DATA, "--checkpoint", str(digits.checkpoint()), "-o", str(out)]
+    line += ["--data", digits.DATA, "--checkpoint", str(digits.checkpoint()), "-o", str(out), "--no-cache"]
     child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(seconds)
     child.kill()
@@ -167,3 +169,45 @@ def test_killed_in_the_middle_leaves_the_old_result_and_a_second_run_works(tmp_p
     assert run("-o", out).exit_code == 0
     assert workload.load(str(out)).precision == "int8"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_milliseconds_are_those_of_the_integers_beside_the_floats(tmp_path):
+    done = run("-o", tmp_path / "out", "--json", "--cache", tmp_path / "cache", plain=False)
+    document = json.loads(done.stdout)
+    assert document["before"]["latency_ms"] > 0
+    assert document["after"]["latency_ms"] > 0
+    assert [stage["ms"] is not None for stage in document["stages"]] == [True, True]
+    assert "ONNX file for" in document["latency"]
+
+
+def test_a_latency_that_cannot_be_measured_is_said_and_stops_nothing(tmp_path):
+    (tmp_path / "n.py").write_text(
+        "import torch\n\nclass build(torch.nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n\n"
+        "    def forward(self, image):\n        return torch.special.bessel_j0(super().forward(image))\n"
+    )
+    source = f"{tmp_path / 'n.py'}:build"
+    done = run("-o", tmp_path / "out", "--no-cache", "--json", source=source, weights=False, plain=False)
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["latency"].startswith("not measured: ")
+    assert "latency_ms" not in document["after"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_it_says_in_one_line_that_the_same_command_goes_on(tmp_path, number, code):
+    long = recipe(tmp_path, '[[pass]]\nname = "fold"\n[[pass]]\nname = "prune"\nepochs = 1000\n')
+    line = [sys.executable, "-m", "edgekit", "compress", digits.BUILD, "--data", digits.DATA, "--recipe", str(long)]
+    line += ["-o", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--no-latency"]
+    child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if list(tmp_path.glob("cache/*/entry.json")):
+            break
+        time.sleep(0.1)
+    time.sleep(1)  # in the middle of the training
+    child.send_signal(number)
+    out, said = child.communicate(timeout=60)
+    assert child.returncode == code
+    assert said.strip().splitlines()[-1] == "interrupted: the same command goes on from the last finished pass"
+    assert "Traceback" not in said + out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "r.toml"]
