@@ -14,7 +14,7 @@ from edgekit.cli._terminal import finite
 from edgekit.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from edgekit.cli._terminal import Terminal
     from edgekit.compress.blame import Suspect
@@ -142,10 +142,16 @@ class Search:
             weigh=self._scales.weigh,
             pace=estimate.pace(model, time.perf_counter),
             clock=time.monotonic,
+            diagnose=self._diagnose,
             limit=limit,
             progress=terminal.progress,
             told=self._tell_try,
         )
+
+    def _diagnose(self, candidate: Model) -> tuple[Suspect, ...]:
+        from edgekit.compress.blame import blame
+
+        return blame(candidate, self._scales.fidelity, self._terminal.progress)
 
     def show_plan(self) -> dict[str, object]:
         """Tell what will be tried and how long each may take; return it for a program."""
@@ -172,23 +178,19 @@ class Search:
         self._terminal.table(columns, [self._row(tried, climb) for tried in climb.tries])
         return climb
 
-    def blamed(self, climb: Climb) -> tuple[Suspect, ...]:
-        """Tell which layers the worst candidate suffered from."""
-        from edgekit.compress.blame import blame
+    def tell_blame(self, climb: Climb) -> None:
+        """Tell which layers broke the first candidate, and which the kept one still suffers from."""
+        for what, suspects in (
+            ("what broke the first candidate that lost too much:", climb.broke),
+            ("what the kept one still suffers from:", climb.left),
+        ):
+            if suspects:
+                self._terminal.say(f"\n{what}")
+            for suspect in suspects:
+                self._terminal.say(f"  {suspect.told}")
 
-        if climb.worst is None:
-            return ()
-        found = blame(climb.worst, self._scales.fidelity, self._terminal.progress)
-        if found:
-            self._terminal.say("\nwhat broke the candidate that lost most:")
-        for suspect in found:
-            self._terminal.say(f"  {suspect.told}")
-        return found
-
-    def document(self, climb: Climb, blamed: Sequence[Suspect]) -> dict[str, Any]:
+    def document(self, climb: Climb) -> dict[str, Any]:
         """Return all of it for a program and for the file ``ladder.json``."""
-        import msgspec
-
         budget = climb.budget
         return {
             "target": self._profile.name,
@@ -199,7 +201,8 @@ class Search:
             "missed": climb.misses,
             "before": self._scales.before,
             "tries": [_told(tried, is_best=tried is climb.best) for tried in climb.tries],
-            "blamed": [{**msgspec.to_builtins(suspect), "told": suspect.told} for suspect in blamed],
+            "broke": [_blamed(suspect) for suspect in climb.broke],
+            "left": [_blamed(suspect) for suspect in climb.left],
         }
 
     def marked(self, climb: Climb) -> Model:
@@ -223,7 +226,7 @@ class Search:
         lineage = climb.model.lineage
         return replace(climb.model, lineage=(*lineage[:old], step, *lineage[old:]))
 
-    def error(self, climb: Climb, blamed: Sequence[Suspect], output: Path) -> BudgetError | None:
+    def error(self, climb: Climb, output: Path) -> BudgetError | None:
         """Return the error that a missed budget is, None where all are kept."""
         reached = climb.best.reached
         if not climb.misses or reached is None:
@@ -236,7 +239,7 @@ class Search:
         left_out = [t for t in climb.tries if t.note.startswith("takes about")]
         ways = ["loosen it"]
         ways += [f"give more than --budget {self._wanted.time_budget}"] if left_out else []
-        ways += [f"look at {blamed[0].layer}"] if blamed else []
+        ways += [f"look at {climb.left[0].layer}"] if climb.left else []
         return BudgetError(
             f"no recipe keeps every budget: {'; '.join(words[kind] for kind in climb.misses)}",
             f"the best of {len([t for t in climb.tries if t.reached])} is kept in {output}, marked as missing it; "
@@ -289,6 +292,12 @@ def _latency(terminal: Terminal, model: Model, wanted: Wanted, profile: DevicePr
     from edgekit.cli._latency import TargetLatency
 
     return TargetLatency(model, profile, wanted.latency_of, terminal.progress)
+
+
+def _blamed(suspect: Suspect) -> dict[str, Any]:
+    import msgspec
+
+    return {**msgspec.to_builtins(suspect), "told": suspect.told}
 
 
 def _told(tried: Try, *, is_best: bool) -> dict[str, Any]:

@@ -97,3 +97,8 @@ class Reached:
     def rank(self, budget: Budget) -> tuple[float, float, float]:
         """Return what candidates are ordered by, the best first: budgets missed, loss, fidelity."""
         return sum(self.misses(budget).values()), self.drop, -self.fidelity
+
+    def promise(self, budget: Budget) -> tuple[float, ...]:
+        """Return by what candidates are ordered to build on: a lost point can be won back, a byte too many rarely."""
+        missed = self.misses(budget)
+        return (sum(missed.values()) - missed.get("drop", 0.0), *self.rank(budget))

@@ -7,7 +7,7 @@ nothing itself, and reads time only from the clock it is given.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from edgekit.compress.rungs import Settings
@@ -118,7 +118,7 @@ class Ladder:
         while open_rungs:
             rung = open_rungs.pop(0)
             place = f"{len(self.rungs) - len(open_rungs)}/{len(self.rungs)}"
-            for settings in rung.grow(state.settings, self.situation):
+            for settings in rung.grow(state.settings, state.situation):
                 helps = state.attempt(rung, settings, place)
                 if state.is_met:
                     return state.result()
@@ -136,13 +136,19 @@ class _State:
         self._started = ladder.clock()
         self._tries: list[Try] = []
         self._best: Try | None = None
+        self._base: Try | None = None
         self._kept: Model | None = None
         self._broke: tuple[Suspect, ...] | None = None
         self._spent = self._foretold = 0.0
 
     @property
     def settings(self) -> Settings:
-        return self._best.settings if self._best else Settings()
+        """What the next rung builds on."""
+        return self._base.settings if self._base else Settings()
+
+    @property
+    def situation(self) -> Situation:
+        return replace(self._ladder.situation, reached=self._base.reached if self._base else None)
 
     @property
     def cause(self) -> str:
@@ -197,6 +203,12 @@ class _State:
         budget = self._ladder.budget
         if self._best is None or self._best.reached is None or reached.rank(budget) < self._best.reached.rank(budget):
             self._best, self._kept = made, model
+        if (
+            self._base is None
+            or self._base.reached is None
+            or reached.promise(budget) < self._base.reached.promise(budget)
+        ):
+            self._base = made
         if self._broke is None and "drop" in reached.misses(budget):
             self._broke = self._diagnosed(model)
 
@@ -208,13 +220,13 @@ class _State:
 
     def _reason_against(self, rung: Rung, settings: Settings, seconds: float) -> str:
         """Say why a try is not begun, empty where it is."""
-        best = self._best
-        if best is None or best.reached is None:
+        base = self._base
+        if base is None or base.reached is None:
             return ""
         if any(t.settings == settings for t in self._tries):
             return "tried already"
         if not self._can_help(rung):
-            return f"cannot help: {' and '.join(sorted(best.reached.misses(self._ladder.budget)))} missed"
+            return f"cannot help: {' and '.join(sorted(base.reached.misses(self._ladder.budget)))} missed"
         left = math.inf
         if self._ladder.limit is not None:
             left = self._ladder.limit - (self._ladder.clock() - self._started)

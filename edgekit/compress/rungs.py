@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from edgekit.compress.blame import Cause
-    from edgekit.compress.budget import Budget, Kind
+    from edgekit.compress.budget import Budget, Kind, Reached
     from edgekit.compress.passes import CompressionPass
     from edgekit.model import Model
 
@@ -38,6 +38,7 @@ ORDER = (
     "quantize",
     "mixed_precision",
     "bias_correction",
+    "gptq",
     "adaround",
     "qat",
 )
@@ -45,6 +46,11 @@ ORDER = (
 
 MIXED_GROWTHS = (1.1, 1.3)
 """How much larger the weights may become so that the most sensitive layers get more bits."""
+
+MARGIN = 0.95
+"""How far below a budget pruning aims: the channels that are left are whole numbers."""
+QAT_SCHEDULES = ((3, 2e-4), (10, 1e-3))
+"""Epochs and learning rates: little first."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,10 @@ class Settings:
         found[name] = tuple({**dict(found.get(name, ())), **options}.items())
         return Settings(tuple(sorted(found.items(), key=lambda entry: ORDER.index(entry[0]))))
 
+    def without(self, *names: str) -> Settings:
+        """Leave passes out."""
+        return Settings(tuple(entry for entry in self.passes if entry[0] not in names))
+
     def option(self, name: str, key: str) -> Any:  # noqa: ANN401  # the same
         """Return an option that was put, None where none was."""
         return dict(dict(self.passes).get(name, ())).get(key)
@@ -72,7 +82,8 @@ class Settings:
 class Situation:
     """What decides which rungs there are: the model, the budgets, the target, the bits to begin with.
 
-    ``planned`` are the bytes of the weights at those bits, ``others`` of what stays float.
+    ``planned`` are the bytes of the weights at those bits, ``others`` of what stays float; ``reached`` is what the
+    candidate reached that is built on.
     """
 
     model: Model
@@ -81,6 +92,7 @@ class Situation:
     bits: int = 8
     planned: int = 0
     others: int = 0
+    reached: Reached | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +112,12 @@ class Rung:
     takes_onnx: bool = True
 
     def is_offered(self, situation: Situation) -> bool:
-        """Say whether the passes are there and the model's data suffice."""
-        data = situation.model.data
+        """Say whether the passes are there, the model's data suffice, and a budget is asked for that it mends."""
+        data, budget = situation.model.data, situation.budget
+        asked = {"drop", *(["size"] if budget.size else []), *(["latency"] if budget.latency else [])}
         return (
-            set(self.passes) <= set(plugins.names(PASSES))
+            bool(self.mends & asked)
+            and set(self.passes) <= set(plugins.names(PASSES))
             and not (self.trains and (data is None or data.train is None))
             and (self.takes_onnx or not isinstance(situation.model.network, OnnxNetwork))
         )
@@ -166,7 +180,11 @@ def _bias_correction(best: Settings, _situation: Situation) -> Iterable[Settings
 
 
 def _adaround(best: Settings, _situation: Situation) -> Iterable[Settings]:
-    yield best.put("adaround")
+    yield best.without("bias_correction", "gptq").put("adaround")
+
+
+def _gptq(best: Settings, _situation: Situation) -> Iterable[Settings]:
+    yield best.without("bias_correction").put("gptq")
 
 
 def _mixed_precision(best: Settings, situation: Situation) -> Iterable[Settings]:
@@ -178,6 +196,23 @@ def _mixed_precision(best: Settings, situation: Situation) -> Iterable[Settings]
             yield best.put("mixed_precision", widths=(wider, situation.bits), size=size)
 
 
+def _prune(best: Settings, situation: Situation) -> Iterable[Settings]:
+    """Cut as much as the budgets ask for: a layer that loses a share of its channels loses it on both sides."""
+    reached, budget = situation.reached, situation.budget
+    if reached is None:
+        yield best.put("prune")
+        return
+    if reached.latency and budget.latency and reached.latency > budget.latency:
+        yield best.put("prune", latency=round(MARGIN * budget.latency / reached.latency, 4))
+    elif budget.size and reached.bytes > budget.size:
+        yield best.put("prune", ratio=round(1 - math.sqrt(MARGIN * budget.size / reached.bytes), 4))
+
+
+def _qat(best: Settings, _situation: Situation) -> Iterable[Settings]:
+    for epochs, lr in QAT_SCHEDULES:
+        yield best.put("qat", epochs=epochs, lr=lr)
+
+
 RUNGS = (
     Rung(
         name="fold",
@@ -185,6 +220,15 @@ RUNGS = (
         passes=("quantize",),
         grow=_int8,
         mends=frozenset({"drop", "size", "latency"}),
+    ),
+    Rung(
+        name="prune",
+        does="remove channels until size and latency fit, and train what is left",
+        passes=("prune",),
+        grow=_prune,
+        mends=frozenset({"size", "latency"}),
+        trains=True,
+        takes_onnx=False,
     ),
     Rung(
         name="observers",
@@ -213,12 +257,27 @@ RUNGS = (
         passes=("bias_correction",),
         grow=_bias_correction,
     ),
+    Rung(
+        name="gptq",
+        does="round weights one by one, each making up for those before it",
+        passes=("gptq",),
+        grow=_gptq,
+        cures=frozenset({"weights"}),
+    ),
     Rung(name="adaround", does="learn which weights to round up or down", passes=("adaround",), grow=_adaround),
     Rung(
         name="mixed-precision",
         does="more bits for the layers that need them, chosen by an integer program",
         passes=("mixed_precision",),
         grow=_mixed_precision,
+    ),
+    Rung(
+        name="qat",
+        does="train with weights and activations rounded, taught by the float network",
+        passes=("qat",),
+        grow=_qat,
+        trains=True,
+        takes_onnx=False,
     ),
 )
 """In the order in which they are tried: what costs least stands first."""

@@ -78,3 +78,10 @@ def test_candidates_rank_by_what_they_miss_then_by_loss_then_by_fidelity():
         Reached(drop=0.4, value=1, bytes=900, fidelity=30),
     )
     assert sorted([far, near, fits, faithful], key=lambda r: r.rank(wanted)) == [faithful, fits, near, far]
+
+
+def test_what_is_built_on_fits_in_bytes_first_for_lost_points_can_be_won_back():
+    wanted = Budget(max_drop=0.5, size=1000)
+    cut, large = Reached(drop=9, value=1, bytes=900), Reached(drop=0, value=1, bytes=1200)
+    assert large.rank(wanted) < cut.rank(wanted)
+    assert cut.promise(wanted) < large.promise(wanted)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 from fakes import digits, planted
@@ -110,11 +111,33 @@ def test_a_float_model_has_nobody_to_blame():
 
 def test_a_size_that_nothing_reaches_ends_early_and_keeps_the_best():
     work = Workshop()
-    climb = ladder(planted.sound(), work, budget={"max_drop": 5.0, "size": 1000}).climb()
+    model = planted.sound()
+    bare = replace(model, data=replace(model.data, train=None))  # nothing to train on, so nothing can be cut off
+    climb = ladder(bare, work, budget={"max_drop": 5.0, "size": 1000}).climb()
     assert work.recipes == [["quantize"]]  # four bits at once, and no rung that could only mend the loss
     assert climb.misses.keys() == {"size"}
     assert climb.model.plan.bits == 4
     assert climb.tries[1].note == "cannot help: size missed"
+
+
+def test_what_is_too_large_for_four_bits_is_cut_and_trained():
+    model = planted.sound()
+    model = replace(model, data=replace(model.data, train=model.data.train.head(200)))
+    work = Workshop()
+    climb = ladder(model, work, budget={"max_drop": 100.0, "size": 20_000}, only=("fold", "prune")).climb()
+    assert work.recipes == [["quantize"], ["prune", "quantize"]]
+    assert climb.misses == {}
+    assert 10_000 < climb.best.reached.bytes <= 20_000
+    assert climb.best.reached.value > 0.8
+
+
+def test_rungs_that_mend_what_nobody_asked_for_are_not_offered():
+    def names(**budget):
+        return [rung.name for rung in ladder(planted.sound(), budget=budget).rungs]
+
+    assert "prune" not in names()
+    assert "prune" in names(size=9)
+    assert "prune" in names(latency=0.1)
 
 
 def test_four_bits_are_begun_with_where_eight_do_not_fit():
