@@ -129,7 +129,7 @@ def expected_of(variant: Variant, outputs: Mapping[str, Array], folder: Path) ->
     (folder / "golden" / "expected" / variant.name).mkdir(parents=True)
     for name, path in paths.items():
         (folder / path).write_bytes(_npy(outputs[name][:GOLDEN_SAMPLES]))
-    sqnr = 25.0 if variant.precision.startswith("int") else 40.0
+    sqnr = 25.0 if variant.precision.startswith(("int", "w", "mixed")) else 40.0
     return Expected(outputs=paths, min_sqnr_db=sqnr, min_top1_agreement=0.85)
 
 

@@ -60,7 +60,7 @@ def write(proto: onnx.ModelProto) -> bytes:
 
 def _from_file(network: OnnxNetwork) -> Graph:
     with extra("onnx"):
-        import onnx
+        pass
 
     proto = network.proto()
     _strip(proto)

@@ -7,6 +7,7 @@ else nobody (``unverified``, with the reason).
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -50,7 +51,14 @@ LIMITS = {
     "q8_0": Limit(25.0, 0.80),
     "q4_0": Limit(6.0, 0.10),
     "int8": Limit(10.0, 0.85),
-    "int4": Limit(5.0, 0.50),
+    "int8-dynamic": Limit(10.0, 0.85),
+    "int8-weights": Limit(15.0, 0.85),
+    "w4a8": Limit(3.0, 0.30),
+    "wmixeda8": Limit(3.0, 0.30),
+    "int4-weights": Limit(3.0, 0.30),
+    "int4-dynamic": Limit(3.0, 0.30),
+    "mixed-weights": Limit(3.0, 0.30),
+    "mixed-dynamic": Limit(3.0, 0.30),
 }
 """By precision. A faithful file is far above: fp32 100 dB and more, fp16 50, int8 20 to 30. The limits catch a wrong
 layout, scale or operator, which falls to 0 dB, not a model that quantizes badly: the validation data judges that.
@@ -133,7 +141,7 @@ def _run(variant: Variant, folder: Path, reference: Reference) -> dict[str, Arra
 def _judge(
     variant: Variant, reference: Reference, outputs: Mapping[str, Array], status: Status, *, reason: str = ""
 ) -> Parity:
-    limit = LIMITS.get(variant.precision)
+    limit = _limit(variant.precision)
     if limit is None:
         raise ExportError(
             f"{variant.name}: nobody knows what a {variant.precision} file must hold",
@@ -157,6 +165,16 @@ def _judge(
             _way_out(reference),
         )
     return parity
+
+
+def _limit(precision: str) -> Limit | None:
+    """Return what a file must hold; 5 and 6 bits are judged as 4 are, fewer than 4 only by running at all."""
+    if precision in LIMITS:
+        return LIMITS[precision]
+    found = re.fullmatch(r"(?:int|w)(\d)(a8|-weights|-dynamic)", precision)
+    if found is None:
+        return None
+    return LIMITS["w4a8"] if int(found[1]) >= 4 else Limit(0.0, 0.0)
 
 
 def _way_out(reference: Reference) -> str:

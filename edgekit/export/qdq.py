@@ -1,36 +1,43 @@
-"""Lowers a plan into ONNX QuantizeLinear/DequantizeLinear pairs. Knows no target.
+"""Lowers a static plan into ONNX QuantizeLinear/DequantizeLinear pairs. Knows no target.
 
-Ranges come from the plan where the file has the value; the others are measured on the calibration data.
+Integers of weights are those of the plan. Ranges come from the plan where the file has the value; the others are
+measured on the calibration data.
 """
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from edgekit.errors import ExportError, UsageError
-from edgekit.export.onnx_file import Graph, float_graph, write
-from edgekit.export.quiet import silence
-from edgekit.export.targets import Artifact
-from edgekit.manifest import Port
-from edgekit.model import TorchNetwork, whole_batches
+from edgekit import grid
+from edgekit.errors import UsageError
+from edgekit.export.onnx_file import Graph, write
+from edgekit.export.onnx_weights import WEIGHTED, Planned, Weights, planned_nodes, replace_nodes, store
+from edgekit.model import whole_batches
 from edgekit.plan import Range
-from edgekit.plugins import extra
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     import onnx
 
-    from edgekit.device_profiles import DeviceProfile
     from edgekit.model import Model, Split
-    from edgekit.plan import QuantizationPlan
     from edgekit.progress import Progress
     from edgekit.tensors import Array
 
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+SAME = (
+    "MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Expand", "Tile", "Identity",
+    "DepthToSpace", "SpaceToDepth", "Split", "Gather", "Dropout",
+)  # fmt: skip
+"""Operators that only move values: engines drop the pairs around them if both sides have the same scale."""
+
+ALL_INPUTS = ("MatMul", "Add", "Sub", "Mul", "Div", "Concat")
+FIRST_INPUT = (
+    "Conv", "ConvTranspose", "Gemm", "Relu", "Clip", "LeakyRelu", "Sigmoid", "Softmax", "AveragePool",
+    "GlobalAveragePool", "Resize", "Pad", *SAME,
+)  # fmt: skip
+SUMS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add")
+CLAMPS = ("Relu", "Clip")
 
 
 @dataclass(frozen=True)
@@ -53,138 +60,195 @@ def quantize(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> 
     """Return the graph with the model's plan lowered into it, and a note on where its ranges come from.
 
     Raises:
-        ExportError: the plan is weight-only, asks for other than 8 bits, or names a weight that the graph lacks.
+        ExportError: the plan names a weight that the graph lacks.
         UsageError: the model has no plan or no calibration data.
     """
     if model.plan is None or model.data is None:
         raise UsageError(f"{model.name} has no quantization plan", "compress it first: edgekit compress")
-    _refuse(model.plan)
-    prepared = _prepare(graph.proto)
-    found = planned_nodes(prepared, model, model.plan)
+    proto = type(graph.proto).FromString(graph.proto.SerializeToString())
+    weights = Weights(proto)
+    items = planned_nodes(weights, model, model.plan)
     planned = {graph.values.get(name, name): r for name, r in model.plan.activations.items()}
-    ranges = _complete(prepared, planned, whole_batches(model, model.data.calibration), progress)
-    with extra("export"):
-        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    weight_type, activation_type = _types(scheme)
-    skipped = [node.name for node in prepared.graph.node if node.op_type in _WEIGHTED and node.name not in found]
-    with silence():
-        quantizer = QDQQuantizer(
-            prepared,
-            per_channel=True,
-            reduce_range=False,
-            activation_qType=activation_type,
-            weight_qType=weight_type,
-            tensors_range=_tensors_data(ranges),
-            nodes_to_quantize=[],
-            nodes_to_exclude=skipped,
-            op_types_to_quantize=_operators(),
-            extra_options=_options(scheme, _whole_weights(prepared, found, model.plan)),
-        )
-        quantizer.quantize_model()
+    own = {item.node.output[0] for item in items}
+    nodes = [n for n in proto.graph.node if n.op_type not in WEIGHTED or n.output[0] in own]
+    wanted = _values(proto, nodes, weights)
+    missing = [name for name in wanted if name not in planned]
+    measured = measure(proto, missing, whole_batches(model, model.data.calibration), progress)
+    ranges = {name: r for name, r in ((n, planned.get(n, measured.get(n))) for n in wanted) if r is not None}
+    _share(nodes, ranges)
+    for item in items:
+        source = item.node.input[0]
+        if scheme.quantize_bias and source in ranges and _has_bias(weights, item):
+            input_scale = grid.activation_grid(ranges[source]).scale
+            roomy = _with_room(item, weights.array(item.node.input[2]), input_scale)
+            store(weights, roomy)
+            _store_bias(weights, item, input_scale)
+        else:
+            store(weights, item)
+    _insert(weights, ranges, scheme)
+    weights.drop_unused()
     mine = len(ranges.keys() & planned.keys())
-    note = f"activation ranges: {mine} from the plan, {len(ranges) - mine} measured on the calibration data"
-    return cast("onnx.ModelProto", quantizer.model.model), note
+    return proto, f"activation ranges: {mine} from the plan, {len(ranges) - mine} measured on the calibration data"
 
 
-def _refuse(plan: QuantizationPlan) -> None:
-    if not plan.activations:
-        raise ExportError(
-            "the plan is weight-only; these ONNX files hold weights and activations in 8 bits",
-            "quantize activations too, or use a Core ML or LiteRT target",
-        )
-    for name, rule in plan.weights.items():
-        if rule.bits != 8:
-            raise ExportError(
-                f"{name!r} wants {rule.bits}-bit weights; ONNX with quantized activations holds 8 bits",
-                "set bits = 8 in the recipe",
-            )
+def _values(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], weights: Weights) -> list[str]:
+    """List what quantized operators take and make, without what an engine fuses away or what is constant."""
+    found: dict[str, None] = {}
+    for node in nodes:
+        if node.op_type in ALL_INPUTS:
+            found |= dict.fromkeys(node.input)
+        elif node.op_type in FIRST_INPUT:
+            found |= dict.fromkeys(node.input[:1])
+        else:
+            continue
+        found |= dict.fromkeys(node.output)
+    skipped = fused_away(proto.graph) | weights.stored.keys() | {""}
+    made = {v.name for v in proto.graph.input} | {name for node in proto.graph.node for name in node.output}
+    return [name for name in found if name not in skipped and name in made]
 
 
-def _prepare(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Infer shapes and fold constants, as ONNX Runtime's quantizer expects."""
-    with extra("export"):
-        import onnx
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-    with tempfile.TemporaryDirectory() as scratch, silence():
-        before, after = Path(scratch, "float.onnx"), Path(scratch, "prepared.onnx")
-        before.write_bytes(write(proto))
-        quant_pre_process(str(before), str(after), skip_symbolic_shape=True)
-        return onnx.load(str(after))
-
-
-def planned_nodes(proto: onnx.ModelProto, model: Model, plan: QuantizationPlan) -> dict[str, str]:
-    """Return, for every node whose weight the plan names, the plan's name for it.
-
-    A weight that the exporter renamed (as a transposed copy) is known by its values.
-
-    Raises:
-        ExportError: the plan names a weight that no node of the graph uses.
-    """
-    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
-    weighted = {n.name: n.input[1] for n in proto.graph.node if n.op_type in _WEIGHTED and len(n.input) > 1}
-    found = {node: value for node, value in weighted.items() if value in plan.weights}
-    lost = plan.weights.keys() - set(found.values())
-    others = {node: constants[v] for node, v in weighted.items() if node not in found and v in constants}
-    found |= _by_content(others, {name: tensor for name, tensor in _parameters(model).items() if name in lost})
-    for name in sorted(plan.weights.keys() - set(found.values())):
-        raise ExportError(f"the plan quantizes {name!r}, which no ONNX node uses", "leave it out in the recipe")
-    return found
-
-
-def _parameters(model: Model) -> dict[str, Array]:
-    if not isinstance(model.network, TorchNetwork):
-        return {}
-    return {name: p.detach().numpy() for name, p in model.network.module.named_parameters()}
-
-
-def _by_content(nodes: Mapping[str, onnx.TensorProto], parameters: Mapping[str, Array]) -> dict[str, str]:
-    import numpy as np
-    from onnx import numpy_helper
-
-    found: dict[str, str] = {}
-    for node, tensor in nodes.items():
-        value = numpy_helper.to_array(tensor)
-        for name, parameter in parameters.items():
-            if np.array_equal(value, parameter) or np.array_equal(value, parameter.T):
-                found[node] = name
-    return found
-
-
-def _complete(
-    proto: onnx.ModelProto, planned: Mapping[str, Range], samples: tuple[Split, int], progress: Progress
-) -> dict[str, Range]:
-    values = _float_values(proto)
-    missing = [name for name in values if name not in planned]
-    found = {name: planned[name] for name in values if name in planned}
-    return found | measure(proto, missing, samples, progress)
-
-
-def _float_values(proto: onnx.ModelProto) -> list[str]:
-    """List activations: graph inputs and what nodes make, floats only."""
-    import onnx
-
-    graph = proto.graph
-    integer = {
-        v.name
-        for v in (*graph.value_info, *graph.input, *graph.output)
-        if v.type.tensor_type.elem_type != onnx.TensorProto.FLOAT
+def fused_away(graph: onnx.GraphProto) -> set[str]:
+    """Name the values that engines never make, because they fuse the clamp that follows."""
+    followers: dict[str, list[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            followers.setdefault(name, []).append(node.op_type)
+    shown = {value.name for value in graph.output}
+    return {
+        name
+        for node in graph.node
+        if node.op_type in SUMS
+        for name in node.output
+        if name not in shown and len(followers.get(name, [])) == 1 and followers[name][0] in CLAMPS
     }
-    names = [v.name for v in graph.input] + [name for node in graph.node for name in node.output if name]
-    return [name for name in names if name not in integer]
+
+
+def _share(nodes: Iterable[onnx.NodeProto], ranges: dict[str, Range]) -> None:
+    """Give what only moves values the range of what it moves."""
+    for node in nodes:
+        if node.op_type in SAME and node.input[0] in ranges:
+            for name in node.output:
+                if name in ranges:
+                    ranges[name] = ranges[node.input[0]]
+
+
+def _has_bias(weights: Weights, item: Planned) -> bool:
+    node = item.node
+    stored = len(node.input) > 2 and node.input[2] in weights.stored
+    return stored and item.rule.granularity != "group" and weights.array(node.input[2]).ndim == 1
+
+
+def _with_room(item: Planned, bias: Array, input_scale: float) -> Planned:
+    """Return the layer with scales so large that its bias fits into 32 bits.
+
+    Only a channel whose weights are next to nothing beside its bias, as dead ones are, has its scale changed.
+    """
+    import numpy as np
+
+    scales = grid.scales_of(item.values, item.rule)
+    least = np.abs(bias.astype(np.float64)) / (input_scale * 2**30)
+    least = least.reshape(scales.shape) if scales.size == least.size else least.max()
+    if (scales >= least).all():
+        return item
+    zeros = grid.zeros_of(item.values, item.rule) if item.rule.zeros else None
+    return replace(item, rule=grid.with_scales(item.rule, np.maximum(scales, least), zeros))
+
+
+def _store_bias(weights: Weights, item: Planned, input_scale: float) -> None:
+    """Store a bias as 32-bit integers, at the scale of the sums that it is added to."""
+    import numpy as np
+    from onnx import helper
+
+    node = item.node
+    bias = weights.array(node.input[2]).astype(np.float64)
+    stored = weights.array(f"{item.weight}_scale").astype(np.float64)
+    scale = np.broadcast_to(stored * input_scale, bias.shape).astype(np.float32)
+    name = f"{node.output[0]}_bias"
+    parts = [
+        weights.add(f"{name}_quantized", np.round(bias / scale).astype(np.int32)),
+        weights.add(f"{name}_scale", scale),
+        weights.add(f"{name}_zero_point", np.zeros(bias.shape, np.int32)),
+    ]
+    weights.nodes.append(helper.make_node("DequantizeLinear", parts, [f"{name}_dequantized"], name, axis=0))
+    node.input[2] = f"{name}_dequantized"
+
+
+def _insert(weights: Weights, ranges: Mapping[str, Range], scheme: Scheme) -> None:
+    """Put a pair behind each value that has a range; graph outputs keep their names."""
+    proto = weights.proto
+    shown = {value.name for value in proto.graph.output}
+    nodes = list(weights.nodes)
+    for value in proto.graph.input:
+        if value.name in ranges:
+            nodes += _pair(weights, value.name, f"{value.name}_dequantized", limits=ranges[value.name], scheme=scheme)
+    for node in proto.graph.node:
+        node.input[:] = [f"{n}_dequantized" if n in ranges and n not in shown else n for n in node.input]
+        _quantize_numbers(weights, node, scheme, nodes)
+        made = [name for name in node.output if name in ranges]
+        node.output[:] = [f"{n}_float" if n in ranges and n in shown else n for n in node.output]
+        nodes.append(node)
+        for name in made:
+            ends = (f"{name}_float", name) if name in shown else (name, f"{name}_dequantized")
+            nodes += _pair(weights, *ends, limits=ranges[name], scheme=scheme)
+    replace_nodes(proto, nodes)
+
+
+def _quantize_numbers(weights: Weights, node: onnx.NodeProto, scheme: Scheme, nodes: list[onnx.NodeProto]) -> None:
+    """Let sums and products with one number compute in integers, too: one number is stored without loss."""
+    import numpy as np
+    from onnx import helper
+
+    if node.op_type not in ("Add", "Mul"):
+        return
+    for place, name in enumerate(node.input):
+        if name in weights.stored and weights.array(name).dtype == np.float32 and weights.array(name).size == 1:
+            value = weights.array(name)
+            own = _grid(Range(float(value.min()), float(value.max())), scheme)
+            parts = _constants(weights, name, own, scheme)
+            integer = np.round(value / own.scale) + own.zero
+            stored = weights.add(f"{name}_quantized", np.clip(integer, own.lowest, own.highest).astype(parts[2]))
+            if f"{name}_dequantized" not in {n.output[0] for n in nodes}:
+                made = f"{name}_dequantized"
+                nodes.append(helper.make_node("DequantizeLinear", [stored, *parts[:2]], [made], made))
+            node.input[place] = f"{name}_dequantized"
+
+
+def _grid(limits: Range, scheme: Scheme) -> grid.ActivationGrid:
+    return grid.activation_grid(limits, symmetric=scheme.symmetric)
+
+
+def _constants(weights: Weights, name: str, own: grid.ActivationGrid, scheme: Scheme) -> tuple[str, str, str]:
+    import numpy as np
+
+    kind = np.dtype(scheme.activations)
+    scale = weights.add(f"{name}_scale", np.array(own.scale, np.float32))
+    return scale, weights.add(f"{name}_zero_point", np.array(own.zero, kind)), scheme.activations
+
+
+def _pair(weights: Weights, source: str, target: str, *, limits: Range, scheme: Scheme) -> list[onnx.NodeProto]:
+    from onnx import helper
+
+    scale, zero, _ = _constants(weights, source, _grid(limits, scheme), scheme)
+    middle = f"{source}_quantized"
+    return [
+        helper.make_node("QuantizeLinear", [source, scale, zero], [middle], middle),
+        helper.make_node("DequantizeLinear", [middle, scale, zero], [target], f"{target}_node"),
+    ]
 
 
 def measure(
     proto: onnx.ModelProto, names: Iterable[str], samples: tuple[Split, int], progress: Progress
 ) -> dict[str, Range]:
-    """Return the smallest and largest value that each named tensor takes on samples, so many at once."""
+    """Return the smallest and largest value that each named float tensor takes on samples, so many at once."""
     import onnx
     import onnxruntime
 
     calibration, size = samples
     inputs = {v.name for v in proto.graph.input}
-    found = {
-        n: Range(float(calibration.inputs[n].min()), float(calibration.inputs[n].max())) for n in names if n in inputs
-    }
+    found: dict[str, Range] = {}
+    for name in names:
+        if name in inputs and calibration.inputs[name].dtype.kind == "f":
+            found[name] = _wider(None, calibration.inputs[name])
     wanted = [n for n in names if n not in inputs]
     if not wanted:
         return found
@@ -197,62 +261,10 @@ def measure(
         progress("calibrate", min((number + 1) * size, len(calibration)), len(calibration))
         for name, value in zip(wanted, session.run(wanted, dict(batch.inputs)), strict=True):
             if value.dtype.kind == "f" and value.size:
-                old = found.get(name, Range(float("inf"), float("-inf")))
-                found[name] = Range(min(old.low, float(value.min())), max(old.high, float(value.max())))
+                found[name] = _wider(found.get(name), value)
     return found
 
 
-def _tensors_data(ranges: Mapping[str, Range]) -> object:
-    import numpy as np
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
-
-    data = {n: TensorData(lowest=np.float32(r.low), highest=np.float32(r.high)) for n, r in ranges.items()}
-    return TensorsData(CalibrationMethod.MinMax, data)
-
-
-def _types(scheme: Scheme) -> tuple[object, object]:
-    from onnxruntime.quantization import QuantType
-
-    return QuantType.QInt8, QuantType.QInt8 if scheme.activations == "int8" else QuantType.QUInt8
-
-
-def _operators() -> list[str]:
-    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
-
-    return sorted({*QDQRegistry, *QLinearOpsRegistry})
-
-
-def _whole_weights(proto: onnx.ModelProto, found: Mapping[str, str], plan: QuantizationPlan) -> list[str]:
-    """List the file's weights that the plan gives one scale; a weight that was transposed has another name here."""
-    return [
-        n.input[1] for n in proto.graph.node if n.name in found and plan.weights[found[n.name]].granularity == "tensor"
-    ]
-
-
-def _options(scheme: Scheme, whole: Iterable[str]) -> dict[str, Any]:
-    from onnxruntime.quantization import QuantType
-
-    return {
-        "ActivationSymmetric": scheme.symmetric,
-        "WeightSymmetric": True,
-        "QuantizeBias": scheme.quantize_bias,
-        "TensorQuantOverrides": {name: [{"quant_type": QuantType.QInt8, "symmetric": True}] for name in whole},
-    }
-
-
-def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: Scheme, progress: Progress) -> Artifact:
-    """Write the model as ONNX, quantized if it has a plan, and describe the file."""
-    opset = int(profile.options.get("opset", 20))
-    graph = float_graph(model, opset)
-    proto, *notes = quantize(graph, model, scheme, progress) if model.plan else (graph.proto,)
-    path.write_bytes(write(proto))
-    return Artifact(
-        main=path.name,
-        files=(path.name,),
-        precision=model.precision,
-        inputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.inputs),
-        outputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.outputs),
-        batch=graph.batch,
-        notes=tuple(notes),
-        requires={"onnxruntime": ">=1.20", "opset": str(max(o.version for o in proto.opset_import if not o.domain))},
-    )
+def _wider(seen: Range | None, values: Array) -> Range:
+    low, high = float(values.min()), float(values.max())
+    return Range(min(seen.low, low), max(seen.high, high)) if seen else Range(low, high)

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from edgekit import device_profiles, plugins, workload
 from edgekit.errors import CompressionError, ExportError, UsageError
-from edgekit.export import PACKAGE, onnx_file, qdq
+from edgekit.export import PACKAGE, onnx_file, onnx_weights
 from edgekit.model import OnnxNetwork
 from edgekit.plan import QuantizationPlan, Range
 from edgekit.progress import silent
@@ -156,8 +156,8 @@ def test_a_weight_that_became_a_transposed_copy_is_known_by_its_values(tmp_path)
             return self.project(image).mean((1, 2))  # rank 4: torch.onnx writes MatMul with a transposed constant
 
     model = with_plan(tiny_model(Tokens()))
-    prepared = qdq._prepare(onnx_file.float_graph(model, 21).proto)
-    assert list(qdq.planned_nodes(prepared, model, model.plan).values()) == ["project.weight"]
+    prepared = onnx_weights.Weights(onnx_file.float_graph(model, 21).proto)
+    assert [item.name for item in onnx_weights.planned_nodes(prepared, model, model.plan)] == ["project.weight"]
     for granularity, scales in (("tensor", 1), ("channel", 8)):
         proto, _ = lower(with_plan(tiny_model(Tokens()), granularity=granularity), tmp_path)
         values = constants(proto)
@@ -170,15 +170,6 @@ def test_a_planned_weight_that_the_graph_lacks_is_named(tiny_int8, tmp_path):
     model = dataclasses.replace(tiny_int8, plan=msgspec.structs.replace(tiny_int8.plan, weights=rules))
     with pytest.raises(ExportError, match=r"'ghost.weight', which no ONNX node uses"):
         lower(model, tmp_path)
-
-
-def test_four_bits_and_weight_only_plans_are_refused_with_the_way_out(tiny, tmp_path):
-    with pytest.raises(ExportError, match="wants 4-bit weights") as caught:
-        lower(with_plan(tiny, bits=4), tmp_path)
-    assert "bits = 8" in caught.value.hint
-    plan = QuantizationPlan(8, "none", with_plan(tiny).plan.weights, {})
-    with pytest.raises(ExportError, match="weight-only"):
-        lower(dataclasses.replace(tiny, plan=plan), tmp_path)
 
 
 def test_a_language_model_is_refused_with_the_way_out(tiny, tmp_path):

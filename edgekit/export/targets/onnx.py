@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
-from edgekit.export import qdq
+from edgekit.export import lowering, qdq
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ class OnnxExporter:
         kind = str(profile.options.get("activations", "uint8"))
         if kind not in _SCHEMES:
             raise UsageError(f"{profile.name}: options.activations is {kind!r}", f"use {' or '.join(_SCHEMES)}")
-        return qdq.write_artifact(model, profile, folder / "model.onnx", scheme=_SCHEMES[kind], progress=progress)
+        return lowering.write_artifact(model, profile, folder / "model.onnx", scheme=_SCHEMES[kind], progress=progress)
 
 
 PLUGIN: Exporter = OnnxExporter()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edgekit.export import qdq
+from edgekit.errors import ExportError
+from edgekit.export import lowering, qdq
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,11 +28,30 @@ class TensorrtExporter:
         """Write the file for one hardware class.
 
         Raises:
-            ExportError: an operator has no ONNX form, or the plan asks for other than 8 bits.
+            ExportError: an operator has no ONNX form, or the plan is none that TensorRT takes.
             MissingExtra: torch, onnx, onnxscript or onnxruntime is not installed.
         """
-        artifact = qdq.write_artifact(model, profile, folder / "model.onnx", scheme=qdq.SIGNED, progress=progress)
+        _refuse(model)
+        artifact = lowering.write_artifact(model, profile, folder / "model.onnx", scheme=qdq.SIGNED, progress=progress)
         return replace(artifact, notes=(*artifact.notes, NOTE))
+
+
+def _refuse(model: Model) -> None:
+    plan = model.plan
+    if plan is None:
+        return
+    if plan.scheme in ("dynamic", "weight-only"):
+        raise ExportError(
+            f"a {plan.scheme} plan ({model.precision}) has no form here that TensorRT takes",
+            'quantize with activations = "static"',
+        )
+    for name, rule in plan.weights.items():
+        if rule.granularity == "group" or rule.zeros:
+            raise ExportError(
+                f"{name!r} has {'zero points' if rule.zeros else 'a scale a group'}, TensorRT takes symmetric integers "
+                "with one a channel",
+                'quantize with granularity = "channel"',
+            )
 
 
 PLUGIN: Exporter = TensorrtExporter()

@@ -1,0 +1,111 @@
+"""Writes a model as one ONNX file by the scheme of its plan, and describes the file. Knows no target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgekit.errors import ExportError
+from edgekit.export import onnx_dynamic, qdq
+from edgekit.export.onnx_file import Graph, float_graph, write
+from edgekit.export.onnx_weights import BLOCK_OPSET, Weights, pack, planned_nodes, replace_nodes
+from edgekit.export.quiet import silence
+from edgekit.export.targets import Artifact
+from edgekit.manifest import Port
+from edgekit.model import OnnxNetwork
+from edgekit.plugins import extra
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx
+
+    from edgekit.device_profiles import DeviceProfile
+    from edgekit.export.qdq import Scheme
+    from edgekit.model import Model
+    from edgekit.plan import QuantizationPlan
+    from edgekit.progress import Progress
+
+
+def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: Scheme, progress: Progress) -> Artifact:
+    """Write the model as ONNX, as its plan says, and describe the file."""
+    opset = max(int(profile.options.get("opset", 20)), _least_opset(model.plan))
+    graph = float_graph(model, opset)
+    if model.plan and isinstance(model.network, OnnxNetwork):
+        graph = _raised(graph, max(13, _least_opset(model.plan)))
+    proto, notes = _lowered(graph, model, scheme, progress)
+    path.write_bytes(write(proto))
+    return Artifact(
+        main=path.name,
+        files=(path.name,),
+        precision=model.precision,
+        inputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.inputs),
+        outputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.outputs),
+        batch=graph.batch,
+        notes=notes,
+        requires={"onnxruntime": ">=1.20", "opset": str(max(o.version for o in proto.opset_import if not o.domain))},
+    )
+
+
+def _least_opset(plan: QuantizationPlan | None) -> int:
+    if plan is None:
+        return 0
+    packs = plan.scheme == "weight-only" and any(rule.bits <= 4 for rule in plan.weights.values())
+    return BLOCK_OPSET if packs or any(r.granularity == "group" for r in plan.weights.values()) else 13
+
+
+def _raised(graph: Graph, opset: int) -> Graph:
+    """Return the graph in an opset that has the operators of quantization."""
+    import onnx
+
+    if next(o.version for o in graph.proto.opset_import if not o.domain) >= opset:
+        return graph
+    try:
+        with silence():
+            return Graph(onnx.version_converter.convert_version(graph.proto, opset), graph.values)
+    except (RuntimeError, onnx.checker.ValidationError) as error:
+        raise ExportError(
+            f"the ONNX file cannot be brought to opset {opset}: {error}", "write it anew with a newer opset"
+        ) from error
+
+
+def _lowered(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    plan = model.plan
+    if plan is None:
+        return graph.proto, ()
+    if plan.scheme == "float16":
+        return _half(graph.proto), ("weights and arithmetic are 16-bit floats; inputs and outputs stay 32-bit",)
+    if plan.scheme == "weight-only":
+        return _weight_only(graph, model, plan), ("weights are integers in the file; the engine computes in float",)
+    if plan.scheme == "dynamic":
+        return onnx_dynamic.quantize(graph, model, plan)
+    proto, note = qdq.quantize(graph, model, scheme, progress)
+    return proto, (note, *_width_note(plan))
+
+
+def _width_note(plan: QuantizationPlan) -> tuple[str, ...]:
+    narrow = [name for name, rule in plan.weights.items() if rule.bits < 7 and rule.granularity != "group"]
+    blocks = [name for name, rule in plan.weights.items() if rule.granularity == "group"]
+    notes = [f"{len(narrow)} weights of fewer than 8 bits are stored in 8, as the integer kernels take them"]
+    told = [f"{len(blocks)} weights have a scale a group: they are multiplied in float"]
+    return (*(notes if narrow else []), *(told if blocks else []))
+
+
+def _weight_only(graph: Graph, model: Model, plan: QuantizationPlan) -> onnx.ModelProto:
+    proto = type(graph.proto).FromString(graph.proto.SerializeToString())
+    weights = Weights(proto)
+    for item in planned_nodes(weights, model, plan):
+        pack(weights, item)
+    replace_nodes(proto, [*weights.nodes, *proto.graph.node])
+    weights.drop_unused()
+    return proto
+
+
+def _half(proto: onnx.ModelProto) -> onnx.ModelProto:
+    with extra("export"):
+        import onnx
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+    with silence():
+        made: onnx.ModelProto = convert_float_to_float16(
+            onnx.shape_inference.infer_shapes(proto), keep_io_types=True, disable_shape_infer=True
+        )
+    return made
