@@ -84,7 +84,9 @@ def read_table(spec: Table, beside: Path) -> Data:
     columns = (spec.text,) if isinstance(spec.text, str) else spec.text
     splits: dict[str, Split] = {}
     for name, rows in tables.items():
-        inputs = _padded([tokenizer.framed([row[c] for c in columns], spec.tokens) for row in rows], spec.tokens)
+        inputs = token_numbers.padded(
+            [tokenizer.framed([row[c] for c in columns], spec.tokens) for row in rows], spec.tokens
+        )
         labels = _labels([row[spec.label] for row in rows], kind, classes) if spec.label else None
         splits[name] = Split(inputs, labels, _strings([row[spec.group] for row in rows]) if spec.group else None)
     return Data.of(splits, labels=classes)
@@ -178,13 +180,3 @@ def _strings(values: Sequence[str]) -> Array:
     import numpy as np
 
     return np.array(values)
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int) -> dict[str, Array]:
-    import numpy as np
-
-    numbers, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
-    for row, found in enumerate(rows):
-        numbers[row, : len(found)] = found
-        mask[row, : len(found)] = 1
-    return {"input_ids": numbers, "attention_mask": mask}

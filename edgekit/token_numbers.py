@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from edgekit.tensors import Array
+
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt")
 
 
@@ -46,6 +48,17 @@ def read(folder: Path) -> Tokenizer:
     raise UsageError(
         f"{folder} has no tokenizer", f"name a folder with {', '.join(FILES[:2])} or llama2.c's tok*.bin as tokenizer"
     )
+
+
+def padded(rows: Sequence[Sequence[int]], length: int) -> dict[str, Array]:
+    """Return ``input_ids`` and ``attention_mask`` [rows, length] in int64, with zeros behind each row."""
+    import numpy as np
+
+    numbers, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
+    for row, found in enumerate(rows):
+        numbers[row, : len(found)] = found
+        mask[row, : len(found)] = 1
+    return {"input_ids": numbers, "attention_mask": mask}
 
 
 class _HuggingFace:
