@@ -25,7 +25,6 @@ from edgekit.tensors import DYNAMIC, TensorSpec
 from edgekit.tracing import trace
 
 if TYPE_CHECKING:
-
     import torch
 
     from edgekit.tensors import Array
