@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 TIMES = 3
 """How often a batch is computed; the fastest counts."""
-TRAINED = 4
+TRAINED = 8
 """Samples that one sample of training costs: forward, backward, the optimizer and the rounding between them."""
+LOOKS = 5
+"""How often a pass looks at the graph."""
 PLANNED = 4
 """Samples that one sample of a planned network costs: each value is rounded after it was computed."""
 WATCHED = 3
@@ -43,11 +45,11 @@ class Pace:
 
     def of_pass(self, step: CompressionPass) -> float:
         """Estimate the seconds of a pass from those of its options that say how much it computes."""
-        return 2 * self.graph + self.sample * self._samples(step)
+        return LOOKS * self.graph + self.sample * self._samples(step)
 
     def of_judging(self) -> float:
         """Estimate the seconds in which a candidate is scored on validation."""
-        return self.graph + self.sample * PLANNED * self.validation
+        return 2 * self.graph + self.sample * PLANNED * self.validation
 
     def of_recipe(self, recipe: Recipe) -> float:
         """Estimate the seconds of all passes and of judging after each."""

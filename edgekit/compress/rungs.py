@@ -47,8 +47,8 @@ ORDER = (
 MIXED_GROWTHS = (1.1, 1.3)
 """How much larger the weights may become so that the most sensitive layers get more bits."""
 
-MARGIN = 0.95
-"""How far below a budget pruning aims: the channels that are left are whole numbers."""
+MARGINS = (0.95, 0.8, 0.65)
+"""How far below a budget pruning aims, until it fits."""
 QAT_SCHEDULES = ((3, 2e-4), (10, 1e-3))
 """Epochs and learning rates: little first."""
 
@@ -197,15 +197,19 @@ def _mixed_precision(best: Settings, situation: Situation) -> Iterable[Settings]
 
 
 def _prune(best: Settings, situation: Situation) -> Iterable[Settings]:
-    """Cut as much as the budgets ask for: a layer that loses a share of its channels loses it on both sides."""
+    """Cut as much as the budgets ask for, then more: channels are whole numbers, and some have to stay.
+
+    A layer that loses a share of its channels loses it on both sides, so bytes fall with the square.
+    """
     reached, budget = situation.reached, situation.budget
     if reached is None:
         yield best.put("prune")
         return
-    if reached.latency and budget.latency and reached.latency > budget.latency:
-        yield best.put("prune", latency=round(MARGIN * budget.latency / reached.latency, 4))
-    elif budget.size and reached.bytes > budget.size:
-        yield best.put("prune", ratio=round(1 - math.sqrt(MARGIN * budget.size / reached.bytes), 4))
+    for margin in MARGINS:
+        if reached.latency and budget.latency and reached.latency > budget.latency:
+            yield best.put("prune", latency=round(margin * budget.latency / reached.latency, 4))
+        elif budget.size and reached.bytes > budget.size:
+            yield best.put("prune", ratio=round(1 - math.sqrt(margin * budget.size / reached.bytes), 4))
 
 
 def _qat(best: Settings, _situation: Situation) -> Iterable[Settings]:

@@ -10,7 +10,7 @@ from fakes import digits, planted
 from edgekit.compress import compress, rungs
 from edgekit.compress.blame import blame
 from edgekit.compress.budget import Budget
-from edgekit.compress.estimate import Pace, pace
+from edgekit.compress.estimate import TRAINED, Pace, pace
 from edgekit.compress.ladder import Ladder
 from edgekit.compress.weighing import Scales
 from edgekit.errors import CompressionError, UsageError
@@ -125,8 +125,9 @@ def test_what_is_too_large_for_four_bits_is_cut_and_trained():
     model = replace(model, data=replace(model.data, train=model.data.train.head(200)))
     work = Workshop()
     climb = ladder(model, work, budget={"max_drop": 100.0, "size": 20_000}, only=("fold", "prune")).climb()
-    assert work.recipes == [["quantize"], ["prune", "quantize"]]
+    assert work.recipes[:2] == [["quantize"], ["prune", "quantize"]]
     assert climb.misses == {}
+    assert all(t.reached.bytes > 20_000 for t in climb.tries[:-1])
     assert 10_000 < climb.best.reached.bytes <= 20_000
     assert climb.best.reached.value > 0.8
 
@@ -151,12 +152,12 @@ def test_four_bits_are_begun_with_where_eight_do_not_fit():
 def test_no_try_is_begun_that_would_not_end_in_time():
     clock = Clock()
     work = Workshop(clock, {"quantize": 10.0, "equalize": 50.0})
-    slow = Pace(sample=0.0, graph=1.0, layers=7, calibration=48, train=0, validation=160)  # foretells 4 s for quantize
+    slow = Pace(sample=0.0, graph=1.0, layers=7, calibration=48, train=0, validation=160)  # foretells 9 s for quantize
     climb = ladder(
         planted.with_a_wide_channel(), work, clock=clock, limit=12.0, pace=slow, only=("fold", "equalize")
     ).climb()
     assert work.recipes == [["quantize"]]
-    # two passes are foretold 7 s, and the first took 2.5 times what was foretold of it
+    # two passes are foretold 16 s, and the first took 10/9 of what was foretold of it
     assert climb.tries[1].note == "takes about 18 s, 2 s are left"
     assert (climb.best.rung, "drop" in climb.misses) == ("fold", True)
     assert climb.left[0].layer == "near.0.second.weight"
@@ -212,7 +213,7 @@ def test_estimates_count_what_options_ask_for():
 
     assert seconds(samples=16) < seconds(samples=48) == seconds(samples=512)  # there are 48
     brief, long = (rungs.Settings().put("distill", teacher="t.py:f", epochs=n).recipe() for n in (1, 10))
-    assert FAST.of_recipe(long) - FAST.of_recipe(brief) == pytest.approx(9 * 4 * 1001 * 1e-4)
+    assert FAST.of_recipe(long) - FAST.of_recipe(brief) == pytest.approx(9 * TRAINED * 1001 * 1e-4)
 
 
 def test_the_pace_is_measured_on_one_batch():
