@@ -42,7 +42,7 @@ def test_the_teacher_is_worth_as_much_as_the_labels_within_noise(taught):
     """On digits the labels alone already teach a student well: no gain is claimed, only that nothing is lost."""
     test = digits.model().data.test
     plain = compress(student(), Recipe((("distill", distill(epochs=8, alpha=0.0)),)))
-    assert evaluate.top1(taught.network, test) > evaluate.top1(plain.network, test) - 0.02
+    assert evaluate.top1(taught.network, test) > evaluate.top1(plain.network, test) - 0.03
 
 
 def test_the_teacher_alone_teaches_without_any_label():

@@ -389,7 +389,7 @@ def test_latency_through_onnx_runtime():
 
 def wide():
     """A network whose time is its arithmetic."""
-    images = np.zeros((2, 3, 32, 32), np.float32)
+    images = np.zeros((2, 3, 24, 24), np.float32)
     layers = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
     return workload.from_module("wide", nn.Sequential(layers, nn.Conv2d(64, 8, 1)), Data(Split({"x": images})))
 

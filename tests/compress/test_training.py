@@ -12,7 +12,7 @@ from fakes import digits
 
 from edgekit.compress.batches import _augmented
 from edgekit.compress.losses import Hint, Labels, Matched, Softened, mimicry, truth_of
-from edgekit.compress.training import Lesson, Schedule, resumable, train
+from edgekit.compress.training import Lesson, Schedule, has_bfloat16_units, resumable, train
 from edgekit.errors import CompressionError
 from edgekit.model import Data, Split, TorchNetwork
 from edgekit.progress import silent
@@ -232,3 +232,22 @@ def test_hints_of_equal_width_need_no_projection_and_others_get_one():
     with pytest.raises(CompressionError, match=r"joins \[6, 4, 4\] with \[6, 8, 8\]") as caught:
         Hint("a", "b").projection(narrow, torch.zeros(2, 6, 8, 8))
     assert "differ only in their width" in caught.value.hint
+
+
+def test_bfloat16_learns_as_well_as_float32():
+    if not has_bfloat16_units():
+        pytest.skip("this machine has no bfloat16 units")
+    data = digits.example().data()
+
+    def accuracy(mixed_precision):
+        network = student()
+        how = Schedule(epochs=12, lr=1e-2, batch=32, seed=0, mixed_precision=mixed_precision)
+        train(network, Lesson(data.train, (Labels(),)), how, silent)
+        assert network.module.stem.weight.dtype == torch.float32
+        return weights(network), (
+            network.run(data.validation.inputs)["scores"].argmax(1) == data.validation.labels
+        ).mean()
+
+    (half, share), (single, wanted) = accuracy("auto"), accuracy("off")
+    assert not torch.equal(half, single)
+    assert share > wanted - 0.02
