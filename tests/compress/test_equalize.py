@@ -22,7 +22,7 @@ from torch import nn  # noqa: E402  # after the skip
 
 
 def equalized(model, **options):
-    return Equalize(**options).apply(model, silent)
+    return Equalize(**({"scales": "tensor"} | options)).apply(model, silent)
 
 
 def model_of(module, shape=(3, 8, 8), count=48):
@@ -82,6 +82,34 @@ def test_one_scale_a_tensor_becomes_worth_its_bits():
         made = next(iter(planned_network(rough).run(model.data.calibration.inputs).values()))
         errors.append(np.abs(made - outputs(model)).mean())
     assert errors[1] < 0.2 * errors[0]
+
+
+def test_with_one_scale_a_channel_the_inputs_of_the_last_become_alike_and_the_depthwise_one_stays():
+    model = model_of(separable(nn.ReLU))
+    result = equalized(model, scales="channel")
+    np.testing.assert_allclose(outputs(result), outputs(model), rtol=1e-3, atol=1e-5)
+    assert span_of(model, "5.weight", 1) > 1.3
+    assert span_of(result, "5.weight", 1) == pytest.approx(1, rel=1e-3)
+    before, after = ({one.weight: one.values for one in layers(m)}["0.weight"] for m in (model, result))
+    np.testing.assert_array_equal(before, after)
+
+
+def test_four_bits_a_channel_lose_less_of_a_network_whose_inputs_differ():
+    """The planted weakness: one layer whose input channels differ by 1,000 times."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1))
+    with torch.no_grad():
+        factors = torch.logspace(-1.5, 1.5, 16)
+        module[0].weight.mul_(1 / factors.reshape(16, 1, 1, 1))
+        module[0].bias.mul_(1 / factors)
+        module[2].weight.mul_(factors.reshape(1, 16, 1, 1))
+    model = model_of(module)
+    errors = {}
+    for name, one in {"plain": model, "channel": equalized(model, scales="channel")}.items():
+        rough = Quantize(bits=4, activations="none").apply(one, silent)
+        made = next(iter(planned_network(rough).run(model.data.calibration.inputs).values()))
+        errors[name] = np.abs(made - outputs(model)).mean()
+    assert errors["channel"] < 0.3 * errors["plain"]
 
 
 def test_relu6_is_minded_channels_that_reach_it_stay_and_the_others_move():

@@ -33,13 +33,18 @@ WIDEST = 1e4
 class Equalize(CompressionPass, frozen=True):
     """Fold batch normalization and scale the channels between two layers, so that both use their ranges alike.
 
-    A channel is divided by ``s`` in the first layer and multiplied by it in the second, with ``s = sqrt(r1 r2) / r2``
-    of the largest weights of the channel, round after round until nothing changes (Nagel et al. 2019, "Data-Free
-    Quantization Through Weight Equalization and Bias Correction", section 4.1). Factors pass through ReLU, not
-    through ReLU6: with ``clamps = "unreached"`` the channels that stay below the clamp on ``samples`` calibration
-    samples, by a factor ``margin``, are scaled as far as they stay below it; ``skip`` leaves such pairs alone.
+    A channel is divided by ``s`` in the first layer and multiplied by it in the second. With one scale a tensor ``s``
+    is ``sqrt(r1 r2) / r2`` of the largest weights of the channel in both, round after round until nothing changes
+    (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.1). With
+    one scale a channel the first layer's ranges are free, so ``s`` is ``1 / r2`` but for a common factor: all inputs
+    of the second share their row's scale alike; a depthwise second layer is left alone.
+
+    Factors pass through ReLU, not through ReLU6: with ``clamps = "unreached"`` the channels that stay below the clamp
+    on ``samples`` calibration samples, by a factor ``margin``, are scaled as far as they stay below it; ``skip``
+    leaves such pairs alone.
     """
 
+    scales: Literal["channel", "tensor"] = "channel"
     rounds: Annotated[int, msgspec.Meta(ge=1)] = 50
     clamps: Literal["unreached", "skip"] = "unreached"
     margin: Annotated[float, msgspec.Meta(ge=1)] = 1.5
@@ -67,7 +72,7 @@ class Equalize(CompressionPass, frozen=True):
                 f"{model.name} has no two layers between which a scale can move, {len(clamped)} pairs are clamped",
                 "drop the pass" if not clamped else 'give calibration data and clamps = "unreached", or drop the pass',
             )
-        changes, measured = _equalized(taken, least, self.rounds)
+        changes, measured = _equalized(taken, least, self)
         measured |= {"folded": count, "pairs": len(taken), "skipped_pairs": len(found) - len(taken)}
         note = Step(name="equalize", measured=measured)
         return replace(with_parameters(folded, changes), lineage=(*model.lineage, note))
@@ -96,7 +101,7 @@ class Equalize(CompressionPass, frozen=True):
 
 
 def _equalized(
-    found: Sequence[Pair], least: dict[str, Array], rounds: int
+    found: Sequence[Pair], least: dict[str, Array], options: Equalize
 ) -> tuple[dict[str, Change], dict[str, float]]:
     """Iterate over the pairs; return the changed layers, the rounds that it took, and how far channels moved."""
     import numpy as np
@@ -104,8 +109,11 @@ def _equalized(
     values = {layer.weight: layer.values.copy() for pair in found for layer in (pair.first, pair.second)}
     totals = {pair.first.weight: np.ones(len(pair.first.values), np.float32) for pair in found}
     done = 0
-    for done in range(1, rounds + 1):  # noqa: B007  # told afterwards
-        if max([_step(pair, values, totals, least.get(pair.first.weight)) for pair in found]) < ENOUGH:
+    for done in range(1, options.rounds + 1):  # noqa: B007  # told afterwards
+        if (
+            max([_step(pair, values, totals, options=options, least=least.get(pair.first.weight)) for pair in found])
+            < ENOUGH
+        ):
             break
     offsets = {p.first.weight: p.first.offsets / totals[p.first.weight] for p in found if p.first.offsets is not None}
     changes = {name: Change(array, offsets.get(name)) for name, array in values.items()}
@@ -119,26 +127,36 @@ def _equalized(
     return changes, measured
 
 
-def _step(pair: Pair, values: dict[str, Array], totals: dict[str, Array], least: Array | None) -> float:
+def _step(
+    pair: Pair, values: dict[str, Array], totals: dict[str, Array], *, options: Equalize, least: Array | None
+) -> float:
     """Equalize one pair in place; return by which share the scales changed at most."""
     import numpy as np
 
-    first, second = values[pair.first.weight], values[pair.second.weight]
+    first, taken = values[pair.first.weight], _by_channel(values[pair.second.weight], pair)
     before = totals[pair.first.weight]
-    mine = np.abs(first.reshape(len(first), -1)).max(axis=1)
-    taken = _by_channel(second, pair)
-    theirs = np.abs(taken).max(axis=(1, 3)).reshape(-1)
-    used = (mine > 0) & (theirs > 0)
-    wanted = before * np.where(used, np.sqrt(mine / np.where(used, theirs, 1)), 1)
-    wanted = np.clip(wanted, 1 / WIDEST, WIDEST)
+    wanted = np.clip(before * _wanted(first, taken, options.scales), 1 / WIDEST, WIDEST)
     if least is not None:
         wanted = np.where(np.isinf(least), 1.0, np.maximum(wanted, least))
-    wanted = wanted.astype(np.float32)
-    factors = wanted / before
-    totals[pair.first.weight] = wanted
+    totals[pair.first.weight] = wanted.astype(np.float32)
+    factors = totals[pair.first.weight] / before
     first /= factors.reshape(-1, *[1] * (first.ndim - 1))
     taken *= factors.reshape(taken.shape[0], 1, taken.shape[2], 1)
     return float(np.abs(factors - 1).max())
+
+
+def _wanted(first: Array, taken: Array, scales: Literal["channel", "tensor"]) -> Array:
+    """Return by how much each channel should move; nothing where one of its weights is zero throughout."""
+    import numpy as np
+
+    mine, theirs = np.abs(first.reshape(len(first), -1)).max(axis=1), np.abs(taken).max(axis=(1, 3)).reshape(-1)
+    used = (mine > 0) & (theirs > 0)
+    if not used.any() or (scales == "channel" and taken.shape[2] == 1):
+        return np.ones(len(first), np.float32)
+    safe = np.where(used, theirs, 1)
+    even = np.exp(np.log(theirs[used]).mean())
+    found: Array = np.where(used, np.sqrt(mine / safe) if scales == "tensor" else even / safe, 1)
+    return found
 
 
 def _by_channel(second: Array, pair: Pair) -> Array:
