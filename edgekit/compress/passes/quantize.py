@@ -5,17 +5,20 @@ The weights stay float; later passes may compensate them on the plan's grid, and
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
+from edgekit import device_profiles
 from edgekit.compress import graph, onnx_graph
 from edgekit.compress.calibration import runner
 from edgekit.compress.layers import layers
-from edgekit.compress.observers import Observer, ranges
+from edgekit.compress.observers import KEPT, Observer, ranges
 from edgekit.compress.passes import CompressionPass
 from edgekit.compress.passes.fold import fold
+from edgekit.compress.saturation import may_saturate, saturations
 from edgekit.compress.weight_scales import WeightObserver, scaled
 from edgekit.errors import CompressionError, UnknownName
 from edgekit.manifest import Step
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from edgekit.progress import Progress
 
 SCHEMES: dict[str, Scheme] = {"static": "static", "dynamic": "dynamic", "none": "weight-only"}
+SATURATION_SAMPLES = 32
 
 
 class Quantize(CompressionPass, frozen=True):
@@ -37,7 +41,9 @@ class Quantize(CompressionPass, frozen=True):
     Weights are symmetric integers of ``bits``, one scale a channel, a tensor, or a ``group`` of 32 to 128 inputs;
     ``weights`` chooses the scales: by the largest value, or by the least squared error. ``activations`` are 8-bit
     integers of the range that ``observer`` chooses from the first ``samples`` calibration samples (``static``), of
-    the range at that moment (``dynamic``), or stay float (``none``). ``keep`` names weights that stay float
+    the range at that moment (``dynamic``), or stay float (``none``). ``keep`` names weights that stay float.
+    ``target`` names a hardware class: where it adds products of integers in 16 bits, layers whose sums leave them on
+    the calibration data get weights of 7 bits (`saturation`). ``percentile`` belongs to the observer of that name
     (Jacob et al. 2018; Nagel et al. 2021, "A White Paper on Neural Network Quantization").
     """
 
@@ -49,6 +55,8 @@ class Quantize(CompressionPass, frozen=True):
     group: Literal[0, 32, 64, 128] = 0
     keep: tuple[str, ...] = ()
     samples: Annotated[int, msgspec.Meta(ge=2)] = 512
+    percentile: Annotated[float, msgspec.Meta(gt=50, le=100)] = KEPT
+    target: str = ""
 
     def apply(self, model: Model, progress: Progress) -> Model:
         """Return the folded model with its plan.
@@ -56,17 +64,20 @@ class Quantize(CompressionPass, frozen=True):
         Raises:
             CompressionError: quantized already, a language model, nothing to quantize, NaN in a weight or an
                 activation, fewer than two calibration samples, groups without a size.
-            UnknownName: ``keep`` names no weight.
+            UnknownName: ``keep`` names no weight, or ``target`` no hardware class.
         """
         if (self.granularity == "group") != bool(self.group):
             raise CompressionError(
                 f"granularity {self.granularity!r} with group = {self.group}",
                 'groups need both: granularity = "group" and group = 32, 64 or 128',
             )
+        profile = device_profiles.load(self.target) if self.target else None
         samples = _calibration(model, self.samples)
         folded, count = fold(model)
         rules = self._rules(folded)
-        observed = ranges(runner(folded, samples), self.observer, progress) if self.activations == "static" else {}
+        observed = {}
+        if self.activations == "static":
+            observed = ranges(runner(folded, samples), self.observer, progress, self.percentile)
         plan = QuantizationPlan(
             bits=self.bits,
             observer=self.observer if observed else "none",
@@ -76,8 +87,31 @@ class Quantize(CompressionPass, frozen=True):
         )
         measured: dict[str, float] = {"folded": count, "weights": len(rules), "activations": len(observed)}
         measured["calibration_samples"] = len(samples)
-        note = Step(name="quantize", measured=measured)
-        return replace(folded, plan=plan, lineage=(*model.lineage, note))
+        planned = replace(folded, plan=plan)
+        if profile is not None and may_saturate(profile) and self.bits == 8:
+            planned, told = self._saved_from_saturation(planned, samples, progress)
+            measured |= told
+        return replace(planned, lineage=(*model.lineage, Step(name="quantize", measured=measured)))
+
+    def _saved_from_saturation(
+        self, model: Model, samples: Split, progress: Progress
+    ) -> tuple[Model, dict[str, float]]:
+        """Give 7 bits to layers whose sums leave 16; tell the share of sums of each, and the least SQNR in dB."""
+        found = saturations(model, samples.head(SATURATION_SAMPLES), progress)
+        cut = {one.weight: one for one in found if one.is_cut}
+        told = {f"saturated {name}": one.share for name, one in cut.items()}
+        told["saturating_layers"] = len(cut)
+        lost = [one.sqnr_db for one in cut.values() if math.isfinite(one.sqnr_db)]
+        if lost:
+            told["saturation_sqnr_db"] = round(min(lost), 2)
+        if model.plan is None or not cut:
+            return model, told
+        values = {layer.weight: layer.values for layer in layers(model) if layer.weight in cut}
+        rules = dict(model.plan.weights)
+        for name, weight in values.items():
+            narrow = msgspec.structs.replace(rules[name], bits=7, scales=b"")
+            rules[name] = scaled(weight, narrow, self.weights)
+        return replace(model, plan=msgspec.structs.replace(model.plan, weights=rules)), told
 
     def _rules(self, model: Model) -> dict[str, WeightRule]:
         axes = _weights(model)
