@@ -221,3 +221,16 @@ def test_json_tells_steps_figures_digest_and_paths_and_the_cache(tmp_path):
         assert document["digest"] == output.digest_of(tmp_path / "out")
         assert all(Path(path).is_file() for path in document["files"].values())
         assert document["latency"] == "not measured"
+
+
+def test_the_workflow_for_github_calls_options_that_are_there():
+    yaml = pytest.importorskip("yaml")
+    from edgekit.cli.compress import COMMAND
+
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "github-actions.yml").read_text()
+    job = yaml.safe_load(text)["jobs"]["compress"]
+    (step,) = [s["run"] for s in job["steps"] if s.get("name") == "Compress"]
+    used = set(re.findall(r"--[a-z-]+", step + job["env"]["BUDGET"]))
+    known = {option for parameter in COMMAND.params for option in parameter.opts}
+    assert used <= known
+    assert {"--max-drop", "--cache", "--json"} <= used
