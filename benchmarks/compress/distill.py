@@ -99,23 +99,34 @@ def main(quick: bool) -> list[Row]:
     best = workload.from_module("teacher", grown, data)
     with_teacher, without = (np.array([accuracy[alpha, seed] for seed in seeds]) for alpha in (ALPHA, 0.0))
     gain = with_teacher - without
-    half = T_975[len(seeds)] * gain.std(ddof=1) / np.sqrt(len(seeds))
+    low, middle, high = _interval(gain)
     kind = f"{epochs} epochs on {len(small.train)}, {len(seeds)} seeds"
     return [
         Row("test top-1, teacher", 100 * top1(best.network, data.test, 64), "%"),
         Row(
-            f"test top-1, student, {kind}", with_teacher.mean(), "%", "without a teacher", without.mean(), "ratio >= 1"
+            f"test top-1, student, {kind}",
+            float(with_teacher.mean()),
+            "%",
+            "without a teacher",
+            float(without.mean()),
+            "ratio >= 1",
         ),
-        Row("gain, mean over the seeds", gain.mean(), "points"),
-        Row("gain, lower end of the 95 % interval (paired t)", gain.mean() - half, "points"),
-        Row("gain, upper end of the 95 % interval (paired t)", gain.mean() + half, "points"),
-        *[Row(f"gain, seed {seed}", one, "points") for seed, one in zip(seeds, gain, strict=True)],
+        Row("gain, mean over the seeds", middle, "points"),
+        Row("gain, lower end of the 95 % interval (paired t)", low, "points"),
+        Row("gain, upper end of the 95 % interval (paired t)", high, "points"),
+        *[Row(f"gain, seed {seed}", float(one), "points") for seed, one in zip(seeds, gain, strict=True)],
         Row("wall time of the teacher", taught_s, "s"),
         Row("wall time, all", time.monotonic() - began, "s"),
     ]
 
 
 ALPHA, HEAT = 0.9, 2.0
+
+
+def _interval(gain: np.ndarray) -> tuple[float, float, float]:
+    """Return the lower end, the mean and the upper end."""
+    half = T_975[len(gain)] * gain.std(ddof=1) / np.sqrt(len(gain))
+    return float(gain.mean() - half), float(gain.mean()), float(gain.mean() + half)
 
 
 def grow(data: Data, epochs: int) -> nn.Module:

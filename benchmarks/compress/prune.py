@@ -31,6 +31,7 @@ from edgekit.model import Data, Model
 from edgekit.progress import silent
 
 HEAT, ALPHA = 4.0, 0.7
+QUICK = 1000
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def main(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
     rows: list[Row] = []
     for case in CASES[: 1 if quick else None]:
-        rows += measured(replace(case, epochs=1, pictures=1000) if quick else case)
+        rows += measured(replace(case, epochs=1, pictures=QUICK) if quick else case)
     return rows
 
 
@@ -99,7 +100,8 @@ def measured(case: Case) -> list[Row]:
 def subject(case: Case) -> Model:
     """Load the adapted network with a part of the train pictures."""
     data = _cifar.data(64, train=True, test=True)
-    data = Data(data.calibration, data.train.head(case.pictures), data.validation, data.test, data.preprocess)
+    test = data.test if case.pictures > QUICK else data.test.head(QUICK)
+    data = Data(data.calibration, data.train.head(case.pictures), data.validation, test, data.preprocess)
     return workload.from_module(case.name, _cifar.adapted(case.name), data)
 
 
