@@ -190,7 +190,7 @@ def _against(name: str, ours: Found, others: dict[str, Found]) -> list[Row]:
     rows = [
         Row(f"{name}: drop, {OURS}", ours.drop, "points", best, others[best].drop, "value <= peer"),
         Row(f"{name}: lead of the best peer, {best}, in standard errors", _lead(others[best], ours), ""),
-        Row(f"{name}: SQNR of the logits, {OURS}", ours.clear, "dB", clearest, others[clearest].clear, "value >= peer"),
+        Row(f"{name}: SQNR of the logits, {OURS}", ours.clear, "dB", clearest, others[clearest].clear),
     ]
     equal = {who: one for who, one in others.items() if one.drop <= ours.drop + NEAR} or others
     fastest = min(equal, key=lambda who: equal[who].cpu)
