@@ -91,7 +91,8 @@ def difference(matrix: Array, names: Sequence[str]) -> str:
     axes.set_xticks(places, [_plain(n)[:12] for n in names], rotation=90, fontsize=7)
     axes.set_yticks(places, [_plain(n)[:12] for n in names], fontsize=7)
     for row, column in zip(*matrix.nonzero(), strict=True):
-        axes.text(column, row, f"{int(matrix[row, column]):+d}", ha="center", va="center", fontsize=7)
+        ink = "white" if abs(matrix[row, column]) > most / 2 else "black"
+        axes.text(column, row, f"{int(matrix[row, column]):+d}", ha="center", va="center", fontsize=7, color=ink)
     axes.set_xlabel("told as")
     axes.set_ylabel("is")
     figure.colorbar(shown, ax=axes, shrink=0.8)
