@@ -133,8 +133,8 @@ class Search:
         limit = wanted.limit()
         self._profile = device_profiles.load(wanted.target or "")
         self._latency = _latency(terminal, model, wanted, self._profile)
-        self._scales = Scales(model, wanted.metric, self._latency)
-        situation = rungs.situation(model, budget, self._profile.name)
+        self._scales = Scales(model, wanted.metric, self._latency, self._profile)
+        situation = rungs.situation(model, budget, wanted.target or "")
         self.ladder = ladder.Ladder(
             situation=situation,
             rungs=rungs.offered(situation),
@@ -149,9 +149,10 @@ class Search:
         )
 
     def _diagnose(self, candidate: Model) -> tuple[Suspect, ...]:
-        from edgekit.compress.blame import blame
+        from edgekit.compress.blame import blame, cut_off
 
-        return blame(candidate, self._scales.fidelity, self._terminal.progress)
+        found = cut_off(self._scales.saturations(candidate))
+        return (*found, *blame(candidate, self._scales.fidelity, self._terminal.progress))
 
     def show_plan(self) -> dict[str, object]:
         """Tell what will be tried and how long each may take; return it for a program."""
@@ -235,6 +236,7 @@ class Search:
             "drop": f"lost {self._lost(reached.drop)}, allowed {self._lost(climb.budget.max_drop)}",
             "size": f"{reached.bytes:,} bytes, allowed {climb.budget.size or 0:,}",
             "latency": f"{_milliseconds(reached.latency)}, allowed {_milliseconds(climb.budget.latency)}",
+            "saturation": f"{reached.saturated:.2%} of the sums of a layer are cut off on {self._profile.name}",
         }
         left_out = [t for t in climb.tries if t.note.startswith("takes about")]
         ways = ["loosen it"]

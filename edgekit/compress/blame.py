@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     import torch
 
     from edgekit.compress.layer import Layer
+    from edgekit.compress.saturation import Saturation
     from edgekit.model import Model, Split
     from edgekit.plan import QuantizationPlan, Range
     from edgekit.progress import Progress
 
-Cause = Literal["input channels", "input outlier", "weight channels", "weights", "input"]
+Cause = Literal["input channels", "input outlier", "weight channels", "weights", "input", "saturation"]
 
 SAMPLES = 64
 SUSPECTS = 5
@@ -40,7 +41,8 @@ class Suspect(msgspec.Struct, frozen=True, kw_only=True):
 
     ``spread`` is the widest channel's range over the median's, ``outlier`` the largest value over the 99.9th
     percentile, both of the layer's input where that is to blame, else of its weight. ``won`` are the decibels that the
-    network's outputs win when this layer alone stays float.
+    network's outputs win when this layer alone stays float. ``share`` of its sums of two products leave 16 bits on the
+    target, which costs the layer so much that ``sqnr`` is left.
     """
 
     layer: str
@@ -51,6 +53,7 @@ class Suspect(msgspec.Struct, frozen=True, kw_only=True):
     outlier: float
     channel: int
     won: float = 0.0
+    share: float = 0.0
 
     @property
     def told(self) -> str:
@@ -64,7 +67,13 @@ class Suspect(msgspec.Struct, frozen=True, kw_only=True):
             "one, and all share a scale",
             "weights": "the weight has too few integers",
             "input": f"its input {self.source} has too few integers",
+            "saturation": "",
         }
+        if self.cause == "saturation":
+            return (
+                f"{self.layer}: {self.share:.2%} of its sums of two products leave 16 bits on the target "
+                f"and are cut off ({self.sqnr:.1f} dB of the layer are left)"
+            )
         return f"{self.layer}: {told[self.cause]} ({self.won:.1f} dB of the outputs)"
 
 
@@ -86,6 +95,23 @@ def blame(model: Model, fidelity: Callable[[Model], float], progress: Progress, 
         without = fidelity(replace(model, plan=_without(model.plan, suspect)))
         blamed.append(msgspec.structs.replace(suspect, won=without - now))
     return tuple(sorted((s for s in blamed if s.won > 0), key=lambda s: -s.won)[:most])
+
+
+def cut_off(found: Sequence[Saturation]) -> tuple[Suspect, ...]:
+    """Return the layers that the target's arithmetic spoils."""
+    return tuple(
+        Suspect(
+            layer=one.weight,
+            source="",
+            cause="saturation",
+            sqnr=one.sqnr_db,
+            spread=1.0,
+            outlier=1.0,
+            channel=0,
+            share=one.share,
+        )
+        for one in found
+    )
 
 
 def _suspects(model: Model, samples: Split, progress: Progress) -> list[Suspect]:

@@ -15,7 +15,7 @@ from edgekit.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Kind = Literal["drop", "size", "latency"]
+Kind = Literal["drop", "size", "latency", "saturation"]
 
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -74,7 +74,8 @@ class Budget:
 class Reached:
     """What a candidate reached: the loss and the metric behind it, its bytes, its latency where that was asked for.
 
-    ``fidelity`` is the SQNR of its outputs in decibels, which tells candidates of equal loss apart.
+    ``fidelity`` is the SQNR of its outputs in decibels, which tells candidates of equal loss apart. ``saturated`` is
+    the share of the sums in the worst layer that the target would cut off: then its loss is another one there.
     """
 
     drop: float
@@ -82,6 +83,7 @@ class Reached:
     bytes: int
     latency: float | None = None
     fidelity: float = 0.0
+    saturated: float = 0.0
 
     def misses(self, budget: Budget) -> dict[Kind, float]:
         """Return by how much each budget is missed, as a share of it; empty where all are kept."""
@@ -92,6 +94,8 @@ class Reached:
             found["size"] = self.bytes / budget.size - 1
         if budget.latency is not None and (self.latency is None or self.latency > budget.latency):
             found["latency"] = math.inf if self.latency is None else self.latency / budget.latency - 1
+        if self.saturated:
+            found["saturation"] = self.saturated
         return found
 
     def rank(self, budget: Budget) -> tuple[float, float, float]:

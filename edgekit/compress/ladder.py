@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 CACHED = 0.1
 """A try that took less than this share of its estimate came from the cache: it says nothing of the pace."""
 
+ILLNESSES = {"drop", "saturation"}
+"""Budgets whose miss is some layer's fault."""
+
 
 class Work(Protocol):
     """What runs a recipe: `compress`, mostly with a cache."""
@@ -209,7 +212,7 @@ class _State:
             or reached.promise(budget) < self._base.reached.promise(budget)
         ):
             self._base = made
-        if self._broke is None and "drop" in reached.misses(budget):
+        if self._broke is None and reached.misses(budget).keys() & ILLNESSES:
             self._broke = self._diagnosed(model)
 
     def _diagnosed(self, model: Model) -> tuple[Suspect, ...]:
@@ -246,7 +249,7 @@ class _State:
         if self._best is None or self._kept is None:
             raise CompressionError("no recipe could be weighed")
         reached = self._best.reached
-        still = reached is not None and "drop" in reached.misses(self._ladder.budget)
+        still = reached is not None and reached.misses(self._ladder.budget).keys() & ILLNESSES
         return Climb(
             budget=self._ladder.budget,
             tries=tuple(self._tries),

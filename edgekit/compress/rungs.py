@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
-from edgekit import grid, plugins
+from edgekit import device_profiles, grid, plugins
 from edgekit.compress.evaluate import stored_bytes
 from edgekit.compress.layers import layers
 from edgekit.compress.observers import Observer
 from edgekit.compress.passes.fold import fold
 from edgekit.compress.recipe import PASSES, Recipe
+from edgekit.compress.saturation import may_saturate
 from edgekit.errors import UnknownName
 from edgekit.model import OnnxNetwork
 from edgekit.plan import WeightRule
@@ -115,6 +116,7 @@ class Rung:
         """Say whether the passes are there, the model's data suffice, and a budget is asked for that it mends."""
         data, budget = situation.model.data, situation.budget
         asked = {"drop", *(["size"] if budget.size else []), *(["latency"] if budget.latency else [])}
+        asked |= {"saturation"} if may_saturate(device_profiles.load(situation.target)) else set()
         return (
             bool(self.mends & asked)
             and set(self.passes) <= set(plugins.names(PASSES))
@@ -157,6 +159,11 @@ def _options(name: str) -> tuple[str, ...]:
 
 def _int8(_best: Settings, situation: Situation) -> Iterable[Settings]:
     yield Settings().put("quantize", bits=situation.bits, observer="minmax")
+
+
+def _seven_bits(best: Settings, situation: Situation) -> Iterable[Settings]:
+    yield best.put("quantize", target=situation.target)
+    yield best.put("quantize", bits=7)  # where other data than those of calibration saturate
 
 
 def _observers(best: Settings, _situation: Situation) -> Iterable[Settings]:
@@ -224,6 +231,14 @@ RUNGS = (
         passes=("quantize",),
         grow=_int8,
         mends=frozenset({"drop", "size", "latency"}),
+    ),
+    Rung(
+        name="seven-bits",
+        does="7 bits for layers whose sums leave 16 bits on the target, else for all",
+        passes=("quantize",),
+        grow=_seven_bits,
+        mends=frozenset({"saturation"}),
+        cures=frozenset({"saturation"}),
     ),
     Rung(
         name="prune",

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING
 from edgekit.compress import metrics
 from edgekit.compress.budget import Reached
 from edgekit.compress.evaluate import Judge, stored_bytes
+from edgekit.compress.saturation import may_saturate, saturations
 from edgekit.compress.simulation import planned_network
 from edgekit.errors import UsageError
 from edgekit.model import run_batched, whole_batches
+from edgekit.progress import silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from edgekit.compress.saturation import Saturation
+    from edgekit.device_profiles import DeviceProfile
     from edgekit.model import Model
     from edgekit.tensors import Array
 
@@ -29,12 +33,19 @@ PERFECT = 200.0
 class Scales:
     """Weighs candidates of one model by one metric; the model itself is weighed once.
 
+    ``latency`` measures a candidate in seconds. Where ``profile`` adds products of integers in 16 bits, sums that leave
+    them are looked for.
+
     Raises:
         UsageError: no validation split, or one that the metric cannot judge.
     """
 
     def __init__(
-        self, model: Model, metric: metrics.Metric | str | None, latency: Callable[[Model], float] | None = None
+        self,
+        model: Model,
+        metric: metrics.Metric | str | None,
+        latency: Callable[[Model], float] | None = None,
+        profile: DeviceProfile | None = None,
     ) -> None:
         if model.data is None or model.data.validation is None or not len(model.data.validation):
             raise UsageError(
@@ -44,6 +55,7 @@ class Scales:
         self._judge = Judge(model, model.data.validation, metric)
         self.metric = self._judge.metric
         self._latency = latency
+        self._saturates = profile is not None and may_saturate(profile)
         self._samples, self._size = whole_batches(model, model.data.validation)
         self._samples = self._samples.head(max(self._size, FIDELITY_SAMPLES // self._size * self._size))
         self._wanted = run_batched(planned_network(model), self._samples, self._size)
@@ -63,12 +75,20 @@ class Scales:
             bytes=stored_bytes(candidate),
             latency=None if self._latency is None else self._latency(candidate),
             fidelity=self.fidelity(candidate),
+            saturated=max((one.share for one in self.saturations(candidate)), default=0.0),
         )
 
     def fidelity(self, candidate: Model) -> float:
         """Return the SQNR in decibels of a candidate's outputs on the first validation samples."""
         found = run_batched(planned_network(candidate), self._samples, self._size)
         return sqnr(found, self._wanted)
+
+    def saturations(self, candidate: Model) -> tuple[Saturation, ...]:
+        """Return the layers whose sums the target cuts off, the worst first; none where it has a dot product."""
+        if not self._saturates:
+            return ()
+        found = [one for one in saturations(candidate, self._samples, silent) if one.share]
+        return tuple(sorted(found, key=lambda one: one.sqnr_db))
 
 
 def sqnr(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> float:

@@ -1,14 +1,15 @@
 """The ladder: it finds the layer that breaks a plan and the rung that mends it, and keeps to its budgets and time."""
 
-import functools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from fakes import digits, planted
 
+from edgekit import device_profiles
 from edgekit.compress import compress, rungs
-from edgekit.compress.blame import blame
+from edgekit.compress.blame import blame, cut_off
 from edgekit.compress.budget import Budget
 from edgekit.compress.estimate import TRAINED, Pace, pace
 from edgekit.compress.ladder import Ladder
@@ -45,7 +46,7 @@ class Clock:
 
 def ladder(model, work=None, *, target="raspberry-pi-5", only=None, **settings):
     budget = Budget(**{"max_drop": 0.5, **settings.pop("budget", {})})
-    scales = Scales(model, "top1")
+    scales = Scales(model, "top1", None, device_profiles.load(target))
     situation = rungs.situation(model, budget, target)
     offered = [rung for rung in rungs.offered(situation) if only is None or rung.name in only]
     return Ladder(
@@ -54,7 +55,10 @@ def ladder(model, work=None, *, target="raspberry-pi-5", only=None, **settings):
             "rungs": offered,
             "work": work or Workshop(),
             "weigh": scales.weigh,
-            "diagnose": functools.partial(blame, fidelity=scales.fidelity, progress=silent),
+            "diagnose": lambda candidate: (
+                *cut_off(scales.saturations(candidate)),
+                *blame(candidate, scales.fidelity, silent),
+            ),
             "pace": FAST,
             "clock": Clock(),
             **settings,
@@ -95,6 +99,28 @@ def test_an_outlier_is_found_and_another_observer_leaves_it_out():
     assert (climb.misses, last.rung) == ({}, "observers")
     assert climb.model.plan.observer != "minmax"
     assert climb.model.plan.activations["image"].high < 100
+
+
+def test_a_layer_that_saturates_without_a_dot_product_is_found_and_gets_seven_bits():
+    model = planted.with_a_saturating_layer()
+    image = model.data.validation.inputs
+    np.testing.assert_allclose(
+        model.network.run(image)["scores"], planted.sound().network.run(image)["scores"], atol=1e-4
+    )
+    climb = ladder(model, target="x86-64-v3").climb()
+    first, last = climb.tries
+    assert first.reached.saturated > 0
+    worst = climb.broke[0]
+    assert (worst.layer, worst.cause) == ("inner.stem.weight", "saturation")
+    assert "leave 16 bits on the target" in worst.told
+    assert (climb.misses, last.rung, last.reached.saturated) == ({}, "seven-bits", 0.0)
+    assert climb.model.plan.weights["inner.stem.weight"].bits == 7
+    assert {rule.bits for rule in climb.model.plan.weights.values()} == {7, 8}  # and no other than those that need it
+
+
+def test_with_a_dot_product_the_same_layer_is_nobodys_fault():
+    climb = ladder(planted.with_a_saturating_layer(), target="x86-64-vnni").climb()
+    assert ([t.rung for t in climb.tries], climb.misses, climb.broke) == (["fold"], {}, ())
 
 
 def test_a_sound_layer_is_not_blamed_for_what_another_one_did():

@@ -47,3 +47,27 @@ def with_an_outlier(value=150.0):
     images = np.array(model.data.calibration.inputs["image"])
     images[5, 0, 0, 0] = value
     return replace(model, data=replace(model.data, calibration=Split({"image": images})))
+
+
+def with_a_saturating_layer():
+    """Show the picture to the first layer twice, with half the weights each: neighbours that are large together."""
+    import torch
+    from torch import nn
+
+    model = sound()
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = copy.deepcopy(model.network.module)
+            old, self.inner.stem = self.inner.stem, nn.Conv2d(2, 24, 3, padding=1)
+            self.eye = nn.Conv2d(1, 2, 1, bias=False)
+            with torch.no_grad():
+                self.eye.weight.fill_(1.0)
+                self.inner.stem.weight.copy_(old.weight.repeat(1, 2, 1, 1) / 2)
+                self.inner.stem.bias.copy_(old.bias)
+
+        def forward(self, image):
+            return self.inner(self.eye(image))
+
+    return replace(model, network=replace(model.network, module=Twice().eval()))
