@@ -205,12 +205,13 @@ def parameters(model: Model) -> int:
 def stored_bytes(model: Model) -> int:
     """Count the bytes of the weights as the plan stores them, scales included; 4 bytes for what it leaves float."""
     rules = model.plan.weights if model.plan else {}
+    most = 2 if model.plan and model.plan.scheme == "float16" else 8
     total = 0
     for name, (shape, width) in _stored(model).items():
         if name in rules:
             total += grid.stored_bytes(shape, rules[name])
         else:
-            total += math.prod(shape) * width
+            total += math.prod(shape) * min(width, most)
     return total
 
 

@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     from edgekit.progress import Progress
 
 MOST = 32767
-ROWS = 2048
+ROWS = 512
 """Rows of inputs that are looked at in a layer, spread over all samples and positions."""
-CHUNK = 1 << 22
+SAMPLES = 4
+"""Samples of a batch that these rows come from."""
+CHUNK = 1 << 21
+"""Sums that are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,9 @@ def _of(layer: Layer, planned: Sequence[torch.Tensor], plan: QuantizationPlan) -
         integers = (torch.round(rows / own.scale) + own.zero).clamp(0, 255).to(torch.int32)
         for group, part in zip(integers, torch.from_numpy(last.astype(np.int32)), strict=True):
             cut = _pairs(group, part)
-            exact = (group - own.zero).double() @ part.double().T
+            exact = (group - own.zero).float() @ part.float().T
             share, seen = share + cut[0], seen + group.shape[0] * part.shape[0] * math.ceil(part.shape[1] / 2)
-            excess, signal = excess + float(cut[1].square().sum()), signal + float(exact.square().sum())
+            excess, signal = excess + float(cut[1].square().sum()), signal + float(exact.double().square().sum())
             reach = max(reach, cut[2])
     sqnr = 10 * math.log10(max(signal, 1e-30) / excess) if excess else math.inf
     return Saturation(layer.weight, share / max(seen, 1), reach, sqnr)
@@ -121,7 +124,7 @@ def _of(layer: Layer, planned: Sequence[torch.Tensor], plan: QuantizationPlan) -
 
 def _rows(layer: Layer, batch: torch.Tensor, most: int) -> torch.Tensor:
     """Return some of what the weight is multiplied with: [groups, rows, positions x channels]; zero is zero."""
-    columns = layer.columns(batch)
+    columns = layer.columns(batch[:: math.ceil(len(batch) / SAMPLES)])
     columns = columns[:, :: max(1, columns.shape[1] // most)]
     if layer.kind == "linear":
         return columns
@@ -145,15 +148,14 @@ def _pairs(rows: torch.Tensor, weight: torch.Tensor) -> tuple[int, torch.Tensor,
     tops = (one.max(0).values, other.max(0).values)
     most = tops[0] * first.clamp(min=0) + tops[1] * second.clamp(min=0)
     least = tops[0] * first.clamp(max=0) + tops[1] * second.clamp(max=0)
-    bound = torch.maximum(most, -least).max(0).values
-    chosen = torch.nonzero(bound > MOST).flatten()
+    outputs, pairs = torch.nonzero(torch.maximum(most, -least) > MOST, as_tuple=True)
     lost = torch.zeros(rows.shape[0], weight.shape[0])
-    count, reach = 0, 0.0
-    step = max(1, CHUNK // lost.numel())
-    for pairs in chosen.split(step) if len(chosen) else ():
-        sums = one[:, None, pairs] * first[None, :, pairs] + other[:, None, pairs] * second[None, :, pairs]
+    count, reach, step = 0, 0.0, max(1, CHUNK // rows.shape[0])
+    for start in range(0, len(pairs), step):
+        p, o = pairs[start : start + step], outputs[start : start + step]
+        sums = one[:, p] * first[o, p] + other[:, p] * second[o, p]
         over = sums - sums.clamp(-MOST - 1, MOST)
         count += int((over != 0).sum())
-        lost += over.sum(2)
+        lost.index_add_(1, o, over.float())
         reach = max(reach, float(sums.abs().max()) / MOST)
     return count, lost, reach

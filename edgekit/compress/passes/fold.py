@@ -6,11 +6,11 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edgekit.compress import graph
+from edgekit.compress import graph, onnx_folding
 from edgekit.compress.passes import CompressionPass
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
-from edgekit.model import TorchNetwork
+from edgekit.model import OnnxNetwork, TorchNetwork
 from edgekit.plugins import extra
 from edgekit.workload import trace
 
@@ -39,11 +39,14 @@ class Fold(CompressionPass, frozen=True):
 
 
 def fold(model: Model) -> tuple[Model, int]:
-    """Fold on a deep copy of a PyTorch network; return it with the number of normalizations folded.
+    """Fold on a deep copy of a network, PyTorch or ONNX; return it with the number of normalizations folded.
 
     A pair folds when the layer's output goes into the normalization only, and both stand once in the graph
     (Jacob et al. 2018, section 3.2). Other networks come back as they are.
     """
+    if isinstance(model.network, OnnxNetwork):
+        network, count = onnx_folding.folded(model.network)
+        return replace(model, network=network), count
     if not isinstance(model.network, TorchNetwork):
         return model, 0
     with extra("compress"):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from edgekit.progress import Progress
 
 SCHEMES: dict[str, Scheme] = {"static": "static", "dynamic": "dynamic", "none": "weight-only"}
-SATURATION_SAMPLES = 32
+SATURATION_SAMPLES = 16
 
 
 class Quantize(CompressionPass, frozen=True):
