@@ -21,6 +21,9 @@ from edgekit.progress import silent
 torch = pytest.importorskip("torch")
 
 
+BLEND = ("analytic", "empirical", "blended")
+
+
 def corrected(model, **options):
     return BiasCorrection(**options).apply(model, silent)
 
@@ -50,7 +53,7 @@ def mean_differences(model, reference):
 
 def test_every_layer_has_the_mean_output_of_the_float_network_again():
     rough = two_bits(digits.model())
-    before, after = (mean_differences(model, rough) for model in (rough, corrected(rough)))
+    before, after = (mean_differences(model, rough) for model in (rough, corrected(rough, method="empirical")))
     assert max(before.values()) > 0.3
     assert max(after.values()) < 1e-3
     assert len(after) == 7
@@ -59,9 +62,23 @@ def test_every_layer_has_the_mean_output_of_the_float_network_again():
 def test_it_brings_a_two_bit_network_back_by_many_points():
     rough = two_bits(digits.model())
     validation = rough.data.validation
-    before, after = (evaluate.top1(planned_network(model), validation) for model in (rough, corrected(rough)))
+    result = corrected(rough, method="empirical")
+    before, after = (evaluate.top1(planned_network(model), validation) for model in (rough, result))
     assert before < 0.3
     assert after > before + 0.4
+
+
+def test_the_blend_lies_a_quarter_of_the_way_from_the_analytic_to_the_empirical_shift_in_the_second_layer():
+    """The first layers' shifts are equal, so the second sees the same inputs as soon as the first is the same."""
+    torch.manual_seed(0)
+    samples = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    rough = two_bits(workload.from_module("two", module, Data(Split({"x": samples}))), activations="none")
+    found = {m: [layer.offsets for layer in layers(corrected(rough, method=m))] for m in BLEND}
+    analytic, empirical, blended = (found[method] for method in BLEND)
+    np.testing.assert_allclose(analytic[0], empirical[0], atol=1e-6)
+    assert np.abs(analytic[1] - empirical[1]).max() > 0.01
+    np.testing.assert_allclose(blended[1], 0.75 * analytic[1] + 0.25 * empirical[1], atol=1e-6)
 
 
 def test_the_analytic_way_takes_out_what_a_single_layer_rounds_away():
@@ -71,7 +88,7 @@ def test_the_analytic_way_takes_out_what_a_single_layer_rounds_away():
     model = workload.from_module("one", torch.nn.Conv2d(3, 5, 3, padding=1), Data(Split({"x": samples})))
     rough = two_bits(model, activations="none")
     truth = model.network.run({"x": samples})
-    for method in ("analytic", "empirical"):
+    for method in ("analytic", "empirical", "blended"):
         made = planned_network(corrected(rough, method=method)).run({"x": samples})
         for name, values in made.items():
             np.testing.assert_allclose(values.mean((0, 2, 3)), truth[name].mean((0, 2, 3)), atol=1e-5)
