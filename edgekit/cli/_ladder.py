@@ -182,7 +182,7 @@ class Search:
     def tell_blame(self, climb: Climb) -> None:
         """Tell which layers broke the first candidate, and which the kept one still suffers from."""
         for what, suspects in (
-            ("what broke the first candidate that lost too much:", climb.broke),
+            ("what broke the first candidate that is not good enough:", climb.broke),
             ("what the kept one still suffers from:", climb.left),
         ):
             if suspects:

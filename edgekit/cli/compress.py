@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,9 +151,11 @@ def _search(job: _Job, wanted: _ladder.Wanted, speed: Speed | None, *, dry_run: 
     stages.seen(best)
     job.terminal.say()
     outcome = _outcome(job, best, climb.best.recipe, stages)
+    error = search.error(climb, job.output)
+    if error is not None:
+        outcome = replace(outcome, notes=(*outcome.notes, error.message))
     files = {"ladder.json": msgspec.json.format(msgspec.json.encode(told))}
     document = {**_keep(job, outcome, files), "ladder": told}
-    error = search.error(climb, job.output)
     if error is None:
         job.terminal.result(document)
         return

@@ -71,7 +71,7 @@ class Suspect(msgspec.Struct, frozen=True, kw_only=True):
         }
         if self.cause == "saturation":
             return (
-                f"{self.layer}: {self.share:.2%} of its sums of two products leave 16 bits on the target "
+                f"{self.layer}: {100 * self.share:.2g} % of its sums of two products leave 16 bits on the target "
                 f"and are cut off ({self.sqnr:.1f} dB of the layer are left)"
             )
         return f"{self.layer}: {told[self.cause]} ({self.won:.1f} dB of the outputs)"
@@ -97,8 +97,8 @@ def blame(model: Model, fidelity: Callable[[Model], float], progress: Progress, 
     return tuple(sorted((s for s in blamed if s.won > 0), key=lambda s: -s.won)[:most])
 
 
-def cut_off(found: Sequence[Saturation]) -> tuple[Suspect, ...]:
-    """Return the layers that the target's arithmetic spoils."""
+def cut_off(found: Sequence[Saturation], most: int = 3) -> tuple[Suspect, ...]:
+    """Return the layers that the target's arithmetic spoils, the worst first."""
     return tuple(
         Suspect(
             layer=one.weight,
@@ -110,7 +110,7 @@ def cut_off(found: Sequence[Saturation]) -> tuple[Suspect, ...]:
             channel=0,
             share=one.share,
         )
-        for one in found
+        for one in sorted(found, key=lambda one: one.sqnr_db)[:most]
     )
 
 

@@ -104,5 +104,5 @@ class Reached:
 
     def promise(self, budget: Budget) -> tuple[float, ...]:
         """Return by what candidates are ordered to build on: a lost point can be won back, a byte too many rarely."""
-        missed = self.misses(budget)
-        return (sum(missed.values()) - missed.get("drop", 0.0), *self.rank(budget))
+        hard = sum(share for kind, share in self.misses(budget).items() if kind != "drop")
+        return (hard, *self.rank(budget))

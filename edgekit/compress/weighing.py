@@ -84,11 +84,10 @@ class Scales:
         return sqnr(found, self._wanted)
 
     def saturations(self, candidate: Model) -> tuple[Saturation, ...]:
-        """Return the layers whose sums the target cuts off, the worst first; none where it has a dot product."""
+        """Return the layers whose sums the target cuts off; none where it has a dot product."""
         if not self._saturates:
             return ()
-        found = [one for one in saturations(candidate, self._samples, silent) if one.share]
-        return tuple(sorted(found, key=lambda one: one.sqnr_db))
+        return tuple(one for one in saturations(candidate, self._samples, silent) if one.is_cut)
 
 
 def sqnr(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> float:
