@@ -171,17 +171,19 @@ def rescaled(model: Model, found: tuple[Seam, ...], factors: Mapping[str, Array]
                 tensor = _parameter(module, part.name)
                 tensor.div_(own.reshape([-1 if axis == part.axis else 1 for axis in range(tensor.dim())]))
             for taker in seam.takers:
-                tensor = _parameter(module, taker.weight)
-                tensor.mul_(_for_taker(taker, own))
+                own_factors = for_taker(taker, factors[seam.source])
+                _parameter(module, taker.weight).mul_(torch.from_numpy(own_factors))
     return replace(model, network=replace(model.network, module=module))
 
 
-def _for_taker(taker: Layer, factors: torch.Tensor) -> torch.Tensor:
-    """Return the factors in a shape that multiplies the weight [outputs, inputs / groups, *kernel]."""
-    rest = [1] * (taker.values.ndim - 2)
-    each = taker.values.shape[1]
-    outputs = taker.values.shape[0] // taker.groups
-    return factors.reshape(taker.groups, 1, each).expand(-1, outputs, -1).reshape(-1, each, *rest)
+def for_taker(taker: Layer, factors: Array) -> Array:
+    """Return the factors in a shape that multiplies `Layer.values`, [outputs, inputs / groups, 1 …]."""
+    import numpy as np
+
+    outputs, each = taker.values.shape[:2]
+    wide = np.repeat(factors.reshape(taker.groups, each), outputs // taker.groups, axis=0)
+    found: Array = wide.astype(np.float32).reshape(outputs, each, *[1] * (taker.values.ndim - 2))
+    return found
 
 
 def _parameter(module: torch.nn.Module, name: str) -> torch.Tensor:

@@ -41,10 +41,10 @@ class Gptq(CompressionPass, frozen=True):
     """
 
     asymmetric: bool = True
-    damping: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.01
+    damping: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.1
     order: Literal["activations", "stored"] = "activations"
-    sweeps: Annotated[int, msgspec.Meta(ge=0, le=20)] = 2
-    scales: Literal["plan", "fit"] = "fit"
+    sweeps: Annotated[int, msgspec.Meta(ge=0, le=20)] = 0
+    scales: Literal["plan", "fit"] = "plan"
     bias: bool = True
     rows: Annotated[int, msgspec.Meta(ge=64)] = 8192
     samples: Annotated[int, msgspec.Meta(ge=1)] = 512
