@@ -28,7 +28,10 @@ MISSING = 3
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What one contender has to do. ``calibration`` and ``judged`` are .npy files, samples on the first axis."""
+    """What one contender has to do. ``calibration`` and ``judged`` are .npy files, samples on the first axis.
+
+    ``samples`` lets a peer calibrate on the first so many; edgekit's recipe says so itself.
+    """
 
     contender: str
     onnx: str
@@ -38,6 +41,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     calibration: str
     judged: str
     out: str
+    samples: int | None = None
     options: dict[str, Any] = {}
 
 
@@ -208,7 +212,7 @@ def edgekit(job: Job, clock: Stopped) -> None:
 def _batches(job: Job, size: int = BATCH) -> Iterator[Array]:
     import numpy as np
 
-    samples = np.load(job.calibration)
+    samples = np.load(job.calibration)[: job.samples]
     return (samples[start : start + size] for start in range(0, len(samples), size))
 
 
