@@ -1,11 +1,12 @@
 """Int8 post-training quantization of image networks: accuracy, time and memory, beside everybody who does the same.
 
 CIFAR-10 ResNets calibrate on 512 train pictures (edgekit's recipe takes 128 of them; one peer's row does the same) and
-are judged on 10,000 test pictures; EfficientNet-Lite0 calibrates on 32 photographs and is judged on 600 that nothing else saw. Three calibration seeds; a drop is the mean over them.
-Every contender begins at the same float ONNX file (torchao at the module), gets the same samples, runs in a process
-of its own on one thread of one core, and its file is judged in ONNX Runtime. There, CPU time is the wall time of an
-idle machine, so the goal is set on it; the wall time stands beside it. edgekit's recipes were chosen on validation
-pictures (`_choose.py`). SQNR of the logits tells more than a drop of less than 0.1 points, which is chance.
+are judged on 10,000 test pictures; EfficientNet-Lite0 calibrates on 32 photographs and is judged on 600 that nothing
+else saw. Three calibration seeds; a drop is the mean over them. Every contender begins at the same float ONNX file
+(torchao at the module), gets the same samples, runs in a process of its own on one thread of one core, and its file is
+judged in ONNX Runtime. There, CPU time is the wall time of an idle machine, so the goal is set on it; the wall time
+stands beside it. edgekit's recipes were chosen on validation pictures (`_choose.py`). SQNR of the logits tells more
+than a drop of less than 0.1 points, which is chance.
 """
 
 from __future__ import annotations
