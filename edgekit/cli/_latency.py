@@ -104,10 +104,16 @@ class TargetLatency:
 
 
 def _is_here(profile: DeviceProfile) -> bool:
+    """Say whether this machine is of the class: by the signs it names, else by its instructions."""
     from edgekit import device_profiles
+    from edgekit.device_profiles import machine
 
-    here = device_profiles.detect()
-    return here is not None and here.name == profile.name
+    here, found = machine.describe(), device_profiles.detect()
+    if profile.detect is not None:
+        return found is not None and found.name == profile.name
+    dot = set(machine.INTEGER_DOT_PRODUCT)
+    has_dot = bool(dot & set(profile.isa)) == bool(here.integer_dot_product)
+    return profile.arch == here.arch and set(profile.isa) <= set(here.flags) and has_dot
 
 
 def _sample(model: Model) -> dict[str, object]:
