@@ -9,7 +9,9 @@ from fakes.exportable import tiny_model, with_plan
 
 pytest.importorskip("coremltools", reason="needs the export extra")
 
-from edgekit import device_profiles, plugins
+from edgekit import device_profiles, grid, plugins
+from edgekit.compress.passes.quantize import Quantize
+from edgekit.compress.simulation import planned_network
 from edgekit.errors import ExportError, UsageError
 from edgekit.export import PACKAGE, mil
 from edgekit.model import OnnxNetwork
@@ -63,6 +65,53 @@ def test_a_weight_only_plan_is_what_core_ml_holds(tiny_int8, tmp_path):
     np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 7}, {"bits": 4, "weights": "mse"}, {"bits": 4, "granularity": "tensor"}], ids=str
+)
+def test_the_integers_in_the_package_are_those_of_the_plan(tiny, tmp_path, options):
+    model = Quantize(activations="none", **options).apply(tiny, silent)
+    artifact = write(model, tmp_path)
+    assert artifact.precision == model.precision
+    assert artifact.requires == {"ios": ">=18" if options.get("bits") == 4 else ">=17"}
+    found = integers(mil._read(tmp_path / "model.mlpackage"))
+    for name, rule in model.plan.weights.items():
+        weight = model.network.module.get_parameter(name).detach().numpy()
+        want, scales = grid.quantized(weight, rule), grid.scales_of(weight, rule).reshape(-1)
+        data, stored = found[name.replace(".", "_")]
+        np.testing.assert_array_equal(data, want, err_msg=name)
+        np.testing.assert_allclose(stored.reshape(-1), scales, rtol=1e-3)
+
+
+def integers(program):
+    """Return integers and scales by the name of the parameter."""
+    found = {}
+    for op in program.operations:
+        if op.op_type in ("constexpr_affine_dequantize", "constexpr_blockwise_shift_scale"):
+            data = op.quantized_data if op.op_type == "constexpr_affine_dequantize" else op.data
+            name = op.name.removeprefix("p_").split("_weight")[0] + "_weight"
+            found[name] = (data.val.astype(np.int32), op.scale.val)
+    return found
+
+
+def test_groups_of_a_linear_layer_are_blocks(tmp_path):
+    import torch
+
+    model = tiny_model(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)))
+    model = Quantize(activations="none", bits=4, granularity="group", group=32).apply(model, silent)
+    got, _ = computed(model, tmp_path)
+    program = mil._read(tmp_path / "model.mlpackage")
+    (op,) = program.find_ops(op_type="constexpr_blockwise_shift_scale")
+    assert op.scale.val.shape == (10, 6)
+    want = next(iter(planned_network(model).run(model.data.calibration.head(4).inputs).values()))
+    np.testing.assert_allclose(got, want, atol=0.01 * np.abs(want).max())
+
+
+def test_a_plan_of_halves_is_what_core_ml_writes_anyway(tiny, tmp_path):
+    model = dataclasses.replace(tiny, plan=QuantizationPlan(16, "none", {}, {}, "float16"))
+    assert write(model, tmp_path / "a", precision="fp32").precision == "fp16"
+    assert mil._read(tmp_path / "a" / "model.mlpackage").find_ops(op_type="constexpr_affine_dequantize") == []
+
+
 def test_fp32_compute_is_exact(tiny, tmp_path):
     assert write(tiny, tmp_path / "a", precision="fp32").precision == "fp32"
     got, want = computed(tiny, tmp_path / "b", precision="fp32")
@@ -75,8 +124,10 @@ def test_what_core_ml_cannot_hold_is_refused(tiny, tiny_int8, tmp_path):
     assert "Python workload" in caught.value.hint
     with pytest.raises(ExportError, match="no iOS 3"):
         write(tiny, tmp_path, ios=3)
-    with pytest.raises(ExportError, match="4-bit"):
-        write(with_plan(tiny, bits=4), tmp_path)
+    groups = Quantize(activations="none", bits=4, granularity="group", group=32).apply(tiny, silent)
+    with pytest.raises(ExportError, match=r"'stem.weight' of shape \[8, 3, 3, 3\] has a scale for each 32") as caught:
+        write(groups, tmp_path)
+    assert "channel" in caught.value.hint
     ghost = msgspec.structs.replace(tiny_int8.plan, weights={"ghost.weight": tiny_int8.plan.weights["stem.weight"]})
     with pytest.raises(ExportError, match=r"'ghost.weight'"):
         write(dataclasses.replace(tiny_int8, plan=ghost), tmp_path)

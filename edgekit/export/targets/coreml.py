@@ -10,7 +10,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import mil
+from edgekit.export import coreml_weights, mil
 from edgekit.export.quiet import silence
 from edgekit.export.refusal import REFUSALS, reason
 from edgekit.export.targets import Artifact, Exporter
@@ -41,7 +41,7 @@ class CoremlExporter:
         """Write the package for one hardware class.
 
         Raises:
-            ExportError: no PyTorch network, an operator without a Core ML form, or weights of other than 8 bits.
+            ExportError: no PyTorch network, an operator without a Core ML form, or groups that its blocks cannot hold.
             MissingExtra: coremltools is not installed.
         """
         del progress
@@ -49,12 +49,12 @@ class CoremlExporter:
             raise ExportError(
                 f"{model.name} is no PyTorch network; Core ML is made from one", "give the Python workload"
             )
-        ios = int(profile.options.get("ios", 17))
-        half = profile.options.get("precision") != "fp32"
+        ios = max(int(profile.options.get("ios", 17)), coreml_weights.least_ios(model.plan))
+        half = profile.options.get("precision") != "fp32" or model.precision == "fp16"
         graph = _graph(model, model.network)
         program = _convert(model, graph, ios, half=half)
         if model.plan:
-            program = _quantize(program, model.plan, graph)
+            program = coreml_weights.quantize(program, model, model.plan, graph)
         _save(program, folder / PACKAGE)
         return Artifact(
             main=f"{PACKAGE}/Manifest.json",
@@ -64,7 +64,7 @@ class CoremlExporter:
             outputs=tuple(_port(spec) for spec in model.outputs),
             batch=1,
             requires={"ios": f">={ios}"},
-            notes=("activations stay float16: Core ML quantizes them on macOS only",) if model.plan else (),
+            notes=_notes(model.plan, ios),
         )
 
     def evaluate(self, main: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -74,6 +74,14 @@ class CoremlExporter:
             NotImplementedError: it holds an operator that the interpreter lacks; names it.
         """
         return mil.run(main.parent, inputs)
+
+
+def _notes(plan: QuantizationPlan | None, ios: int) -> tuple[str, ...]:
+    if plan is None or plan.scheme == "float16":
+        return ()
+    notes = ["activations stay float16: Core ML quantizes them on macOS only"] if plan.scheme != "weight-only" else []
+    newest = coreml_weights.least_ios(plan) == ios
+    return (*notes, *([f"4-bit weights and scales a group need iOS {ios}"] if newest else []))
 
 
 def _graph(model: Model, network: TorchNetwork) -> torch.export.ExportedProgram:
@@ -123,27 +131,6 @@ def _dtype(spec: TensorSpec) -> Any:  # noqa: ANN401  # a NumPy type
     import numpy as np
 
     return np.dtype(_port(spec).dtype).type
-
-
-def _quantize(program: Any, plan: QuantizationPlan, graph: torch.export.ExportedProgram) -> Any:  # noqa: ANN401  # coremltools is untyped
-    import coremltools.optimize.coreml as cto
-
-    names = {parameter: node for node, parameter in graph.graph_signature.inputs_to_parameters.items()}
-    constants = {op.name for op in program._mil_program.functions["main"].find_ops(op_type="const")}  # noqa: SLF001  # the only way to the names
-    configs: dict[str, Any] = {}
-    for parameter, rule in plan.weights.items():
-        if rule.bits != 8:
-            raise ExportError(f"{parameter!r} wants {rule.bits}-bit weights; this exporter writes 8", "set bits = 8")
-        found = [c for c in (names.get(parameter, ""), f"{names.get(parameter, '')}_to_fp16") if c in constants]
-        if not found:
-            raise ExportError(
-                f"the plan quantizes {parameter!r}, which is no Core ML weight", "leave it out in the recipe"
-            )
-        configs[found[-1]] = cto.OpLinearQuantizerConfig(
-            mode="linear_symmetric", dtype="int8", granularity=f"per_{rule.granularity}", weight_threshold=0
-        )
-    with silence():
-        return cto.linear_quantize_weights(program, cto.OptimizationConfig(global_config=None, op_name_configs=configs))
 
 
 def _save(program: Any, package: Path) -> None:  # noqa: ANN401  # coremltools is untyped
