@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 @click.argument("source")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights for SOURCE: .safetensors or .pt.")
 @click.option("--data", "data_source", help="Data: file.py:function that returns edgekit.model.Data, or an .npz.")
-@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="Recipe in TOML; default: int8.")
+@click.option(
+    "--recipe", "recipe_file", type=click.Path(path_type=Path), help="Recipe in TOML, or the name of a shipped one."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Seed for every pass that has one.")
 @click.option("--cache", "cache_folder", type=click.Path(path_type=Path), help="Where finished passes are kept.")

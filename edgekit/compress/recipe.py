@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib import resources
+from pathlib import Path
 
 import msgspec
 
@@ -12,9 +13,6 @@ from edgekit import plugins
 from edgekit.compress.passes import CompressionPass
 from edgekit.errors import UnknownName, UsageError
 from edgekit.plugins import extra
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PASSES = "edgekit.compress.passes"
 VERSION = 1
@@ -38,12 +36,23 @@ class Recipe:
         )
 
 
+def shipped() -> dict[str, Path]:
+    """Return the files of the recipes that come with edgekit, by name."""
+    folder = Path(str(resources.files("edgekit"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
 def read(path: Path) -> Recipe:
-    """Read a recipe from a file.
+    """Read a recipe from a file, or one that comes with edgekit by its name, as ``int8``.
 
     Raises:
-        UsageError: there is none, or it is no recipe.
+        UnknownName: no recipe has that name; the nearest are offered.
+        UsageError: there is no such file, or it is no recipe.
     """
+    if path.suffix != ".toml" and path.parent == Path() and not path.exists():
+        if path.name not in shipped():
+            raise UnknownName("recipe", path.name, shipped())
+        path = shipped()[path.name]
     try:
         return decode(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:

@@ -80,7 +80,7 @@ def test_a_misspelled_key_of_the_recipe_is_refused():
         ('name = "prune"\nratio = "half"', r"prune.*Expected `float`, got `str` - at `\$\.ratio`"),
         ('name = "prune"\nratio = 1.0', "ratio"),
         ('name = "prune"\nratio = nan', "ratio"),
-        ('name = "quantize"\nbits = 3', "bits"),
+        ('name = "quantize"\nbits = 9', "bits"),
         ('name = "quantize"\nobserver = "best"', "observer"),
         ('name = "quantize"\nsamples = 1', "samples"),
         ('name = "quantize"\nsamples = true', "samples"),
