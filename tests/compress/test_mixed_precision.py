@@ -5,16 +5,18 @@ import json
 import math
 from dataclasses import replace
 
+import msgspec
 import pytest
 from fakes import digits
 
 from edgekit import workload
-from edgekit.compress import evaluate
+from edgekit.compress import compress, evaluate, recipe
 from edgekit.compress.passes.mixed_precision import Budget, MixedPrecision, choose
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.sensitivity import Sensitivity, sensitivities
 from edgekit.compress.simulation import planned_network
 from edgekit.errors import CompressionError, UsageError
+from edgekit.manifest import Step
 from edgekit.progress import silent
 
 pytest.importorskip("torch")
@@ -151,6 +153,15 @@ def test_a_budget_out_of_reach_names_the_least(planned):
     assert "wider width" in caught.value.hint
     with pytest.raises(CompressionError, match=r"10% of the time: .* and 50% of the time"):
         mixed(planned, bits=8.5, time=0.1)
+
+
+def test_its_recipe_says_the_same_again_and_its_step_is_what_a_manifest_holds():
+    text = (digits.EXAMPLES / "recipes/mixed-4-8.toml").read_text()
+    assert recipe.decode(recipe.encode(recipe.decode(text))) == recipe.decode(text)
+    step = compress(digits.model(), recipe.decode(text)).lineage[-1]
+    read_back = msgspec.json.decode(msgspec.json.encode(step), type=Step)
+    assert (read_back.options["widths"], read_back.options["size"]) == ((8, 4), 0)
+    assert step.measured["mean_bits"] <= step.options["bits"] == 5.0
 
 
 def test_without_plan_data_or_one_budget_it_says_what_to_do(planned):

@@ -8,7 +8,7 @@ import pytest
 from fakes import digits
 
 from edgekit import grid, workload
-from edgekit.compress import evaluate
+from edgekit.compress import evaluate, recipe
 from edgekit.compress.fake_quantization import FakeQuantized
 from edgekit.compress.layers import layers, with_parameters
 from edgekit.compress.passes.qat import Qat
@@ -140,6 +140,12 @@ def test_the_gradient_of_a_scale_is_that_of_learned_step_size_quantization():
     wanted = 0.2 * sum(inside) / np.sqrt(4 * 3)  # the logarithm's chain rule, and the paper's factor
     assert float(gradients["weights.0.logarithms"]) == pytest.approx(wanted, rel=1e-4)
     assert gradients["weights.0.values"].flatten().tolist() == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_its_recipe_says_the_same_again():
+    text = (digits.EXAMPLES / "recipes/qat-digits.toml").read_text()
+    assert recipe.decode(recipe.encode(recipe.decode(text))) == recipe.decode(text)
+    assert recipe.decode(text).passes[1][1] == Qat(epochs=15)
 
 
 def test_a_saved_graph_learns_too(rough):

@@ -24,25 +24,25 @@ if TYPE_CHECKING:
     from edgekit.progress import Progress
 
 Width = Literal[2, 3, 4, 5, 6, 7, 8, 32]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Cost = dict[tuple[str, int], float]
 
 
 class MixedPrecision(CompressionPass, frozen=True):
     """Give each planned weight one of ``widths`` bits, 32 for float, so that the damage is least under a budget.
 
-    The budget is one of ``bits``, the mean bits a weight with its scales, or ``size``, the bytes of all planned
-    weights; or it is ``damage``, what the outputs may take, and the bytes are least. ``time`` bounds the time besides,
-    as a share of that at the widest: of the milliseconds by weight and width in the JSON file ``times``, else of
-    multiplications times bits. The damage of a layer is measured on ``samples`` calibration samples (`sensitivity`)
-    and adds up over layers; the choice is an integer program (Yao et al. 2021, "HAWQ-V3", section 3.4). Passes that
-    compensate weights follow after it.
+    The budget, the one that is not 0, is ``bits``, the mean bits a weight with its scales, or ``size``, the bytes of
+    all planned weights, or ``damage``, what the outputs may take, where the bytes are least. ``time`` bounds the time
+    besides, as a share of that at the widest: of the milliseconds by weight and width in the JSON file ``times``, else
+    of multiplications times bits. The damage of a layer is measured on ``samples`` calibration samples
+    (`sensitivity`) and adds up over layers; the choice is an integer program (Yao et al. 2021, "HAWQ-V3", section
+    3.4). Passes that compensate weights follow after it.
     """
 
     widths: tuple[Width, ...] = (8, 4)
-    bits: Positive | None = None
-    size: Annotated[int, msgspec.Meta(gt=0)] | None = None
-    damage: Positive | None = None
+    bits: NotNegative = 0.0
+    size: Annotated[int, msgspec.Meta(ge=0)] = 0
+    damage: NotNegative = 0.0
     time: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     times: str = ""
     samples: Annotated[int, msgspec.Meta(ge=2)] = 16
@@ -58,8 +58,8 @@ class MixedPrecision(CompressionPass, frozen=True):
         plan, samples = self._needed(model)
         table = sensitivities(model, samples, sorted(set(self.widths), reverse=True), progress=progress)
         count = sum({entry.name: entry.weights for entry in table}.values())
-        size = self.size if self.bits is None else math.floor(self.bits * count / 8)
-        chosen = choose(table, Budget(size, self.damage, self.time), _times(self.times, table))
+        size = math.floor(self.bits * count / 8) if self.bits else self.size
+        chosen = choose(table, Budget(size or None, self.damage or None, self.time), _times(self.times, table))
         rules = {name: rule for name, rule in plan.weights.items() if name not in chosen}
         for layer in layers(model):
             if layer.weight in chosen and chosen[layer.weight].bits != FLOAT:
@@ -73,7 +73,7 @@ class MixedPrecision(CompressionPass, frozen=True):
         return replace(model, plan=changed, lineage=(*model.lineage, note))
 
     def _needed(self, model: Model) -> tuple[QuantizationPlan, Split]:
-        if sum(budget is not None for budget in (self.bits, self.size, self.damage)) != 1:
+        if sum(budget > 0 for budget in (self.bits, self.size, self.damage)) != 1:
             raise CompressionError(
                 "mixed_precision takes one budget: bits, size or damage",
                 "set bits = 5.0 for a mean of five bits a weight",
