@@ -11,7 +11,6 @@ from edgekit import grid
 from edgekit.compress.clamps import FREE, clamps
 from edgekit.compress.gram import Aim, problem, shifted_offsets
 from edgekit.compress.passes import CompressionPass
-from edgekit.compress.passes.gptq import compensated
 from edgekit.compress.refining import Choice, calibration, planned, refine
 from edgekit.compress.rows import some_rows
 from edgekit.plugins import extra
@@ -43,12 +42,6 @@ CHECKED = 50
 
 DECIDED = 1e-3
 
-DAMPING = 0.1
-"""As `gptq` has it, where the learning starts."""
-
-LEANS = 0.3
-"""How far from halfway a weight begins, towards the integer that GPTQ chose."""
-
 
 class Adaround(CompressionPass, frozen=True):
     """Learn which weights are rounded up and which down, so that each layer's output comes near the float one.
@@ -56,17 +49,16 @@ class Adaround(CompressionPass, frozen=True):
     A rectified sigmoid stands for the share of the way up; a regularizer that steepens drives it to 0 or 1. The layer
     takes the inputs of the planned network and aims at the output of the float one, behind the ReLU or clamp that an
     engine fuses into it (Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization",
-    equations 21 to 25). Where the paper starts at the float weight, this starts leaning towards the integers of `gptq`
-    without fitted scales, and keeps those in a layer where nothing better is learned: a twentieth of the paper's
-    iterations are enough. Each of ``iterations`` draws ``batch`` of ``rows`` input rows; a layer whose weights have
-    all decided stops. The error counts as a share of that of rounding to nearest, ``regularization`` weighs the mean
-    indecision of a weight against it. ``bias`` restores the mean of each output.
+    equations 21 to 25). Each of ``iterations`` draws ``batch`` of ``rows`` input rows; a layer whose weights have all
+    decided stops, and one where nothing better is learned is rounded to nearest. The error counts as a share of
+    nearest rounding's, ``regularization`` weighs a weight's mean indecision against it: weak, and weights that never
+    decided are rounded after all. ``bias`` restores the mean of each output.
     """
 
     iterations: Annotated[int, msgspec.Meta(ge=1)] = 500
     batch: Annotated[int, msgspec.Meta(ge=1)] = 512
-    lr: Annotated[float, msgspec.Meta(gt=0)] = 0.01
-    regularization: Annotated[float, msgspec.Meta(gt=0)] = 0.5
+    lr: Annotated[float, msgspec.Meta(gt=0)] = 0.05
+    regularization: Annotated[float, msgspec.Meta(gt=0)] = 20.0
     bias: bool = True
     rows: Annotated[int, msgspec.Meta(ge=64)] = 8192
     samples: Annotated[int, msgspec.Meta(ge=1)] = 512
@@ -91,7 +83,7 @@ class Adaround(CompressionPass, frozen=True):
 
     def _choose(self, layer: Layer, rule: WeightRule, rows: Rows, bounds: Bounds) -> Choice:
         shifts = self.bias and layer.offsets is not None
-        task = problem(layer, rule, rows, Aim(damping=DAMPING, is_asymmetric=True, is_centred=shifts))
+        task = problem(layer, rule, rows, Aim(damping=0.01, is_asymmetric=True, is_centred=shifts))
         integers = self._learn(task, _Outputs.of(layer, rows, bounds, is_centred=shifts))
         values = task.as_weight(task.values(integers))
         return Choice(
@@ -106,11 +98,10 @@ class Adaround(CompressionPass, frozen=True):
         """Return the integers, [groups, outputs / groups, inputs]."""
         with extra("compress"):
             import torch
-        started = compensated(task, by_activations=True)
-        soft = _Soft.of(task, started)
-        nearest = outputs.error(task.values(task.integers(task.weight)).float())
+        soft, started = _Soft.of(task), task.integers(task.weight)
+        nearest = outputs.error(task.values(started).float())
         if nearest == 0:
-            return task.integers(task.weight)
+            return started
         optimizer = torch.optim.Adam([soft.shares], self.lr)
         random = torch.Generator().manual_seed(self.seed)
         warm = int(WARM_UP * self.iterations)
@@ -147,15 +138,14 @@ class _Soft:
     highest: int
 
     @staticmethod
-    def of(task: Problem, integers: torch.Tensor) -> _Soft:
-        """Lean towards some integers; the other way is the integer on the other side of the float weight."""
+    def of(task: Problem) -> _Soft:
+        """Start at the float weight."""
         import torch
 
         lowest, highest = grid.limits(task.rule)
-        started = integers - task.zeros
-        lower = torch.where(task.weight / task.scales < started, started - 1, started)
-        leaning = torch.where(lower < started, 0.5 + LEANS, 0.5 - LEANS).float()
-        wanted = (leaning - LOWEST) / (HIGHEST - LOWEST)
+        exact = task.weight / task.scales
+        lower = exact.floor()
+        wanted = (((exact - lower) - LOWEST) / (HIGHEST - LOWEST)).float()
         shares = torch.nn.Parameter(torch.log(wanted / (1 - wanted)))
         with_zeros = (lower + task.zeros).float()
         return _Soft(shares, with_zeros, task.scales.float(), task.zeros.float(), lowest, highest)
