@@ -39,14 +39,14 @@ class Equalize(CompressionPass, frozen=True):
     one scale a channel the first layer's ranges are free, so ``s`` is ``1 / r2`` but for a common factor: all inputs
     of the second share their row's scale alike; a depthwise second layer is left alone.
 
-    Factors pass through ReLU, not through ReLU6: with ``clamps = "unreached"`` the channels that stay below the clamp
-    on ``samples`` calibration samples, by a factor ``margin``, are scaled as far as they stay below it; ``skip``
-    leaves such pairs alone.
+    Factors pass through ReLU, not through ReLU6: ``skip`` leaves such pairs alone. With ``clamps = "unreached"`` the
+    channels that stay below the clamp on ``samples`` calibration samples, by a factor ``margin``, are scaled as far
+    as they stay below it; other samples may reach it, so the network is only nearly the same.
     """
 
     scales: Literal["channel", "tensor"] = "channel"
     rounds: Annotated[int, msgspec.Meta(ge=1)] = 50
-    clamps: Literal["unreached", "skip"] = "unreached"
+    clamps: Literal["unreached", "skip"] = "skip"
     margin: Annotated[float, msgspec.Meta(ge=1)] = 1.5
     samples: Annotated[int, msgspec.Meta(ge=2)] = 64
 
