@@ -132,7 +132,7 @@ class Search:
         budget = wanted.budget()
         limit = wanted.limit()
         self._profile = device_profiles.load(wanted.target or "")
-        self._latency = _latency(terminal, model, wanted, self._profile)
+        self._latency = _latency(model, wanted, self._profile)
         self._scales = Scales(model, wanted.metric, self._latency, self._profile)
         situation = rungs.situation(model, budget, wanted.target or "")
         self.ladder = ladder.Ladder(
@@ -286,14 +286,14 @@ def estimated(model: Model, recipe: Recipe) -> list[float] | None:
     return [pace.of_pass(step) + pace.of_judging() for _, step in recipe.passes]
 
 
-def _latency(terminal: Terminal, model: Model, wanted: Wanted, profile: DeviceProfile) -> Any:  # noqa: ANN401  # TargetLatency, whose module is heavy
+def _latency(model: Model, wanted: Wanted, profile: DeviceProfile) -> Any:  # noqa: ANN401  # TargetLatency, whose module is heavy
     if wanted.latency is None:
         if wanted.latency_of is not None:
             raise UsageError("--latency-of helps to estimate a latency that is not asked for", "add --latency, as 20ms")
         return None
     from edgekit.cli._latency import TargetLatency
 
-    return TargetLatency(model, profile, wanted.latency_of, terminal.progress)
+    return TargetLatency(model, profile, wanted.latency_of)
 
 
 def _blamed(suspect: Suspect) -> dict[str, Any]:

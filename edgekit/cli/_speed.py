@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edgekit.compress.latency import Compared
+    from edgekit.device_profiles import DeviceProfile
     from edgekit.export.targets import Exporter
     from edgekit.model import Model
 
@@ -31,10 +32,10 @@ SECONDS = 0.5
 
 
 class Speed:
-    """Compares candidates with one original, whose file is written once."""
+    """Compares candidates with one original, whose file is written once: for ``profile``, else for this machine."""
 
-    def __init__(self, original: Model) -> None:
-        found = device_profiles.detect()
+    def __init__(self, original: Model, profile: DeviceProfile | None = None) -> None:
+        found = profile or device_profiles.detect()
         self._profile = found if found and found.format == "onnx" else device_profiles.load("x86-64")
         self._original = original
         self._before: Callable[[], object] | None = None
