@@ -75,10 +75,10 @@ def quantize(program: Any, model: Model, plan: QuantizationPlan, graph: torch.ex
 
 
 def _wanted(
-    program: Any,
+    program: Any,  # noqa: ANN401  # coremltools is untyped
     model: Model,
     plan: QuantizationPlan,
-    graph: torch.export.ExportedProgram,  # noqa: ANN401  # coremltools is untyped
+    graph: torch.export.ExportedProgram,  # coremltools is untyped
 ) -> dict[str, _Weight]:
     if not isinstance(model.network, TorchNetwork):
         return {}

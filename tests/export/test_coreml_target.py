@@ -60,7 +60,7 @@ def test_a_layer_the_plan_leaves_out_stays_float(tmp_path):
 
 
 def test_a_weight_only_plan_is_what_core_ml_holds(tiny_int8, tmp_path):
-    plan = QuantizationPlan(8, "none", tiny_int8.plan.weights, {})
+    plan = QuantizationPlan(8, "none", tiny_int8.plan.weights, {}, "weight-only")
     got, want = computed(dataclasses.replace(tiny_int8, plan=plan), tmp_path)
     np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
 

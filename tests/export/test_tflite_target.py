@@ -8,8 +8,10 @@ from fakes.exportable import tiny_model, with_plan
 
 pytest.importorskip("litert_torch", reason="needs the export extra")
 
-from edgekit import device_profiles, plugins, workload
+from edgekit import device_profiles, plugins, runtime, workload
 from edgekit.compress import compress, recipe
+from edgekit.compress.passes.quantize import Quantize
+from edgekit.compress.simulation import planned_network
 from edgekit.errors import ExportError, UsageError
 from edgekit.export import PACKAGE, export
 from edgekit.export.quiet import silence
@@ -78,11 +80,46 @@ def test_a_weight_only_plan_shrinks_the_file(tmp_path):
 
     wide = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     model = with_plan(tiny_model(wide))
-    only = dataclasses.replace(model, plan=QuantizationPlan(8, "none", model.plan.weights, {}))
+    only = dataclasses.replace(model, plan=QuantizationPlan(8, "none", model.plan.weights, {}, "weight-only"))
     write(dataclasses.replace(model, plan=None), tmp_path)
     size = (tmp_path / "model.tflite").stat().st_size
     write(only, tmp_path)
     assert (tmp_path / "model.tflite").stat().st_size < 0.5 * size
+
+
+@pytest.mark.parametrize(
+    ("options", "floor"),
+    [
+        ({"activations": "none", "bits": 4, "weights": "mse"}, 90),
+        ({"activations": "none", "bits": 8, "weights": "mse"}, 90),
+        ({"activations": "dynamic"}, 45),
+        ({"bits": 4, "weights": "mse"}, 40),
+        ({"bits": 7}, 40),
+    ],
+    ids=str,
+)
+def test_the_file_computes_what_the_plan_says(tiny, tmp_path, options, floor):
+    model = Quantize(**options).apply(tiny, silent)
+    result = export(model, [device_profiles.load("pixel-8")], tmp_path / "b")
+    assert result.first_error is None
+    assert result.rows[0].variant.precision == model.precision
+    inputs = model.data.calibration.head(4).inputs
+    with runtime.load(tmp_path / "b") as session:
+        got = session.run(inputs)["scores"]
+    want = planned_network(model).run(inputs)["scores"]
+    assert 10 * np.log10(np.square(want).sum() / np.square(got - want).sum()) > floor
+
+
+def test_a_dead_channel_is_recovered_too(tmp_path):
+    import torch
+
+    model = tiny_model()
+    with torch.no_grad():
+        model.network.module.down.weight[3] = 0
+    model = Quantize(activations="none", bits=4).apply(model, silent)
+    result = export(model, [device_profiles.load("pixel-8")], tmp_path / "b")
+    assert result.first_error is None
+    assert result.rows[0].variant.parity.sqnr_db > 20
 
 
 def test_what_litert_changes_of_the_plan_is_noted(tmp_path):
@@ -102,8 +139,16 @@ def test_what_litert_cannot_hold_is_refused(tiny, tmp_path):
     with pytest.raises(ExportError, match="no PyTorch network") as caught:
         write(dataclasses.replace(tiny, network=OnnxNetwork(tmp_path / "m.onnx")), tmp_path)
     assert "Python workload" in caught.value.hint
-    with pytest.raises(ExportError, match="4-bit"):
-        write(with_plan(tiny, bits=4), tmp_path)
+    groups = Quantize(activations="none", bits=4, granularity="group", group=32).apply(tiny, silent)
+    with pytest.raises(ExportError, match=r"'stem.weight' has a scale for each 32 inputs") as caught:
+        write(groups, tmp_path)
+    assert "channel" in caught.value.hint
+    partly = Quantize(activations="none", bits=4, keep=("head.weight",)).apply(tiny, silent)
+    with pytest.raises(ExportError, match=r"leaves 'head.weight' in float beside weights of 4 bits"):
+        write(partly, tmp_path)
+    half = dataclasses.replace(tiny, plan=QuantizationPlan(16, "none", {}, {}, "float16"))
+    with pytest.raises(ExportError, match="16-bit floats"):
+        write(half, tmp_path)
     with pytest.raises(UsageError, match="no data"):
         write(dataclasses.replace(tiny, data=None), tmp_path)
 

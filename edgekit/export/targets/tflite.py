@@ -1,4 +1,4 @@
-"""LiteRT flatbuffers: pictures channel-last, batch 1, a plan as static int8 with float inputs and outputs.
+"""LiteRT flatbuffers: pictures channel-last, batch 1, a plan with float inputs and outputs.
 
 LiteRT's tensors do not keep the plan's names, so ranges are measured on the calibration data.
 """
@@ -6,10 +6,12 @@ LiteRT's tensors do not keep the plan's names, so ranges are measured on the cal
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
+from edgekit.export import litert_recipe
 from edgekit.export.quiet import silence
 from edgekit.export.refusal import REFUSALS, reason
 from edgekit.export.targets import Artifact, Exporter
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
     from edgekit.device_profiles import DeviceProfile
-    from edgekit.plan import QuantizationPlan
     from edgekit.progress import Progress
     from edgekit.tensors import Array, TensorSpec
 
@@ -40,7 +41,7 @@ class TfliteExporter:
         """Write the file for one hardware class.
 
         Raises:
-            ExportError: no PyTorch network, an operator without a LiteRT form, or weights of other than 8 bits.
+            ExportError: no PyTorch network, an operator without a LiteRT form, or a plan that it cannot hold.
             MissingExtra: litert-torch or ai-edge-quantizer is not installed.
         """
         del profile
@@ -50,9 +51,19 @@ class TfliteExporter:
             )
         ports = tuple(_port(spec, f"args_{i}") for i, spec in enumerate(model.inputs))
         path = folder / "model.tflite"
-        path.write_bytes(_convert(model, model.network, ports))
-        if model.plan:
-            path.write_bytes(_quantize(path, model, ports, progress))
+        recipe = litert_recipe.of(model)
+        path.write_bytes(_convert(model, litert_recipe.on_the_grid(model, model.network), ports))
+        notes = litert_recipe.notes(model)
+        if recipe is not None:
+            try:
+                content = _quantize(path, model, recipe, ports=ports, progress=progress)
+            except (ValueError, RuntimeError):  # what the quantizer raises where it cannot recover a scale
+                content = _quantize(path, model, replace(recipe, shows_scales=True), ports=ports, progress=progress)
+                notes = (
+                    *notes,
+                    "LiteRT could not be shown the plan's scales: weights are rounded once more to its own",
+                )
+            path.write_bytes(content)
         outputs = (Port(name=s.name, key=f"output_{i}", dtype=s.dtype) for i, s in enumerate(model.outputs))
         return Artifact(
             main=path.name,
@@ -62,7 +73,7 @@ class TfliteExporter:
             outputs=tuple(outputs),
             batch=1,
             requires={"ai-edge-litert": ">=2.1"},
-            notes=_notes(model.plan),
+            notes=notes,
         )
 
 
@@ -118,17 +129,18 @@ def _frozen(module: torch.nn.Module) -> torch.nn.Module:
     return Model()
 
 
-def _quantize(path: Path, model: Model, ports: Sequence[Port], progress: Progress) -> bytes:
+def _quantize(
+    path: Path, model: Model, recipe: litert_recipe.Recipe, *, ports: Sequence[Port], progress: Progress
+) -> bytes:
     if model.plan is None or model.data is None:
         raise UsageError(f"{model.name} has no quantization plan", "compress it first: edgekit compress")
-    _refuse_bits(model.plan)
     with extra("export"), silence():
         from ai_edge_quantizer import quantizer
     with silence():
         engine = quantizer.Quantizer(str(path))
-        _choose_recipe(engine, model.plan)
+        recipe.choose(engine, recover=not recipe.shows_scales)
     ranges: dict[str, Any] = {}
-    if model.plan.activations:
+    if model.plan.scheme == "static":
         samples = model.data.calibration
         for number, sample in enumerate(samples.batches(1)):
             progress("calibrate LiteRT", number + 1, len(samples))
@@ -156,31 +168,6 @@ def _wider(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
             "max": np.maximum(one[name]["max"], other[name]["max"]),
         }
     return joined
-
-
-def _refuse_bits(plan: QuantizationPlan) -> None:
-    for name, rule in plan.weights.items():
-        if rule.bits != 8:
-            raise ExportError(f"{name!r} wants {rule.bits}-bit weights; this exporter writes 8", "set bits = 8")
-
-
-def _choose_recipe(engine: Any, plan: QuantizationPlan) -> None:  # noqa: ANN401  # the quantizer is untyped
-    from ai_edge_quantizer import qtyping, recipe
-
-    if not plan.activations:
-        engine.load_quantization_recipe(recipe.weight_only_wi8_afp32())
-        return
-    engine.load_quantization_recipe(recipe.static_wi8_ai8())
-    for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
-        engine.update_quantization_recipe(regex=".*", operation_name=end, algorithm_key="no_quantize")
-
-
-def _notes(plan: QuantizationPlan | None) -> tuple[str, ...]:
-    if plan is None:
-        return ()
-    whole = [name for name, rule in plan.weights.items() if rule.granularity == "tensor"]
-    notes = ["activation ranges are LiteRT's own min-max over the calibration data"]
-    return (*notes, f"{len(whole)} weights are per channel here, per tensor in the plan") if whole else tuple(notes)
 
 
 PLUGIN: Exporter = TfliteExporter()
