@@ -87,7 +87,7 @@ def explicit(layer: Layer, rule: WeightRule) -> WeightRule:
     return own if own.scales else grid.with_scales(own, grid.scales_of(layer.values, own))
 
 
-def refine(model: Model, samples: Split, choose: Choose, progress: Progress, name: str) -> Model:
+def refine(model: Model, samples: Split, choose: Choose, progress: Progress, *, name: str) -> Model:
     """Let each planned layer choose, in execution order, seeing what the earlier ones became.
 
     Transposed and three-dimensional convolutions are rounded to nearest and counted as ``skipped_layers``.
@@ -114,7 +114,7 @@ def refine(model: Model, samples: Split, choose: Choose, progress: Progress, nam
         rules[layer.weight] = _own_axis(choice.rule, plan.weights[layer.weight])
         return Change(grid.rounded(choice.values, choice.rule), choice.offsets)
 
-    changes = walk(model, samples, visit, progress, name)
+    changes = walk(model, samples, visit, progress, what=name)
     measured = {"layers": float(len(chosen)), "skipped_layers": float(skipped)}
     measured |= {"error": _mean([c.error for c in chosen]), "nearest_error": _mean([c.nearest for c in chosen])}
     made = with_parameters(model, changes)

@@ -56,11 +56,11 @@ def some_rows(
         if layer.kind == "linear":
             flat = [batch.reshape(len(batch), -1, batch.shape[-1]) for batch in pair]
             chosen = torch.randperm(flat[0].shape[1], generator=random)[:each]
-            found.append(tuple(f[:, chosen].reshape(1, -1, f.shape[-1]) for f in flat))  # type: ignore[arg-type]  # two
+            found.append(tuple(f[:, chosen].reshape(1, -1, f.shape[-1]) for f in flat))  # type: ignore[arg-type]  # a pair of worlds
         else:
             places = _places(layer, pair[0])
             chosen = torch.randperm(len(places), generator=random)[:each]
-            found.append(tuple(_patches(layer, batch, places[chosen]) for batch in pair))  # type: ignore[arg-type]  # two
+            found.append(tuple(_patches(layer, batch, places[chosen]) for batch in pair))  # type: ignore[arg-type]  # a pair of worlds
     return Rows(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
 
 

@@ -79,7 +79,7 @@ class Adaround(CompressionPass, frozen=True):
             rows = some_rows(layer, floats, planned, self.rows, seed=self.seed)
             return self._choose(layer, rule, rows, bounds.get(layer.node, FREE))
 
-        return refine(model, calibration(model, self.samples), choose, progress, "adaround")
+        return refine(model, calibration(model, self.samples), choose, progress, name="adaround")
 
     def _choose(self, layer: Layer, rule: WeightRule, rows: Rows, bounds: Bounds) -> Choice:
         shifts = self.bias and layer.offsets is not None

@@ -36,7 +36,8 @@ class Gptq(CompressionPass, frozen=True):
     output of the float network, whatever the earlier layers lost (as Nagel et al. 2020, equation 25), else at
     the same weight. ``sweeps`` go over all inputs again and take the best integer of each while the others stand
     (Behdin et al. 2023, "QuantEase", section 3). ``scales = "fit"`` alternates that with the least-squares scale of
-    each channel; groups and tensors keep the plan's. ``bias`` restores the mean of each output. Depthwise and grouped
+    each channel; groups and tensors keep the plan's. Both fit the calibration data closer, and wide networks worse
+    beyond it: they are off. ``bias`` restores the mean of each output. Depthwise and grouped
     convolutions are solved group by group.
     """
 
@@ -57,7 +58,7 @@ class Gptq(CompressionPass, frozen=True):
             CompressionError: no plan, no calibration data, or a network that cannot be walked through.
         """
         planned(model, "gptq")
-        return refine(model, calibration(model, self.samples), self._choose, progress, "gptq")
+        return refine(model, calibration(model, self.samples), self._choose, progress, name="gptq")
 
     def _choose(
         self, layer: Layer, rule: WeightRule, floats: Sequence[torch.Tensor], planned: Sequence[torch.Tensor]
