@@ -122,7 +122,7 @@ class Awq(CompressionPass, frozen=True):
             channels = rows.abs().mean(1).reshape(layer.groups * layer.values.shape[1], -1).mean(1)
             seen[layer.weight] = _Seen(rows.mT @ rows / rows.shape[1], channels.numpy())
 
-        walk(model, calibration(model, self.samples), visit, progress, "awq")
+        walk(model, calibration(model, self.samples), visit, progress, what="awq")
         return seen
 
     def _factors(self, takers: list[Layer], seen: Mapping[str, _Seen], rules: Mapping[str, WeightRule]) -> Array:
