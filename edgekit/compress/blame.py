@@ -123,7 +123,7 @@ def _suspects(model: Model, samples: Split, progress: Progress) -> list[Suspect]
         if plan is not None and layer.weight in plan.weights:
             found.append(_suspect(layer, floats, plan))
 
-    walk(model, samples, visit, progress, "blame: rounding of each layer")
+    walk(model, samples, visit, progress, what="blame: rounding of each layer")
     return sorted(found, key=lambda suspect: suspect.sqnr)
 
 

@@ -127,7 +127,9 @@ def steps_of(proto: onnx.ModelProto, layers: Sequence[Layer]) -> Iterator[OnnxSt
                 "use passes that need no walk, as quantize, or remove the control flow",
             )
         layer = by_node.get(node.output[0])
-        yield OnnxStep(proto, node, {n: stored[n] for n in node.input if n in stored}, layer, node.output[0] in fused)
+        yield OnnxStep(
+            proto, node, {n: stored[n] for n in node.input if n in stored}, layer, is_fused_away=node.output[0] in fused
+        )
 
 
 class OnnxStep:
@@ -139,6 +141,7 @@ class OnnxStep:
         node: onnx.NodeProto,
         stored: Mapping[str, onnx.TensorProto],
         layer: Layer | None,
+        *,
         is_fused_away: bool,
     ) -> None:
         self._proto, self._node, self._stored = proto, node, stored

@@ -81,7 +81,7 @@ def saturations(model: Model, samples: Split, progress: Progress) -> tuple[Satur
         if layer.weight in plan.weights and _multiplies_pairs(layer, plan):
             found.append(_of(layer, planned, plan))
 
-    walk(model, samples, look, progress, "saturation")
+    walk(model, samples, look, progress, what="saturation")
     return tuple(found)
 
 

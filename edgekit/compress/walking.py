@@ -19,7 +19,7 @@ from edgekit.plugins import extra
 from edgekit.workload import trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -50,7 +50,7 @@ class Step(Protocol):
         ...
 
 
-def walk(model: Model, samples: Split, visit: Visit, progress: Progress, what: str = "walk") -> dict[str, Change]:
+def walk(model: Model, samples: Split, visit: Visit, progress: Progress, *, what: str = "walk") -> dict[str, Change]:
     """Visit every weighted layer of a model; return the changes by the names of the weights.
 
     The planned world rounds weights and activations by the model's plan, if it has one.
@@ -186,17 +186,3 @@ class _TorchStep:
         fetch: Callable[[Any], Any] = lambda node: values[self._public.get(node.name, node.name)]  # noqa: E731  # map_arg wants a callable
         args, kwargs = map_arg(self._node.args, fetch), map_arg(self._node.kwargs, fetch)
         return [self._node.target(*args, **kwargs)]  # type: ignore[operator]  # a call_function node
-
-
-def inputs_of(model: Model, samples: Split, names: Iterable[str], progress: Progress) -> dict[str, list[torch.Tensor]]:
-    """Return what the layers of these weights take as planned, batch by batch; keep few at once, they are large."""
-    wanted = set(names)
-    found: dict[str, list[torch.Tensor]] = {}
-
-    def keep(layer: Layer, floats: Sequence[torch.Tensor], planned: Sequence[torch.Tensor]) -> None:
-        del floats
-        if layer.weight in wanted:
-            found[layer.weight] = list(planned)
-
-    walk(model, samples, keep, progress, "inputs of layers")
-    return found

@@ -66,7 +66,7 @@ class BiasCorrection(CompressionPass, frozen=True):
             shifts.append(float(abs(shift).max()))
             return Change(offsets=shift if layer.offsets is None else layer.offsets + shift)
 
-        changes = walk(model, samples, visit, progress, "bias correction")
+        changes = walk(model, samples, visit, progress, what="bias correction")
         measured: dict[str, float] = {"layers": len(changes), "largest_shift": max(shifts, default=0.0)}
         measured["skipped_layers"] = len([name for name in skipped if name in plan.weights])
         note = Step(name="bias_correction", measured=measured)
