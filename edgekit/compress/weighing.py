@@ -29,6 +29,9 @@ FIDELITY_SAMPLES = 64
 PERFECT = 200.0
 """Decibels of outputs that are the same to the last bit."""
 
+SPOILT = 35.0
+"""Decibels of a layer's output that cut-off sums leave: above lies the noise that rounding to 8 bits makes anyway."""
+
 
 class Scales:
     """Weighs candidates of one model by one metric; the model itself is weighed once.
@@ -84,10 +87,10 @@ class Scales:
         return sqnr(found, self._wanted)
 
     def saturations(self, candidate: Model) -> tuple[Saturation, ...]:
-        """Return the layers whose sums the target cuts off; none where it has a dot product."""
+        """Return the layers that the target's cut-off sums spoil; none where it has a dot product of integers."""
         if not self._saturates:
             return ()
-        return tuple(one for one in saturations(candidate, self._samples, silent) if one.is_cut)
+        return tuple(one for one in saturations(candidate, self._samples, silent) if one.sqnr_db < SPOILT)
 
 
 def sqnr(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> float:

@@ -158,6 +158,15 @@ def test_what_is_too_large_for_four_bits_is_cut_and_trained():
     assert climb.best.reached.value > 0.8
 
 
+def test_room_that_four_bits_leave_goes_to_the_layers_that_need_it():
+    climb = ladder(planted.sound(), budget={"max_drop": 0.0, "size": 45_000}, only=("fold", "mixed-precision")).climb()
+    first, last = climb.tries
+    assert first.reached.drop > 0
+    assert (climb.misses, last.rung) == ({}, "mixed-precision")
+    assert {rule.bits for rule in climb.model.plan.weights.values()} == {4, 8}
+    assert first.reached.bytes < last.reached.bytes <= 45_000
+
+
 def test_rungs_that_mend_what_nobody_asked_for_are_not_offered():
     def names(**budget):
         return [rung.name for rung in ladder(planted.sound(), budget=budget).rungs]
