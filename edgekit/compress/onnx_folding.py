@@ -88,7 +88,8 @@ def _fold(proto: onnx.ModelProto, pair: _Pair, stored: dict[str, onnx.TensorProt
     from onnx import numpy_helper
 
     def read(name: str) -> Array:
-        return numpy_helper.to_array(stored[name]).astype(np.float64)
+        values: Array = numpy_helper.to_array(stored[name]).astype(np.float64)
+        return values
 
     layer, norm = pair.layer, pair.norm
     gamma, beta, mean, variance = (read(name) for name in norm.input[1:5])

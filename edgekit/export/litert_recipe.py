@@ -1,7 +1,8 @@
 """What LiteRT's quantizer is told of a plan, and what it cannot be told. Knows no file.
 
 Its scales are not ours to give. But weights that lie on the plan's grid show it their scales, by their largest value
-or by the steps between them ("dequantized weight recovery"). Where few values leave gaps, neither works: a note says so.
+or by the steps between them ("dequantized weight recovery"). Where few values leave gaps, neither works, and a note
+says so.
 """
 
 from __future__ import annotations

@@ -66,6 +66,8 @@ def _is_integer(item: Planned) -> bool:
     node, given = item.node, {a.name: helper.get_attribute_value(a) for a in item.node.attribute}
     if node.op_type == "ConvTranspose" or item.rule.granularity == "group":
         return False
+    if len(set(item.integers()[2].reshape(-1).tolist())) > 1:
+        return False  # the products take one zero point a weight
     if node.op_type == "Gemm" and (given.get("transA") or given.get("alpha", 1.0) != 1 or given.get("beta", 1.0) != 1):
         return False
     return node.op_type == "Conv" or item.values.ndim == 2
@@ -83,7 +85,6 @@ def _product(weights: Weights, item: Planned) -> list[onnx.NodeProto]:
     kind = storage(item.rule, packed=False)
     shape = (-1, *(1,) * (item.values.ndim - 2)) if is_conv else (-1,)
     stored = weights.add(f"{item.weight}_quantized", integers.astype(kind))
-    # one zero point a tensor is all that ConvInteger takes; a plan's zero points a channel go through float
     zero = weights.add(f"{item.weight}_zero_point", zeros.reshape(-1)[0].astype(kind).reshape(()))
     scale = weights.add(f"{item.weight}_scale", scales.reshape(shape) if scales.size > 1 else scales.reshape(()))
     value, input_scale, input_zero = _parts(node.input[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -14,6 +14,7 @@ from edgekit.model import TorchNetwork
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
     import onnx
 
     from edgekit.model import Model
@@ -40,7 +41,8 @@ class Weights:
         """Return a constant."""
         from onnx import numpy_helper
 
-        return numpy_helper.to_array(self.stored[name])
+        found: Array = numpy_helper.to_array(self.stored[name])
+        return found
 
     def add(self, name: str, array: Array) -> str:
         """Add a constant, if it is not there; return its name."""
@@ -148,7 +150,7 @@ def pack(weights: Weights, item: Planned) -> None:
     _store(weights, item, storage(item.rule, packed=True), is_folded=not has_kernel)
 
 
-def _store(weights: Weights, item: Planned, kind: object, *, is_folded: bool) -> None:
+def _store(weights: Weights, item: Planned, kind: np.dtype[Any], *, is_folded: bool) -> None:
     name, shape, made = item.weight, item.values.shape, f"{item.weight}_dequantized"
     if made not in {node.output[0] for node in weights.nodes}:
         cut = _layout(item)
@@ -238,14 +240,15 @@ def _folded(weights: Weights, parts: list[str], made: str, cut: Layout) -> list[
     return nodes
 
 
-def storage(rule: WeightRule, *, packed: bool) -> object:
+def storage(rule: WeightRule, *, packed: bool) -> np.dtype[Any]:
     """Return the NumPy type that a rule's integers are stored as; zero points make it unsigned."""
     import ml_dtypes
     import numpy as np
 
     if packed and rule.bits <= 4:
-        return ml_dtypes.uint4 if rule.zeros else ml_dtypes.int4
-    return np.uint8 if rule.zeros else np.int8
+        narrow: np.dtype[Any] = np.dtype(ml_dtypes.uint4 if rule.zeros else ml_dtypes.int4)
+        return narrow
+    return np.dtype(np.uint8 if rule.zeros else np.int8)
 
 
 def _reshaped(weights: Weights, source: str, target: str, shape: tuple[int, ...]) -> list[onnx.NodeProto]:

@@ -61,7 +61,7 @@ class TfliteExporter:
                 content = _quantize(path, model, replace(recipe, shows_scales=True), ports=ports, progress=progress)
                 notes = (
                     *notes,
-                    "LiteRT could not be shown the plan's scales: weights are rounded once more to its own",
+                    "LiteRT could not be shown the plan's scales: weights are rounded again, to its own",
                 )
             path.write_bytes(content)
         outputs = (Port(name=s.name, key=f"output_{i}", dtype=s.dtype) for i, s in enumerate(model.outputs))
