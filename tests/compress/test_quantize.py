@@ -142,7 +142,7 @@ def test_samples_limits_how_much_is_watched():
 def test_the_lineage_tells_options_and_figures():
     step = digits.quantized().lineage[-1]
     assert step.name == "quantize"
-    assert step.options == msgspec.to_builtins(Quantize())
+    assert msgspec.convert(step.options, Quantize) == Quantize()
     again = msgspec.json.decode(msgspec.json.encode(step), type=Step)
     assert msgspec.convert(again.options, Quantize) == Quantize()
     assert step.measured["validation_top1"] > 0.95
