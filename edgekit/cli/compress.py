@@ -31,15 +31,20 @@ if TYPE_CHECKING:
     short_help="Make a model smaller by a recipe.",
     help="""Make a model smaller by a recipe, and tell what it cost.
 
-    SOURCE is file.py:build or package.module:build (a function that returns a torch.nn.Module), an .onnx file, or a
-    folder that this command wrote. Without --recipe the model is quantized to int8. The folder OUT is written in one
-    step at the end, with a report, a model card and a bill of materials; export it with `edgekit export`. Finished
-    passes are cached: what was interrupted goes on when the same command runs again.
+    SOURCE is file.py:build or package.module:build (a function that returns a torch.nn.Module), a .pt2 or .onnx file,
+    a Hugging Face folder, or a folder that this command wrote. Without --recipe the model is quantized to int8; with
+    --max-drop and --target a recipe is searched. The folder OUT is written in one step at the end, with a report, a
+    model card and a bill of materials; export it with `edgekit export`. Finished passes are cached: what was
+    interrupted goes on when the same command runs again.
     """,
 )
 @click.argument("source")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights for SOURCE: .safetensors or .pt.")
-@click.option("--data", "data_source", help="Data: file.py:function that returns edgekit.model.Data, or an .npz.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Weights for file.py:build: .safetensors, .pt, .pt2."
+)
+@click.option(
+    "--data", "data_source", help="Data: file.py:function, an .npz, a data.toml, or a folder of pictures with one."
+)
 @click.option(
     "--recipe", "recipe_file", type=click.Path(path_type=Path), help="Recipe in TOML, or the name of a shipped one."
 )

@@ -37,8 +37,12 @@ COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "same to
 @click.option("--name", help="Name of the bundle; default: the model's.")
 @click.option("--version", default="1", show_default=True, help="Version of the bundle.")
 @click.option("--precision", help="fp32 ignores the plan; language models: f32, f16, q8_0, q4_0.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights for SOURCE: .safetensors or .pt.")
-@click.option("--data", "data_source", help="Data: file.py:function that returns edgekit.model.Data, or an .npz.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Weights for file.py:build: .safetensors, .pt, .pt2."
+)
+@click.option(
+    "--data", "data_source", help="Data: file.py:function, an .npz, a data.toml, or a folder of pictures with one."
+)
 @click.option("--list", "list_only", is_flag=True, help="Show the targets and what they need, and stop.")
 def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter is an option of the command line
     terminal: Terminal,
