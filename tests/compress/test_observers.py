@@ -131,3 +131,42 @@ def test_batches_together_are_seen_as_one(observer):
 def test_an_empty_batch_says_nothing(observer):
     values = np.array([1.0, 2.0], np.float32)
     assert observed(observer, values, values[:0]) == observed(observer, values)
+
+
+def of_onnx_runtime(values, bins):
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    collector = HistogramCollector("entropy", False, bins, 128, 99.99, "same")
+    collector.collect({"x": values})
+    low, high = collector.compute_collection_result()["x"][:2]
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("count", [2_000, 20_000, 200_000])
+@pytest.mark.parametrize("shape", ["half-normal", "relu", "mostly zeros", "normal"])
+def test_entropy_keeps_what_has_no_outliers_however_few_the_values_and_however_many_the_zeros(shape, count, capsys):
+    values = np.random.default_rng(0).normal(size=count).astype(np.float32)
+    shapes = {
+        "half-normal": np.abs(values),
+        "relu": np.maximum(values, 0),
+        "mostly zeros": np.maximum(values - 1, 0),
+        "normal": values,
+    }
+    values = shapes[shape]
+    limits = observed("entropy", values)
+    assert loss(values, limits) <= 2.2 * loss(values, observed("minmax", values))
+    low, high = of_onnx_runtime(values, 128)
+    capsys.readouterr()  # what the peer prints
+    assert limits.high == pytest.approx(high, rel=0.15)
+    assert limits.low == pytest.approx(low, rel=0.15, abs=0)
+
+
+def test_entropy_of_a_relu_cuts_far_outliers_and_loses_nothing_of_the_rest(capsys):
+    relu = np.maximum(np.random.default_rng(0).normal(size=200_000), 0).astype(np.float32)
+    far = np.concatenate([relu, np.float32([20, 25, 30])])
+    limits, (_, high) = observed("entropy", far), of_onnx_runtime(far, 2048)
+    capsys.readouterr()  # what the peer prints
+    assert limits.low == 0
+    assert relu.max() <= limits.high < 2 * relu.max()
+    assert high / 2 < limits.high < 2 * high
+    assert loss(relu, limits) < 2 * loss(relu, observed("minmax", relu))
