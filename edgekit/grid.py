@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SMALLEST_SCALE = 1e-12
 """A channel of zeros has this scale, so that nothing is divided by zero."""
+MASKED, SEEN, CERTAIN = -5e3, -1e3, -1e8
+"""What masks attention fills in -1e4, -65504, -1e9, the smallest float, or minus infinity; no score lies near it."""
 
 
 class ActivationGrid(NamedTuple):
@@ -150,6 +152,16 @@ def activation_grid(limits: Range, *, symmetric: bool = False) -> ActivationGrid
         return ActivationGrid(_scale(max(-low, high) / 127), 0, -127, 127)
     scale = _scale((high - low) / 255)
     return ActivationGrid(scale, min(max(round(-low / scale), 0), 255), 0, 255)
+
+
+def is_masked(values: Array) -> bool:
+    """Say whether an activation holds the fillers of a mask: far below zero, and nothing between them and the rest.
+
+    A range with both would leave no integers for the rest, and one without them would unmask: it has to stay float.
+    """
+    if not values.size or values.min() > MASKED:
+        return False
+    return bool(values.min() <= CERTAIN or not ((values > MASKED) & (values < SEEN)).any())
 
 
 def _scale(width: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edgekit import grid
 from edgekit.compress import onnx_graph
 from edgekit.errors import CompressionError, InputError
 from edgekit.model import Model, OnnxNetwork, Split, TorchNetwork, whole_batches
@@ -37,11 +38,32 @@ class Run(Protocol):
         ...
 
 
+class Unmasked:
+    """A run that keeps back what takes the fillers of masks, and tells afterwards what that was."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.masked: set[str] = set()
+        """Names of activations of which some batch, perhaps not the first, took a filler."""
+
+    def __call__(self, watch: Watch, progress: Progress) -> None:
+        """Show every other value to ``watch``."""
+
+        def look(name: str, values: Array) -> None:
+            if grid.is_masked(values):
+                self.masked.add(name)
+            else:
+                watch(name, values)
+
+        self._run(look, progress)
+
+
 def runner(model: Model, samples: Split) -> Run:
     """Prepare a network so that it can be watched as often as an observer needs.
 
     Raises:
-        CompressionError: nothing to watch in this kind of network; or, when run, a value holds NaN or infinity.
+        CompressionError: nothing to watch in this kind of network; or, when run, a value holds NaN or infinity. Minus
+            infinity is what masks are made of.
         UsageError: fewer samples than the network's fixed batch.
     """
     if isinstance(model.network, TorchNetwork):
@@ -68,7 +90,9 @@ def _checked(watch: Watch) -> Watch:
 
     def check(name: str, values: Array) -> None:
         # a sum is one reading of the values; only one that overflowed has to be looked at closely
-        if not np.isfinite(values.sum()) and not np.isfinite(values).all():
+        with np.errstate(over="ignore"):
+            is_doubtful = not np.isfinite(values.sum())
+        if is_doubtful and not (values < np.inf).all():
             raise CompressionError(
                 f"activation {name!r} holds NaN or infinity on the calibration data",
                 "check the checkpoint and the scaling of the input",

@@ -37,11 +37,24 @@ def parameter(node: fx.Node | None) -> str | None:
 
 
 def weighted(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
-    """Give each node that multiplies with a stored weight, and the name of that weight."""
+    """Give each node that multiplies with a stored weight, and the name of that weight; not what nobody uses."""
+    used = _used(graph)
     for node in graph.nodes:
-        name = parameter(argument(node, 1)) if operation(node) in WEIGHTED else None
+        name = parameter(argument(node, 1)) if operation(node) in WEIGHTED and node in used else None
         if name:
             yield node, name
+
+
+def _used(graph: fx.Graph) -> set[fx.Node]:
+    """Return what the outputs are made of, and what is written in place: a head that nobody reads is never written."""
+    found: set[fx.Node] = set()
+    waiting = [node for node in graph.nodes if node.op == "output" or operation(node).endswith("_")]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
 
 
 def weight_axis(node: fx.Node) -> int:

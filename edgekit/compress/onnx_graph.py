@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from edgekit import grid
 from edgekit.errors import CompressionError
-from edgekit.plugins import extra
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     import onnx
 
     from edgekit.model import OnnxNetwork
@@ -24,9 +25,6 @@ def weights(network: OnnxNetwork) -> dict[str, int]:
     Raises:
         CompressionError: the file is quantized already, or a weight holds NaN or infinity.
     """
-    with extra("compress"):
-        import numpy as np
-        import onnx
     model = network.proto()
     kinds = {node.op_type for node in model.graph.node}
     quantized = sorted(kind for kind in kinds if "QLinear" in kind or "QuantizeLinear" in kind or "Integer" in kind)
@@ -35,16 +33,24 @@ def weights(network: OnnxNetwork) -> dict[str, int]:
             f"{network.path.name} is quantized already: it holds {quantized[0]}", "give the float model"
         )
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name, tensor in stored.items():
-        values = onnx.numpy_helper.to_array(tensor)
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise CompressionError(f"weight {name!r} holds NaN or infinity", "check the file")
     found = {}
     for node in model.graph.node:
         axis = weight_axis(node, stored)
         if axis is not None:
             found[node.input[1]] = axis
+    _refuse_broken(stored, found)
     return found
+
+
+def _refuse_broken(stored: dict[str, onnx.TensorProto], weights: Container[str]) -> None:
+    import numpy as np
+    import onnx
+
+    for name, tensor in stored.items():
+        values = onnx.numpy_helper.to_array(tensor)
+        # minus infinity in what is no weight is a mask of attention
+        if values.dtype.kind == "f" and not (np.isfinite(values) if name in weights else values < np.inf).all():
+            raise CompressionError(f"weight {name!r} holds NaN or infinity", "check the file")
 
 
 def values(model: onnx.ModelProto) -> list[str]:

@@ -1,7 +1,7 @@
 """Lowers a static plan into ONNX QuantizeLinear/DequantizeLinear pairs. Knows no target.
 
 Integers of weights are those of the plan. Ranges come from the plan where the file has the value; the others are
-measured on the calibration data.
+measured on the calibration data. What takes the fillers of masks has no range and stays float.
 """
 
 from __future__ import annotations
@@ -203,6 +203,8 @@ def _quantize_numbers(weights: Weights, node: onnx.NodeProto, scheme: Scheme, no
     for place, name in enumerate(node.input):
         if name in weights.stored and weights.array(name).dtype == np.float32 and weights.array(name).size == 1:
             value = weights.array(name)
+            if grid.is_masked(value):
+                continue  # what its integer stands for may overflow, and 0 times infinity is NaN
             own = _grid(Range(float(value.min()), float(value.max())), scheme)
             parts = _constants(weights, name, own, scheme)
             integer = np.round(value / own.scale) + own.zero
@@ -239,15 +241,23 @@ def _pair(weights: Weights, source: str, target: str, *, limits: Range, scheme: 
 def measure(
     proto: onnx.ModelProto, names: Iterable[str], samples: tuple[Split, int], progress: Progress
 ) -> dict[str, Range]:
-    """Return the smallest and largest value that each named float tensor takes on samples, so many at once."""
+    """Return the smallest and largest value that each named float tensor takes on samples, so many at once.
+
+    Tensors that take fillers of masks (`grid.is_masked`) are left out.
+    """
     import onnx
     import onnxruntime
 
     calibration, size = samples
     inputs = {v.name for v in proto.graph.input}
     found: dict[str, Range] = {}
+    masked: set[str] = set()
     for name in names:
-        if name in inputs and calibration.inputs[name].dtype.kind == "f":
+        if (
+            name in inputs
+            and calibration.inputs[name].dtype.kind == "f"
+            and not grid.is_masked(calibration.inputs[name])
+        ):
             found[name] = _wider(None, calibration.inputs[name])
     wanted = [n for n in names if n not in inputs]
     if not wanted:
@@ -262,7 +272,9 @@ def measure(
         for name, value in zip(wanted, session.run(wanted, dict(batch.inputs)), strict=True):
             if value.dtype.kind == "f" and value.size:
                 found[name] = _wider(found.get(name), value)
-    return found
+                if grid.is_masked(value):
+                    masked.add(name)
+    return {name: limits for name, limits in found.items() if name not in masked}
 
 
 def _wider(seen: Range | None, values: Array) -> Range:

@@ -136,7 +136,9 @@ def test_an_empty_batch_says_nothing(observer):
 def of_onnx_runtime(values, bins):
     from onnxruntime.quantization.calibrate import HistogramCollector
 
-    collector = HistogramCollector("entropy", False, bins, 128, 99.99, "same")
+    collector = HistogramCollector(
+        method="entropy", symmetric=False, num_bins=bins, num_quantized_bins=128, percentile=99.99, scenario="same"
+    )
     collector.collect({"x": values})
     low, high = collector.compute_collection_result()["x"][:2]
     return float(low), float(high)

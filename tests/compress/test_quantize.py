@@ -217,6 +217,23 @@ def test_a_network_without_weights_is_refused():
         quantize(model)
 
 
+def test_a_head_that_no_output_reads_is_not_in_the_plan():
+    torch = pytest.importorskip("torch")
+
+    class Unread(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            states = self.body(x)
+            torch.tanh(self.head(states))
+            return states
+
+    data = Data(Split({"x": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)}))
+    assert quantize(workload.from_module("unread", Unread(), data)).plan.weights.keys() == {"body.weight"}
+
+
 def test_an_onnx_file_that_is_quantized_or_holds_nan_is_refused(tmp_path):
     onnx = pytest.importorskip("onnx")
     from edgekit.compress import onnx_graph

@@ -13,7 +13,7 @@ import msgspec
 
 from edgekit import device_profiles
 from edgekit.compress import graph, onnx_graph
-from edgekit.compress.calibration import runner
+from edgekit.compress.calibration import Unmasked, runner
 from edgekit.compress.layers import layers
 from edgekit.compress.observers import KEPT, Observer, ranges
 from edgekit.compress.passes import CompressionPass
@@ -29,6 +29,7 @@ from edgekit.workload import trace
 
 if TYPE_CHECKING:
     from edgekit.model import Model, Split
+    from edgekit.plan import Range
     from edgekit.progress import Progress
 
 SCHEMES: dict[str, Scheme] = {"static": "static", "dynamic": "dynamic", "none": "weight-only"}
@@ -41,10 +42,11 @@ class Quantize(CompressionPass, frozen=True):
     Weights are symmetric integers of ``bits``, one scale a channel, a tensor, or a ``group`` of 32 to 128 inputs;
     ``weights`` chooses the scales: by the largest value, or by the least squared error. ``activations`` are 8-bit
     integers of the range that ``observer`` chooses from the first ``samples`` calibration samples (``static``), of
-    the range at that moment (``dynamic``), or stay float (``none``). ``keep`` names weights that stay float.
-    ``target`` names a hardware class: where it adds products of integers in 16 bits, layers whose sums leave them on
-    the calibration data get weights of 7 bits (`saturation`). ``percentile`` belongs to the observer of that name
-    (Jacob et al. 2018; Nagel et al. 2021, "A White Paper on Neural Network Quantization").
+    the range at that moment (``dynamic``), or stay float (``none``); what holds the fillers of an attention mask stays
+    float as well (`grid.is_masked`). ``keep`` names weights that stay float. ``target`` names a hardware class: where
+    it adds products of integers in 16 bits, layers whose sums leave them on the calibration data get weights of 7 bits
+    (`saturation`). ``percentile`` belongs to the observer of that name (Jacob et al. 2018; Nagel et al. 2021, "A White
+    Paper on Neural Network Quantization").
     """
 
     bits: Literal[8, 7, 6, 5, 4, 3, 2] = 8
@@ -75,9 +77,7 @@ class Quantize(CompressionPass, frozen=True):
         samples = _calibration(model, self.samples)
         folded, count = fold(model)
         rules = self._rules(folded)
-        observed = {}
-        if self.activations == "static":
-            observed = ranges(runner(folded, samples), self.observer, progress, self.percentile)
+        observed, masked = self._observed(folded, samples, progress)
         plan = QuantizationPlan(
             bits=self.bits,
             observer=self.observer if observed else "none",
@@ -87,11 +87,21 @@ class Quantize(CompressionPass, frozen=True):
         )
         measured: dict[str, float] = {"folded": count, "weights": len(rules), "activations": len(observed)}
         measured["calibration_samples"] = len(samples)
+        if masked:
+            measured["masked_activations"] = masked
         planned = replace(folded, plan=plan)
         if profile is not None and may_saturate(profile) and self.bits == 8:
             planned, told = self._saved_from_saturation(planned, samples, progress)
             measured |= told
         return replace(planned, lineage=(*model.lineage, Step(name="quantize", measured=measured)))
+
+    def _observed(self, model: Model, samples: Split, progress: Progress) -> tuple[dict[str, Range], int]:
+        """Return the range of each activation, without those that a mask fills, and how many of these there are."""
+        if self.activations != "static":
+            return {}, 0
+        run = Unmasked(runner(model, samples))
+        found = ranges(run, self.observer, progress, self.percentile)
+        return {name: limits for name, limits in found.items() if name not in run.masked}, len(run.masked)
 
     def _saved_from_saturation(
         self, model: Model, samples: Split, progress: Progress
@@ -164,8 +174,11 @@ def _torch_weights(model: Model) -> dict[str, int]:
         import torch
     if not isinstance(model.network, TorchNetwork):
         return {}
+    parameters = dict(model.network.module.named_parameters())
     for name, tensor in model.network.module.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # minus infinity in a buffer is a mask of attention
+        is_sound = torch.isfinite(tensor) if name in parameters else tensor < math.inf
+        if tensor.is_floating_point() and not is_sound.all():
             raise CompressionError(f"weight {name!r} holds NaN or infinity", "check the checkpoint")
     traced = trace(model).module(check_guards=False)
     return {name: graph.weight_axis(node) for node, name in graph.weighted(traced.graph)}
