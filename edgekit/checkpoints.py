@@ -35,7 +35,10 @@ def read(path: Path, module: torch.nn.Module) -> dict[str, torch.Tensor]:
         inner = [state[key] for key in WRAPPINGS if isinstance(state.get(key), dict)]
         state = inner[0] if inner else state
     if not isinstance(state, dict):
-        raise UsageError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not tensors by name")
+        raise UsageError(
+            f"{path} is no checkpoint: it holds a {type(state).__name__}, not tensors by name",
+            "write it with torch.save(network.state_dict(), path)",
+        )
     state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     _refuse_misfit(path, state, module.state_dict())
     return state
@@ -50,7 +53,7 @@ def read_program(path: Path) -> torch.export.ExportedProgram:
     with extra("compress"):
         import torch
     if not path.is_file():
-        raise UsageError(f"there is no exported program at {path}")
+        raise UsageError(f"there is no exported program at {path}", "check the path")
     if not zipfile.is_zipfile(path):  # PyTorch would print its trace before it refuses
         raise UsageError(
             f"{path} is no exported program, or only the beginning of one", "write it with torch.export.save"

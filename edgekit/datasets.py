@@ -139,11 +139,14 @@ def _hash(split: Split, number: int) -> str:
 def refuse_unfit(model: Model) -> None:
     """Raise UsageError where a split lacks an input, has another shape or type, holds NaN, or labels beside the scores.
 
-    Labels are integers for which the first output has a score, or floats in the first output's shape.
+    The same for a split without a sample. Labels are integers for which the first output has a score, or floats in
+    the first output's shape.
     """
     if model.data is None or not model.inputs:
         return
     for part, split in model.data.splits().items():
+        if not len(split):
+            raise UsageError(f"the {part} split is empty", "give it samples, or leave the whole split out")
         if set(split.inputs) != {spec.name for spec in model.inputs}:
             wanted = ", ".join(str(spec) for spec in model.inputs)
             raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -97,7 +98,12 @@ def _refuse_odd(spec: Images) -> None:
     channels = 3 if spec.mode == "RGB" else 1
     for name, values in (("mean", spec.mean), ("std", spec.std)):
         if len(values) not in (1, channels):
-            raise UsageError(f"data.toml states {len(values)} numbers as {name}, {spec.mode} has {channels} channel(s)")
+            raise UsageError(
+                f"data.toml states {len(values)} numbers as {name}, {spec.mode} has {channels} channel(s)",
+                "give one number for each channel, or one for all",
+            )
+        if not all(math.isfinite(value) for value in values):
+            raise UsageError(f"data.toml states {name} = {list(values)}", "give finite numbers, for values 0..255")
     if not all(value > 0 for value in spec.std):
         raise UsageError(f"data.toml states std = {list(spec.std)}", "deviations are above 0, for values 0..255")
     if spec.crop > spec.resize:

@@ -41,7 +41,7 @@ def picture_to_tensor(data: bytes, how: ImagePreprocess) -> Array:
 
 def _decoded(data: bytes, mode: str) -> Image.Image:
     with extra("device"):
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -49,7 +49,8 @@ def _decoded(data: bytes, mode: str) -> Image.Image:
             return _upright(picture).convert(mode)
     # What Pillow's decoders raise on 300,000 damaged pictures.
     except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
-        raise InputError(f"these {len(data)} bytes are no picture: {error}", "give a JPEG, PNG or WebP file") from error
+        why = "" if isinstance(error, UnidentifiedImageError) else f": {error}"  # which names an object in memory
+        raise InputError(f"these {len(data)} bytes are no picture{why}", "give a JPEG, PNG or WebP file") from error
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from typing import TYPE_CHECKING, Literal
 
@@ -87,11 +88,15 @@ def write(model: Model, folder: Path) -> None:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise UsageError where saving would replace something that is no saved model."""
+    """Raise UsageError where saving would replace something that is no saved model, or lies where no folder can be."""
     if folder.exists() and not _is_saved(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
             f"{folder} is there and holds no saved model, so it is not replaced", "choose another folder for the output"
         )
+    above = next(parent for parent in folder.resolve().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "may not be written" if above.is_dir() else "is no folder"
+        raise UsageError(f"{folder} cannot be made: {above} {why}", "choose another folder for the output")
 
 
 def _is_saved(folder: Path) -> bool:

@@ -67,11 +67,11 @@ def invoke(source: str, function: Callable[..., object], *arguments: object) -> 
 
 def _import_file(path: Path) -> object:
     if not path.is_file():
-        raise UsageError(f"there is no file {path}")
+        raise UsageError(f"there is no file {path}", "check the path before the colon")
     name = f"edgekit_workload_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{path} cannot be imported as Python")
+        raise UsageError(f"{path} cannot be imported as Python", "give a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

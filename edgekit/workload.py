@@ -193,7 +193,7 @@ def _load_onnx(path: Path, data: Data | None) -> Model:
     with extra("onnx"):
         import onnxruntime
     if not path.is_file():
-        raise UsageError(f"there is no ONNX file at {path}")
+        raise UsageError(f"there is no ONNX file at {path}", "check the path")
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except _onnx_errors() as error:
@@ -226,7 +226,7 @@ def _onnx_spec(value: object) -> TensorSpec:
 
 def _load_gguf(path: Path) -> Model:
     if not path.is_file():
-        raise UsageError(f"there is no GGUF file at {path}")
+        raise UsageError(f"there is no GGUF file at {path}", "check the path")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UsageError(f"{path} is no GGUF file", "it begins with other bytes; fetch it again")

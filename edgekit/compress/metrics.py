@@ -167,6 +167,8 @@ def _top5(answers: Answers) -> Array:
     import numpy as np
 
     scores, labels = _scores(answers.outputs), answers.split.labels
+    if scores.shape[1] <= 5:
+        raise InputError(f"the label is always among the five highest of {scores.shape[1]} scores", "choose top1")
     own = np.take_along_axis(scores, np.asarray(labels)[:, None], 1)
     before = np.arange(scores.shape[1]) < np.asarray(labels)[:, None]
     better = (scores > own) | ((scores == own) & before)  # equal scores: the first one wins, as in argmax

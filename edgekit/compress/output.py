@@ -47,7 +47,8 @@ def write(outcome: Outcome, folder: Path, others: Mapping[str, bytes] | None = N
         (scratch / "report.html").write_text(report.page(outcome, digest), encoding="utf-8")
         for name, content in (others or {}).items():
             (scratch / name).write_bytes(content)
-        files = {path.name: fingerprint.file_digest(path) for path in scratch.iterdir()}
+        written = [path for path in scratch.rglob("*") if path.is_file()]
+        files = {path.relative_to(scratch).as_posix(): fingerprint.file_digest(path) for path in written}
         (scratch / "bom.cdx.json").write_bytes(bom.encode(bom.bom(outcome, digest, files)))
     return digest
 

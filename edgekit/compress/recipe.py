@@ -57,6 +57,8 @@ def read(path: Path) -> Recipe:
         return decode(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UsageError(f"there is no recipe at {path}", "check --recipe") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path} is no recipe: it is a folder", f"give {path / 'recipe.toml'}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is no recipe: it is not UTF-8 text", "give a TOML file") from error
 

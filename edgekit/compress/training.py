@@ -96,7 +96,10 @@ def train(network: TorchNetwork, lesson: Lesson, schedule: Schedule, progress: P
     with extra("compress"):
         import torch
     if min(schedule.batch, len(lesson.split)) < 2:
-        raise CompressionError(f"the train split has {len(lesson.split)} sample(s): nothing can be learned from it")
+        raise CompressionError(
+            f"{len(lesson.split)} train sample(s) in batches of {schedule.batch} teach nothing",
+            "give more samples, and batches of 2 or more",
+        )
     if schedule.keep == "best" and lesson.validation is None:
         raise CompressionError('keep = "best" needs a validation split', 'give data with one, or set keep = "last"')
     with crew() as us, torch.random.fork_rng(devices=[]):

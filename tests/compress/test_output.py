@@ -59,6 +59,16 @@ def folder(outcome, tmp_path_factory):
     return place
 
 
+def test_the_way_back_to_a_hugging_face_folder_is_written_and_listed(outcome, tmp_path):
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text("{}")
+    network = replace(outcome.compressed.network, folder=tmp_path / "llama")
+    whole = replace(outcome, compressed=replace(outcome.compressed, network=network))
+    output.write(whole, tmp_path / "out")
+    assert (tmp_path / "out" / "huggingface" / "config.json").is_file()
+    assert "huggingface/config.json" in (tmp_path / "out" / "bom.cdx.json").read_text()
+
+
 def call(place, *options):
     (place / "r.toml").write_text(RECIPE)
     line = ["compress", f"{WORKLOAD}:build", "--data", f"{WORKLOAD}:data", "--recipe", str(place / "r.toml")]

@@ -54,7 +54,10 @@ def trainable(model: Model, verb: str) -> TorchNetwork:
             "give file.py:build with --checkpoint, and put all passes into one recipe",
         )
     if model.plan is not None:
-        raise CompressionError(f"{verb} must come before quantize: the plan fits the weights as they are now")
+        raise CompressionError(
+            f"{verb} must come before quantize: the plan fits the weights as they are now",
+            "put the pass before quantize in the recipe",
+        )
     return network
 
 

@@ -113,6 +113,8 @@ class _Work:
         if options.importance == "taylor":
             _feel(self.model, weighed)
         found = families(self.model, weighed, options.importance, options.keep_modules)
+        if not found:
+            self._refuse_nothing(module, module, found)
         tried: dict[tuple[int, ...], nn.Module] = {}
 
         def candidate(ratio: float) -> nn.Module:

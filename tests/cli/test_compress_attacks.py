@@ -1,0 +1,115 @@
+"""Attacks on `edgekit compress` that once got through: each is refused in words, early, and leaves nothing behind."""
+
+import os
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("torch")
+
+from edgekit.cli import cli
+
+NETS = """
+import numpy as np
+from torch import nn
+
+def mlp():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+class Doubles(nn.Module):
+    def forward(self, x):
+        return 2 * x.relu()
+
+def doubles():
+    return Doubles()
+
+def splits(validation=16):
+    take, label = np.random.default_rng(0).standard_normal, np.arange(32) % 4
+    given = {"calibration": take((16, 8)), "train": take((32, 8)), "validation": take((validation, 8))}
+    floats = {name: array.astype(np.float32) for name, array in given.items()}
+    return {name: (array, label[: len(array)]) for name, array in floats.items()}
+
+def unjudged():
+    return splits(validation=0)
+"""
+
+
+def compress(folder, *more, build="mlp", data="splits", recipe=None):
+    """Call the command in a folder of its own."""
+    file = folder / "nets.py"
+    file.write_text(NETS)
+    given = ["compress", f"{file}:{build}", "--data", f"{file}:{data}", "--no-latency", "--no-cache"]
+    if recipe:
+        (folder / "r.toml").write_text(f"version = 1\n{recipe}")
+        more = ("--recipe", folder / "r.toml", *more)
+    out = [] if "-o" in more else ["-o", str(folder / "out")]
+    return CliRunner().invoke(cli, [*given, *map(str, more), *out])
+
+
+def refused(done, code, *words):
+    assert done.exit_code == code, done.stderr
+    for word in (*words, "hint: "):
+        assert word in done.stderr
+
+
+def passes(*names):
+    return "".join(f'[[pass]]\nname = "{name}"\n' for name in names)
+
+
+def test_an_empty_split_is_refused_before_anything_is_computed(tmp_path):
+    refused(compress(tmp_path, data="unjudged"), 2, "the validation split is empty")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_without_weights_cannot_be_pruned_to_a_share_of_its_macs(tmp_path):
+    recipe = '[[pass]]\nname = "prune"\nmacs = 0.5\n'
+    refused(compress(tmp_path, build="doubles", recipe=recipe), 4, "removes no channel of nets, which has 0 layers")
+
+
+@pytest.mark.parametrize("late", ["prune", "sparsify"])
+def test_a_pass_that_changes_the_network_after_quantize_says_where_to_put_it(tmp_path, late):
+    refused(compress(tmp_path, recipe=passes("quantize", late)), 4, f"{late} must come before", "put the pass before")
+
+
+def test_a_folder_given_as_recipe_names_the_recipe_in_it(tmp_path):
+    refused(compress(tmp_path, "--recipe", tmp_path), 2, "it is a folder", "recipe.toml")
+
+
+def test_top5_of_four_classes_says_nothing_and_is_refused(tmp_path):
+    refused(compress(tmp_path, "--metric", "top5"), 4, "of 4 scores", "choose top1")
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_the_data_are_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = compress(tmp_path, "-o", tmp_path / "file" / "out", data="gone")
+    refused(done, 2, f"{tmp_path / 'file'} is no folder")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_in_a_folder_of_another_is_refused(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refused(compress(tmp_path, "-o", tmp_path / "locked" / "out", data="gone"), 2, "may not be written")
+
+
+@pytest.mark.parametrize(("old", "new", "word"), [("[127.5]", "[nan]", "[nan]"), ("[127.5]", "[1, 2]", "2 numbers")])
+def test_preprocessing_of_no_numbers_is_told_as_such(tmp_path, old, new, word):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    image.new("L", (8, 8)).save(tmp_path / "pictures" / "cat" / "1.png")
+    stated = (
+        'kind = "images"\nresize = 8\ncrop = 8\nmode = "L"\ninterpolation = "bilinear"\nmean = [127.5]\nstd = [1.0]\n'
+    )
+    (tmp_path / "pictures" / "data.toml").write_text(stated.replace(old, new))
+    refused(compress(tmp_path, "--data", tmp_path / "pictures"), 2, "data.toml states", word)
+
+
+def test_a_damaged_picture_is_told_without_addresses_in_memory():
+    pytest.importorskip("PIL")
+    from edgekit.errors import InputError
+    from edgekit.manifest import ImagePreprocess
+    from edgekit.pictures import picture_to_tensor
+
+    how = ImagePreprocess(input="image", resize=8, crop=8, mode="L", mean=(0.0,), std=(1.0,))
+    with pytest.raises(InputError) as caught:
+        picture_to_tensor(b"no picture", how)
+    assert caught.value.message == "these 10 bytes are no picture"
