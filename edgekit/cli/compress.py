@@ -13,6 +13,7 @@ import msgspec
 from edgekit.cli import _ladder
 from edgekit.cli._stopping import told_when_stopped
 from edgekit.cli._terminal import Terminal, command
+from edgekit.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,10 +73,16 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
 ) -> None:
     """Load, compress, measure, save."""
     from edgekit import workload
+    from edgekit.compress import compress
     from edgekit.compress import recipe as recipes
     from edgekit.compress.origin import sources_of
+    from edgekit.compress.processes import rank_and_size
 
     searches = wanted.is_ladder(recipe_file)
+    if searches and rank_and_size()[1] > 1:
+        raise UsageError(
+            "the ladder runs in one process", "search without torchrun, then train the recipe it found with it"
+        )
     recipe = recipes.read(recipe_file) if recipe_file else recipes.default()
     if seed is not None:
         recipe = recipe.with_seed(seed)
@@ -83,6 +90,11 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     model = workload.load(source, checkpoint, workload.load_data(data_source) if data_source else None)
     if dry_run and not searches:
         _show_plan(terminal, model, recipe, output)
+        return
+    rank, size = rank_and_size()
+    no_cache = no_cache or size > 1  # one process would wait for the other's entry, and the other for it
+    if rank:  # started by torchrun: learn with the others, and leave the rest to the first
+        compress(model, recipe)
         return
     told = "nothing was written" if no_cache else "the same command goes on from the last finished pass"
     with told_when_stopped(terminal, told):

@@ -211,3 +211,23 @@ def test_stopped_it_says_in_one_line_that_the_same_command_goes_on(tmp_path, num
     assert said.strip().splitlines()[-1] == "interrupted: the same command goes on from the last finished pass"
     assert "Traceback" not in said + out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "r.toml"]
+
+
+def test_under_torchrun_all_processes_learn_and_the_first_writes_and_speaks(tmp_path):
+    text = f'[[pass]]\nname = "distill"\nteacher = "{digits.BUILD}"\nepochs = 1\n'
+    text += f'teacher_checkpoint = "{digits.checkpoint()}"\n'
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    line += ["edgekit", "compress", digits.BUILD, "--data", digits.DATA, "--json", "--no-latency"]
+    line += ["--recipe", str(recipe(tmp_path, text)), "-o", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, *line], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["lineage"][-1]["name"] == "distill"  # one document: the other process is silent
+    assert workload.load(str(tmp_path / "out")).lineage[-1].name == "distill"
+
+
+def test_the_ladder_is_not_climbed_by_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run("-o", tmp_path / "out", "--max-drop", "1", "--target", "x86-64")
+    assert done.exit_code == 2
+    assert "one process" in done.output
