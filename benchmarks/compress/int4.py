@@ -1,8 +1,9 @@
 """Int4 weights of image networks by post-training quantization, beside rounding to the nearest.
 
 Weights have one scale a channel, activations stay float unless the row says W4A8. Data, seeds and judging pictures
-are those of int8.py; recipes lie in `recipes/` and were chosen on validation pictures (`_choose.py`). A file is
-judged in ONNX Runtime where ONNX holds the plan, else the plan is computed on the float network: the row says which.
+are those of int8.py; each recipe in `recipes/` says whether it was chosen on validation pictures (`_choose.py`). A
+file is judged in ONNX Runtime where ONNX holds the plan, else the plan is computed on the float network: the row says
+which.
 Effective bits count the scales: bits of all planned weights and 32 for each scale, over the number of weights.
 """
 

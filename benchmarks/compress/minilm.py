@@ -2,9 +2,9 @@
 
 Judged by the mean cosine to the fp32 embeddings of all STS-B test sentences, the 1st percentile of it, and the
 Spearman correlation of the similarities with the human scores (times 100). Calibration: 128 sentences of STS-B train;
-recipes in `recipes/` were chosen on STS-B dev. What ONNX holds is judged in ONNX Runtime, else the plan is computed on
-the float network. torchao is judged in PyTorch. Embedding tables stay float where a contender leaves them: the bytes
-tell.
+each recipe in `recipes/` says whether it was chosen on STS-B dev. What ONNX holds is judged in ONNX Runtime, else the
+plan is computed on the float network. torchao is judged in PyTorch. Embedding tables stay float where a contender
+leaves them: the bytes tell.
 """
 
 from __future__ import annotations
