@@ -26,7 +26,8 @@ ENABLES = {
     "export": "write ONNX, LiteRT, Core ML and GGUF",
     "fleet": "publish releases, roll them out, embedded broker",
     "all": "everything but TensorRT, which needs NVIDIA's own index",
-    "dev": "tests, linters and benchmarks of edgekit itself",
+    "dev": "tests and linters of edgekit itself",
+    "bench": "the peers that the benchmarks run beside edgekit",
 }
 PROGRAMS = {"mosquitto": "a broker for a real fleet, and for the MQTT tests (the embedded one needs nothing)"}
 

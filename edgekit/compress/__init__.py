@@ -79,5 +79,5 @@ def _step(name: str, step: CompressionPass, own: tuple[Step, ...], measured: dic
     for note in own:
         options |= note.options
         measured = note.measured | measured
-    plain = msgspec.json.decode(msgspec.json.encode(options))  # as a saved model will tell it: lists for tuples
-    return Step(name=name, options=plain, measured=measured)
+    told = {"name": name, "options": options, "measured": measured}
+    return msgspec.json.decode(msgspec.json.encode(told), type=Step)  # as a saved model will tell it

@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_refused_without_advice_to_trust_it(tmp_path, na
 @pytest.mark.parametrize(
     ("text", "word", "hint"),
     [
-        ('name = "quantise"', "'quantise'", "did you mean quantize?"),
+        ('name = "quantise"', "'quantise'", "did you mean quantize"),
         ('name = "quantize"\nbist = 4', "'bist'", "did you mean bits?"),
         ('name = "prune"\nratio = nan', "'prune'", "its options: "),
         ('name = "distill"', "teacher", "its options: "),
