@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from edgekit.compress.observers import Histogram, ranges
 from edgekit.progress import silent
 
+PATIENT = settings(deadline=None)
+"""A machine with other work to do pauses a test now and then."""
 ARRAYS = arrays(np.float32, st.integers(1, 300), elements=st.floats(-1e4, 1e4, width=32))
 
 
@@ -28,6 +30,7 @@ def loss(values, limits):
     return float(((values - rounded) ** 2).mean())
 
 
+@PATIENT
 @given(st.lists(ARRAYS, min_size=1, max_size=4))
 def test_min_max_covers_every_value_and_no_more(batches):
     whole = np.concatenate(batches)
@@ -35,6 +38,7 @@ def test_min_max_covers_every_value_and_no_more(batches):
     assert (limits.low, limits.high) == (whole.min(), whole.max())
 
 
+@PATIENT
 @given(ARRAYS, st.sampled_from(["average", "percentile", "entropy", "mse"]))
 def test_robust_observers_stay_inside_the_extremes(values, observer):
     limits = observed(observer, values)
@@ -42,6 +46,7 @@ def test_robust_observers_stay_inside_the_extremes(values, observer):
     assert values.min() - slack <= limits.low <= limits.high <= values.max() + slack or 0 <= limits.low <= limits.high
 
 
+@PATIENT
 @given(ARRAYS)
 def test_the_percentile_keeps_what_it_promises(values):
     limits = observed("percentile", values)
@@ -97,6 +102,7 @@ def test_mse_cuts_only_the_side_that_has_a_tail():
     assert limits.high < 20
 
 
+@PATIENT
 @given(st.lists(ARRAYS, min_size=1, max_size=4))
 def test_a_histogram_grows_without_losing_or_moving_a_value(batches):
     histogram = Histogram()
