@@ -236,9 +236,9 @@ class _State:
         return "" if seconds <= left else f"takes about {seconds:.0f} s, {max(left, 0):.0f} s are left"
 
     def _can_help(self, rung: Rung) -> bool:
-        best = self._best
+        base = self._base  # what the try builds on: it may miss another budget than the best so far
         return (
-            best is None or best.reached is None or bool(rung.mends & best.reached.misses(self._ladder.budget).keys())
+            base is None or base.reached is None or bool(rung.mends & base.reached.misses(self._ladder.budget).keys())
         )
 
     def _factor(self) -> float:

@@ -158,6 +158,15 @@ def test_what_is_too_large_for_four_bits_is_cut_and_trained():
     assert climb.best.reached.value > 0.8
 
 
+def test_points_that_a_cut_loses_are_mended_even_where_the_uncut_candidate_ranks_first():
+    model = planted.sound()
+    model = replace(model, data=replace(model.data, train=model.data.train.head(200)))
+    work = Workshop()
+    budget = {"max_drop": 2.0, "size": 20_000}
+    ladder(model, work, budget=budget, only=("fold", "prune", "bias-correction")).climb()
+    assert work.recipes[-1] == ["prune", "quantize", "bias_correction"]
+
+
 def test_room_that_four_bits_leave_goes_to_the_layers_that_need_it():
     climb = ladder(planted.sound(), budget={"max_drop": 0.0, "size": 45_000}, only=("fold", "mixed-precision")).climb()
     first, last = climb.tries
