@@ -97,7 +97,7 @@ def train(network: TorchNetwork, lesson: Lesson, schedule: Schedule, progress: P
         import torch
     if min(schedule.batch, len(lesson.split)) < 2:
         raise CompressionError(
-            f"{len(lesson.split)} train sample(s) in batches of {schedule.batch} teach nothing",
+            f"the train split has {len(lesson.split)} sample(s), a batch {schedule.batch}: that teaches nothing",
             "give more samples, and batches of 2 or more",
         )
     if schedule.keep == "best" and lesson.validation is None:
