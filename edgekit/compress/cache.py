@@ -14,7 +14,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -44,21 +44,13 @@ LEFT_BEHIND_SECONDS = 24 * 3600
 """How old a scratch folder has to be before it counts as what a kill left."""
 
 
-class Noted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A `Step` whose whole numbers stay whole."""
-
-    name: str
-    options: dict[str, Any]
-    measured: dict[str, int | float]
-
-
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The file ``entry.json``: what a pass made, but for the tensors."""
 
     version: Literal[1] = 1
     kind: Literal["modules", "graph", "onnx"]
     changes: module_changes.Changes
-    steps: tuple[Noted, ...]
+    steps: tuple[Step, ...]
     plan: QuantizationPlan | None
     task: Task
     inputs: tuple[TensorSpec, ...]
@@ -230,10 +222,7 @@ def _write(parent: Model, result: Model, folder: Path) -> Entry:
     return Entry(
         kind=kind,
         changes=changes,
-        steps=tuple(
-            Noted(name=step.name, options=step.options, measured=step.measured)
-            for step in result.lineage[len(parent.lineage) :]
-        ),
+        steps=result.lineage[len(parent.lineage) :],
         plan=result.plan,
         task=result.task,
         inputs=result.inputs,
@@ -260,7 +249,7 @@ def _restored(place: Path, entry: Entry, parent: Model) -> Model:
         task=entry.task,
         inputs=entry.inputs,
         outputs=entry.outputs,
-        lineage=(*parent.lineage, *(Step(name=n.name, options=n.options, measured=n.measured) for n in entry.steps)),
+        lineage=(*parent.lineage, *entry.steps),
     )
 
 

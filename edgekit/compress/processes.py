@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
 
@@ -75,21 +73,17 @@ class Crew:
                 distributed.broadcast(tensor.data, 0)
 
 
-@contextmanager
-def crew() -> Iterator[Crew]:
-    """Join the other processes where ``torchrun`` started any, and leave them at the end."""
+def crew() -> Crew:
+    """Join the other processes where ``torchrun`` started any; they part when the program ends.
+
+    Not sooner: a wrapped module that outlives its group frees it while it holds the interpreter's lock, and then waits
+    for a thread that waits for that lock (torch 2.13, gloo).
+    """
     import torch
     from torch import distributed
 
     rank, size = rank_and_size()
-    if size == 1:
-        yield Crew(0, 1)
-        return
-    joined = distributed.is_initialized()
-    if not joined:
+    if size > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield Crew(rank, size)
-    finally:
-        if not joined:
-            distributed.destroy_process_group()
+        atexit.register(distributed.destroy_process_group)
+    return Crew(rank, size)

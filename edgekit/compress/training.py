@@ -102,9 +102,9 @@ def train(network: TorchNetwork, lesson: Lesson, schedule: Schedule, progress: P
         )
     if schedule.keep == "best" and lesson.validation is None:
         raise CompressionError('keep = "best" needs a validation split', 'give data with one, or set keep = "last"')
-    with crew() as us, torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(schedule.seed)
-        loop = _Loop(network, lesson, schedule, us)
+        loop = _Loop(network, lesson, schedule, crew())
         mean = loop.run(progress, _FOLDER.get())
         loop.finish()
     return mean
