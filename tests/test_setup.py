@@ -122,16 +122,21 @@ def test_an_environment_that_exists_is_used(clone):
     assert not (clone / ".venv").exists()
 
 
-def test_without_a_right_to_install_mosquitto_the_tests_go_on(tmp_path):
+def test_without_a_right_to_install_a_program_the_tests_go_on(tmp_path):
     (tmp_path / "id").write_text("#!/bin/sh\necho 1000\n")
     (tmp_path / "id").chmod(0o755)
     for tool in ("sh", "timeout"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
-    script = (ROOT / "checks/mosquitto.sh").read_text().replace('PATH="$PATH:/usr/sbin:/usr/local/sbin"', "")
+    script = (ROOT / "checks/programs.sh").read_text().replace('PATH="$PATH:/usr/sbin:/usr/local/sbin"', "")
     done = subprocess.run(
-        [tmp_path / "sh", "-c", script], capture_output=True, text=True, check=False, env={"PATH": str(tmp_path)}
+        [tmp_path / "sh", "-c", script, "sh", "mosquitto=mosquitto", "timeout=timeout"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": str(tmp_path)},
     )
     assert done.returncode == 0
+    assert "missing: mosquitto; there is no apt-get" in done.stdout
     assert "will be skipped" in done.stdout
 
 

@@ -38,9 +38,10 @@ def main() -> None:
     parser.add_argument("candidates", type=Path)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default="", help="names to take, with commas")
+    parser.add_argument("--calibration", type=int, default=32, help="photographs of EfficientNet-Lite0")
     parser.add_argument("--check", choices=("onnx", "simulation"), default="onnx")
     options = parser.parse_args()
-    subject = efficientnet() if options.subject == EFFICIENTNET else cifar(options.subject)
+    subject = efficientnet(options.calibration) if options.subject == EFFICIENTNET else cifar(options.subject)
     candidates = tomllib.loads(options.candidates.read_text(encoding="utf-8"))
     wanted = options.only.split(",") if options.only else list(candidates)
     with tempfile.TemporaryDirectory() as scratch:

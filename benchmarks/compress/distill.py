@@ -82,6 +82,8 @@ def fashion(quick: bool) -> Data:
 
 def main(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
+    if not PICTURES.is_dir():
+        return [Row("student with and without a teacher", None, "no pictures: apt-get install dataset-fashion-mnist")]
     data = fashion(quick)
     seeds, epochs = ((0, 1) if quick else (0, 1, 2)), (1 if quick else 15)
     began = time.monotonic()

@@ -2,8 +2,9 @@
 
 Without VNNI, x86 multiplies u8 activations with s8 weights in pairs and adds them in 16 bits, which saturate. The
 files that edgekit writes are run here and on an emulated Haswell (AVX2, no VNNI: QEMU's user mode, the same Python
-and the same ONNX Runtime). An ISA-safe file must give the same digits on both. Pictures are the test part of the
-other benchmarks, few of them: the emulation takes seconds for each.
+and the same ONNX Runtime). A file with 7-bit weights must give the same digits on both; one that has them only in
+layers that saturate on the calibration data must come at least as near to fp32 there as the careless one. Pictures are
+the test part of the other benchmarks, few of them: the emulation takes seconds for each.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ for file in {files!r}:
     found = [session.run(None, {{name: images[i : i + 1]}})[0] for i in range(len(images))]
     np.save(file + {suffix!r}, np.concatenate(found))
 """
-FILES = {"fp32": "", "u8s8": "int8-u8s8.toml", "ISA-safe": "int8-isa-safe.toml"}
+SAFE, EVERYWHERE = "ISA-safe (7 bits where calibration saturates)", "7 bits everywhere"
+FILES = {"fp32": "", "u8s8": "int8-u8s8.toml", SAFE: "int8-isa-safe.toml", EVERYWHERE: "int8-7bits.toml"}
 
 
 def main(quick: bool) -> list[Row]:
@@ -72,13 +74,14 @@ def _rows(subject: Subject, count: int) -> list[Row]:
     plain = here["fp32"]
     for name in files:
         rows += _compared(f"{subject.name}, {name}, {count} pictures", here[name], there[name], plain)
-    if "ISA-safe" in files:
-        rows.append(
-            Row(f"{subject.name}: SQNR to fp32 on {CPU}, ISA-safe", sqnr(there["ISA-safe"], plain), "dB",
-                "u8s8", sqnr(there["u8s8"], plain), "value >= peer")
-        )  # fmt: skip
-        same = float(np.abs(here["ISA-safe"] - there["ISA-safe"]).max())
-        rows.append(Row(f"{subject.name}: ISA-safe, largest difference between both", same, "", goal="value <= 1e-4"))
+    for name in (SAFE, EVERYWHERE):
+        if name in files:
+            beside = "u8s8", sqnr(there["u8s8"], plain), "value >= peer"
+            rows.append(Row(f"{subject.name}: SQNR to fp32 on {CPU}, {name}", sqnr(there[name], plain), "dB", *beside))
+    if EVERYWHERE in files:
+        same = float(np.abs(here[EVERYWHERE] - there[EVERYWHERE]).max())
+        what = f"{subject.name}: {EVERYWHERE}, largest difference between both"
+        rows.append(Row(what, same, "", goal="value <= 1e-4"))
     return rows
 
 

@@ -58,6 +58,8 @@ CASES = tuple(
 
 def main(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
+    if not _cifar.there():
+        return [Row("pruned ResNets", None, "no data at hand: see EDGEKIT_BENCH_DATA")]
     rows: list[Row] = []
     for case in CASES[: 1 if quick else None]:
         rows += measured(replace(case, epochs=1, pictures=QUICK) if quick else case)

@@ -1,15 +1,21 @@
 """Sums of two products that leave 16 bits: counted as the instruction cuts them, and gone with 7 bits."""
 
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fakes import digits
 
-from edgekit import device_profiles, workload
+from edgekit import device_profiles, plugins, workload
 from edgekit.compress import saturation
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.errors import UnknownName
+from edgekit.export import PACKAGE
 from edgekit.model import Data, Split
 from edgekit.progress import silent
 
@@ -105,3 +111,54 @@ def test_dynamic_plans_are_looked_at_too():
     assert model.plan.weights["0.weight"].bits == 7
     weights_only = replace(model, plan=Quantize(activations="none").apply(planted(strong=True), silent).plan)
     assert saturation.saturations(weights_only, model.data.calibration, silent) == ()
+
+
+SCORE = """
+import sys
+sys.path[:0] = {path!r}
+import numpy as np, onnxruntime as ort
+options = ort.SessionOptions()
+options.intra_op_num_threads, options.log_severity_level = 1, 3
+images = np.load({images!r})
+for file in {files!r}:
+    session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    np.save(file + sys.argv[1], session.run(None, {{session.get_inputs()[0].name: images}})[0])
+"""
+
+
+def answers(folder, files, images, *emulator):
+    """Run files in a Python of its own, on this processor or on the one that an emulator plays."""
+    np.save(folder / "images.npy", images)
+    path = [entry for entry in sys.path if entry]
+    script = folder / "score.py"
+    script.write_text(SCORE.format(path=path, images=str(folder / "images.npy"), files=[str(f) for f in files]))
+    python = Path(sys.executable).resolve()
+    suffix = ".there.npy" if emulator else ".here.npy"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [*emulator, str(python), str(script), suffix]
+    subprocess.run(line, check=True, capture_output=True, env=environment, timeout=240)
+    return [np.load(f"{file}{suffix}") for file in files]
+
+
+@pytest.mark.slow
+def test_on_a_processor_without_vnni_the_safe_file_computes_the_same_and_the_other_does_not(tmp_path):
+    emulator = shutil.which("qemu-x86_64-static")
+    if emulator is None:
+        pytest.skip("qemu-x86_64-static is not installed (Debian: qemu-user-static)")
+    if not {"avx512_vnni", "avx_vnni"} & set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip("this processor has no VNNI to compare with")
+    model = planted(strong=True)
+    files = []
+    for target in ("", "x86-64-v3"):
+        folder = tmp_path / (target or "careless")
+        folder.mkdir()
+        made = Quantize(target=target).apply(model, silent)
+        written = plugins.load(PACKAGE, "onnx", "format").export(
+            made, device_profiles.load("x86-64-v3"), folder, silent
+        )
+        files.append(folder / written.main)
+    (images,) = model.data.calibration.inputs.values()
+    careless, safe = answers(tmp_path, files, images)
+    careless_there, safe_there = answers(tmp_path, files, images, emulator, "-cpu", "Haswell")
+    assert np.array_equal(safe, safe_there)
+    assert np.abs(careless - careless_there).max() > 0.1 * np.abs(careless).max()
