@@ -423,6 +423,23 @@ def test_a_full_disk_leaves_nothing_and_a_second_run_works(tmp_path, small):
         assert CliRunner().invoke(cli, line).exit_code == 0
 
 
+@pytest.mark.parametrize("place", ["output", "cache"])
+def test_compress_on_a_full_disk_leaves_no_folder_and_a_full_cache_costs_only_the_cache(tmp_path, place):
+    with disk(tmp_path / "disk") as full:
+        (full / "filler").write_bytes(bytes(220_000))
+        out = full / "net" if place == "output" else tmp_path / "net"
+        cache = full / "cache" if place == "cache" else tmp_path / "cache"
+        line = ["compress", digits.BUILD, "--data", digits.DATA, "--no-latency", "-o", out, "--cache", cache]
+        done = CliRunner().invoke(cli, [str(word) for word in line])
+        if place == "cache":
+            assert done.exit_code == 0, done.output
+            assert "not kept for a later run" in done.stderr
+            assert (out / "weights.safetensors").exists()
+            return
+        refused(done, 12, "No space left on device", "free disk space")
+        assert left(full) == ["filler"]
+
+
 def test_a_full_disk_does_not_end_the_process_that_saves_a_network(tmp_path, small):
     with disk(tmp_path / "disk") as full:
         (full / "filler").write_bytes(bytes(200_000))

@@ -23,6 +23,13 @@ class Doubles(nn.Module):
 def doubles():
     return Doubles()
 
+class Greedy(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + x.new_empty(1 << 46, 4)[: len(x)]
+
+def greedy():
+    return Greedy(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
 def splits(validation=16):
     take, label = np.random.default_rng(0).standard_normal, np.arange(32) % 4
     given = {"calibration": take((16, 8)), "train": take((32, 8)), "validation": take((validation, 8))}
@@ -54,6 +61,11 @@ def refused(done, code, *words):
 
 def passes(*names):
     return "".join(f'[[pass]]\nname = "{name}"\n' for name in names)
+
+
+def test_a_network_that_needs_more_memory_than_there_is_leaves_nothing(tmp_path):
+    refused(compress(tmp_path, build="greedy"), 12, "memory")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["nets.py"]
 
 
 def test_an_empty_split_is_refused_before_anything_is_computed(tmp_path):
