@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from edgekit.errors import CompressionError, InputError, UsageError
@@ -63,13 +63,17 @@ class Split:
         return Split({name: array[chosen] for name, array in self.inputs.items()}, labels, groups)
 
     def head(self, count: int) -> Split:
-        """Return the first ``count`` samples."""
-        return self.take(slice(count))
+        """Return the first ``count`` samples, their inputs copied: a network may write into what it takes."""
+        return self._apart(slice(count))
 
     def batches(self, size: int) -> Iterator[Split]:
-        """Cut into runs of at most ``size`` samples, in order."""
+        """Cut into runs of at most ``size`` samples, in order, their inputs copied as those of `head`."""
         for start in range(0, len(self), size):
-            yield self.take(slice(start, start + size))
+            yield self._apart(slice(start, start + size))
+
+    def _apart(self, chosen: slice) -> Split:
+        found = self.take(chosen)
+        return replace(found, inputs={name: array.copy() for name, array in found.inputs.items()})
 
 
 SPLITS = ("calibration", "train", "validation", "test")
@@ -135,10 +139,11 @@ class TorchNetwork:
     folder: Path | None = None
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Compute the outputs for a batch, without gradients."""
+        """Compute the outputs for a batch, without gradients; the arrays stay as they are."""
         with extra("compress"):
             import torch
-        tensors = [torch.as_tensor(inputs[name]) for name in self.input_names]
+        # copies: as_tensor would share memory, and a network may write into what it takes
+        tensors = [torch.tensor(inputs[name]) for name in self.input_names]
         with torch.no_grad():
             result = self.module(*tensors)
         outputs = result if isinstance(result, tuple | list) else (result,)
@@ -244,7 +249,7 @@ def whole_batches(model: Model, split: Split) -> tuple[Split, int]:
             f"{model.name} takes {fixed[0]} samples at once, a split has {len(split)}",
             "give more samples, or export the network with a dynamic batch",
         )
-    return split.head(len(split) - len(split) % fixed[0]), fixed[0]
+    return split.take(slice(len(split) - len(split) % fixed[0])), fixed[0]
 
 
 def run_batched(network: Network, split: Split, size: int = BATCH) -> dict[str, Array]:

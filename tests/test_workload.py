@@ -30,6 +30,28 @@ def code(tmp_path, text):
 # --- networks
 
 
+def test_a_network_that_writes_into_its_input_leaves_the_data_as_it_is():
+    from edgekit.compress.passes.quantize import Quantize
+    from edgekit.progress import silent
+
+    class Shifted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(3, 2)
+
+        def forward(self, x):
+            x -= 0.5
+            return self.inner(x)
+
+    numbers = np.ones((4, 3), np.float32)
+    model = workload.from_module("shifted", Shifted().eval(), Data(Split({"x": numbers})))
+    first, again = (model.network.run({"x": numbers})["scores"] for _ in range(2))
+    assert np.array_equal(first, again)
+    limits = Quantize(observer="mse").apply(model, silent).plan.activations["x"]
+    assert (numbers == 1).all()
+    assert limits.high == pytest.approx(1, rel=0.01), "a second look sees the input, not what the first has left"
+
+
 def test_a_network_that_returns_a_dictionary_is_refused_with_the_way_out(tmp_path):
     text = (
         "import torch\nclass build(torch.nn.Module):\n    def forward(self, image):\n        return {'scores': image}\n"

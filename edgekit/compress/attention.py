@@ -37,7 +37,10 @@ class Attention:
     heads: int
 
     def scores(self, module: nn.Module, measure: str) -> torch.Tensor:
-        """Return the importance of each key head with the query heads that read it [heads]."""
+        """Return the importance of each key head with the query heads that read it [heads].
+
+        ``bn_scale`` is ``l2`` here: no batch normalization scales a head.
+        """
         import torch
 
         total = torch.zeros(self.heads)

@@ -63,7 +63,7 @@ def families(model: Model, module: nn.Module, importance: Importance, keep: tupl
     """Find all families of ``module``, a copy of the model's; ``keep`` names modules that stay as they are.
 
     Raises:
-        CompressionError: the graph cannot be followed; names the module.
+        CompressionError: the graph cannot be followed, or a score is no number; names the module.
     """
     heads = [one for one in attentions(module) if not any(_within(layer, keep) for layer in one.layers)]
     found = []
@@ -82,7 +82,22 @@ def families(model: Model, module: nn.Module, importance: Importance, keep: tupl
         if one.heads > 1:
             cost = sum(costs.get(module.get_submodule(name), 0) for name in (*one.layers, one.output)) / one.heads
             found.append(Family(one.name, one.scores(module, importance).numpy(), heads=one, cost=cost))
+    _refuse_no_numbers(model, found, importance)
     return found
+
+
+def _refuse_no_numbers(model: Model, found: list[Family], importance: Importance) -> None:
+    """Raise CompressionError where channels cannot be told apart: scores of nothing but zeros have no mean of 1."""
+    import numpy as np
+
+    for one in found:
+        if not np.isfinite(one.scores).all():
+            what = {"taylor": "weights times gradients", "bn_scale": "batch norm's scales"}.get(importance, "weights")
+            raise CompressionError(
+                f"{model.name} cannot be pruned by {importance}: the {what} of {one.name!r} are all zero, or hold NaN",
+                f"keep it as it is: keep_modules = [{one.name!r}]"
+                + (', or set importance = "l2"' if importance not in ("l1", "l2") else ""),
+            )
 
 
 def choose(found: list[Family], ratio: float, scope: Scope, round_to: int, *, by_cost: bool = False) -> dict[str, int]:

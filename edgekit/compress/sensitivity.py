@@ -5,6 +5,7 @@ Knows candidates for bits; chooses none.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from edgekit import grid
 from edgekit.compress.losses import is_scores
 from edgekit.compress.rounding import canonical
-from edgekit.compress.walking import steps_of
+from edgekit.compress.walking import steps_of, writes_in_place
 from edgekit.compress.weight_scales import scaled
 from edgekit.model import whole_batches
 from edgekit.plan import WeightRule
@@ -54,8 +55,13 @@ class Compare(Protocol):
 
 
 def candidate(layer: Layer, plan: QuantizationPlan | None, bits: int) -> WeightRule:
-    """Return the rule of a layer at a width: the plan's own, else its granularity with scales of least error."""
+    """Return the rule of a layer at a width: the plan's own, else its granularity with scales of least error.
+
+    Where `quantize` made 8 bits 7, lest sums of products leave 16 bits, 8 are 7 here as well (`saturation`).
+    """
     rule = WeightRule(axis=layer.axis) if plan is None else plan.weights[layer.weight]
+    if plan is not None and (plan.bits, rule.bits, bits) == (8, 7, 8):
+        bits = 7
     if rule.bits == bits and rule.scales:
         return rule
     return scaled(layer.values, msgspec.structs.replace(rule, bits=bits, scales=b"", zeros=b""), "mse")
@@ -114,6 +120,7 @@ class _Run:
 
         self._steps, self._ends = steps, tuple(ends)
         self._last = {name: position for position, step in enumerate(steps) for name in step.sources}
+        self._last_write = max((place for place, step in enumerate(steps) if writes_in_place(step)), default=-1)
         self._values: dict[str, Any] = {name: torch.as_tensor(array) for name, array in inputs.items()}
         self.samples = len(next(iter(inputs.values())))
         self.wanted: list[torch.Tensor] = []
@@ -124,7 +131,7 @@ class _Run:
 
     def rest(self, position: int, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Compute the outputs from a step on, with other weights, and leave the float values as they are."""
-        values = dict(self._values)
+        values = self._apart() if position <= self._last_write else dict(self._values)
         for place in range(position, len(self._steps)):
             self._compute(place, values, weights)
         return [values[name] for name in self._ends]
@@ -140,6 +147,13 @@ class _Run:
             made = self._steps[position].compute(self._values)[0]
             each, times = made.numel(), layer.values[0].size
         return int(each * times // self.samples)
+
+    def _apart(self) -> dict[str, Any]:
+        """Copy the held values, views of one storage as views of one copy; parameters, which nobody writes, stay."""
+        import torch
+
+        kept = {id(value): value for value in self._values.values() if isinstance(value, torch.nn.Parameter)}
+        return copy.deepcopy(self._values, kept)
 
     def _compute(self, position: int, values: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
         step = self._steps[position]

@@ -95,7 +95,8 @@ class _World:
 
         self._plan = plan
         self.floats: dict[str, Any] = {name: torch.as_tensor(array) for name, array in inputs.items()}
-        self.planned = {name: self._rounded(name, value) for name, value in self.floats.items()}
+        # copies, for what one world writes in place must not reach the other
+        self.planned = {name: self._rounded(name, value.clone()) for name, value in self.floats.items()}
 
     def input_of(self, step: Step) -> torch.Tensor:
         """Return what a weighted step takes as planned: rounded at this moment where the plan is dynamic."""
@@ -160,6 +161,11 @@ def steps_of(model: Model) -> tuple[list[Step], list[str]]:
     return [_TorchStep(module, n, found.get(n.name), public) for n in nodes if _is_needed(n)], ends
 
 
+def writes_in_place(step: Step) -> bool:
+    """Say whether a step changes a value that it takes; no node of ONNX does."""
+    return isinstance(step, _TorchStep) and step.is_writing
+
+
 def _is_needed(node: torch.fx.Node) -> bool:
     return node.op != "call_module"  # torch.export's guard checks compute nothing
 
@@ -176,6 +182,7 @@ class _TorchStep:
         self.makes: tuple[str, ...] = (node.name,)
         self.layer = layer
         self.is_fused_away = graph.is_fused_away(node)
+        self.is_writing = bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
     def compute(self, values: dict[str, Any]) -> list[Any]:
         from torch.fx.node import map_arg

@@ -173,3 +173,20 @@ def test_without_plan_data_or_one_budget_it_says_what_to_do(planned):
     for budgets in ({}, {"bits": 5.0, "size": 30_000}):
         with pytest.raises(CompressionError, match="takes one budget"):
             mixed(planned, **budgets)
+
+
+def test_a_layer_that_got_seven_bits_lest_its_sums_saturate_never_gets_eight():
+    from test_saturation import planted
+
+    model = Quantize(target="x86-64-v3").apply(planted(strong=True), silent)
+    assert widths(model) == {"0.weight": 7, "2.weight": 8}
+    roomy = mixed(model, widths=(8, 4), bits=12)
+    assert roomy.plan == model.plan, "8 bits everywhere are what quantize has chosen"
+    measured = roomy.lineage[-1].measured
+    assert {name: n for name, n in measured.items() if name.startswith("weights_")} == {
+        "weights_7bit": 8 * 4 * 9,
+        "weights_8bit": 4 * 8,
+    }
+    assert widths(mixed(model, widths=(4,), bits=9)) == {"0.weight": 4, "2.weight": 4}
+    plain = Quantize(bits=7).apply(planted(strong=True), silent)
+    assert set(widths(mixed(plain, widths=(8, 4), bits=12)).values()) == {8}, "seven bits by choice may become eight"

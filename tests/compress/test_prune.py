@@ -473,3 +473,43 @@ def test_the_cost_of_a_channel_is_what_leaving_it_saves():
         others = families(model, module, "l2")
         cut(model, module, others, {other.name: other.size - (other.name == one.name) for other in others})
         assert whole - size(model, module)[0] == pytest.approx(one.cost, rel=0.15)
+
+
+def plain(*parts, shape=(4,), labels=None):
+    """A network without anything special, and 64 random samples for it."""
+    torch.manual_seed(0)
+    samples = Split({"x": np.random.default_rng(0).normal(size=(64, *shape)).astype(np.float32)}, labels)
+    return workload.from_module("plain", nn.Sequential(*parts).eval(), Data(samples, train=samples))
+
+
+@pytest.mark.parametrize("labels", [None, np.arange(64) % 2])
+def test_taylor_of_a_single_output_goes_by_what_channels_do_to_it(labels):
+    """The cross entropy of one class is 0 whatever the weights are; of two channels, the one that is read stays."""
+    model = plain(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1), labels=labels)
+    with torch.no_grad():
+        model.network.module[2].weight[0, ::2] *= 1e-3
+    wanted = model.network.module[0].weight[1::2].detach()
+    cut = Prune(ratio=0.5, epochs=0, importance="taylor", round_to=1).apply(model, silent)
+    assert torch.equal(cut.network.module[0].weight, wanted)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_channels_that_cannot_be_told_apart_are_not_cut_at_random(scope):
+    model = plain(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model.network.module[2].bias.fill_(-100.0)  # every ReLU behind it is off: no gradient comes back
+    asked = {"ratio": 0.5, "epochs": 0, "round_to": 1, "scope": scope}
+    with pytest.raises(CompressionError, match=r"by taylor: the weights times gradients of '2' are all zero") as caught:
+        Prune(importance="taylor", **asked).apply(model, silent)
+    assert "keep_modules = ['2']" in caught.value.hint
+    assert 'importance = "l2"' in caught.value.hint
+    assert Prune(**asked).apply(model, silent).network.module[0].out_features < 16
+
+
+def test_scales_of_batch_norm_are_asked_for_where_there_are_none():
+    convolutions = (nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model = plain(*convolutions, shape=(1, 8, 8))
+    with pytest.raises(CompressionError, match="no batch normalization behind channels that can leave") as caught:
+        Prune(ratio=0.5, epochs=0, importance="bn_scale").apply(model, silent)
+    assert caught.value.hint == 'set importance = "l2"'
+    assert Prune(ratio=0.5, epochs=0).apply(model, silent).network.module[0].out_channels == 4

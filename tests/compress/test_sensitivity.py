@@ -107,3 +107,42 @@ def test_the_two_measures_are_zero_for_equal_outputs_and_what_they_are_defined_t
     assert divergence(one, one) == noise(one, one) == 0.0
     assert noise(one, other) == pytest.approx(1 / 14)
     assert divergence(one, other) == pytest.approx(divergence_of(one.numpy(), other.numpy()), rel=1e-6)
+
+
+class Trunk(torch.nn.Module):
+    """Blocks that write their sums into what came in, a half of it through a view; or the same in new tensors."""
+
+    def __init__(self, is_writing):
+        super().__init__()
+        self.is_writing = is_writing
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        if not self.is_writing:
+            x = x - 0.5
+            for block in self.blocks:
+                x = x + torch.relu(block(x))
+            y = self.head(x)
+            return y + torch.cat([2 * x[:, :4], x[:, 4:]], 1)[:, 2:5]
+        x -= 0.5
+        for block in self.blocks:
+            x += torch.relu_(block(x))
+        left = x[:, :4]
+        y = self.head(x)
+        left *= 2
+        return y + x[:, 2:5]
+
+
+def test_a_network_that_writes_in_place_is_as_sensitive_as_its_twin_that_does_not():
+    """Each try starts from the float values, not from what the tries before it have left."""
+    samples = Split({"x": np.random.default_rng(0).normal(size=(24, 8)).astype(np.float32)})
+    before, tables = samples.inputs["x"].copy(), []
+    for is_writing in (False, True):
+        torch.manual_seed(0)
+        model = workload.from_module("trunk", Trunk(is_writing).eval(), Data(samples))
+        tables.append(sensitivities(model, samples, (8, 4, 2)))
+        assert np.array_equal(samples.inputs["x"], before)
+    plain, writing = tables
+    assert [(e.name, e.bits, e.macs) for e in plain] == [(e.name, e.bits, e.macs) for e in writing]
+    assert [e.damage for e in writing] == pytest.approx([e.damage for e in plain], rel=1e-6)

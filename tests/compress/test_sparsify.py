@@ -76,3 +76,16 @@ def test_a_network_without_fours_is_refused():
     assert "unstructured" in caught.value.hint
     with pytest.raises(CompressionError, match="no train split"):
         Sparsify().apply(model, silent)
+
+
+def test_transposed_convolutions_stay_dense_for_their_second_axis_counts_outputs():
+    net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, stride=2))
+    model = workload.from_module("up", net.eval(), Data(Split({"x": np.zeros((2, 4, 4, 4), np.float32)})))
+    cut = Sparsify(epochs=0).apply(model, silent)
+    assert zeros(cut, "0").mean() == 0.5
+    assert not zeros(cut, "2").any()
+    anywhere = Sparsify(pattern="unstructured", epochs=0).apply(model, silent)
+    assert zeros(anywhere, "2").mean() == 0.5
+    up = workload.from_module("up", net[2:].eval(), Data(Split({"x": np.zeros((2, 8, 4, 4), np.float32)})))
+    with pytest.raises(CompressionError, match="no layer that 2:4 fits"):
+        Sparsify(epochs=0).apply(up, silent)

@@ -210,7 +210,7 @@ def test_language_models_learn_the_next_token_where_the_mask_lets_them():
 
     tokens = np.tile(np.array([[1, 2, 1, 2, 0, 3]]), (16, 1))
     split = Split({"input_ids": tokens, "attention_mask": np.tile([[1, 1, 1, 1, 0, 0]], (16, 1))})
-    model = from_module("echo", Echo(), Data(split))
+    model = from_module("echo", Echo(), Data(split, outputs=("logits",)))
     truth = truth_of(model, split)
     assert truth.kind == "tokens"
     before = model.network.module.table.weight.detach().clone()
@@ -251,3 +251,59 @@ def test_bfloat16_learns_as_well_as_float32():
     (half, share), (single, wanted) = accuracy("auto"), accuracy("off")
     assert not torch.equal(half, single)
     assert share > wanted - 0.02
+
+
+class Clip(nn.Module):
+    """A small classifier of films: convolutions over time and pictures beside one over pictures alone."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.still, self.film = nn.Conv2d(1, 2, 3, padding=1), nn.Conv3d(2, width, 3, padding=1)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, films):
+        count, frames = films.shape[0], films.shape[1]
+        stills = self.still(films.reshape(-1, 1, 6, 6)).reshape(count, frames, 2, 6, 6)
+        return self.head(torch.relu(self.film(stills.movedim(2, 1))).mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize("learn", ["distill", "qat"])
+def test_a_network_with_three_dimensional_convolutions_is_trained(learn):
+    from edgekit.compress.passes.qat import Qat
+    from edgekit.compress.passes.quantize import Quantize
+
+    torch.manual_seed(0)
+    films = np.random.default_rng(0).normal(size=(16, 4, 6, 6)).astype(np.float32)
+    films[::2] += 2
+    split = Split({"films": films}, np.arange(16) % 2)
+    model = from_module("clip", Clip(4).eval(), Data(split, split))
+    before = model.network.module.film.weight.detach().clone()
+    if learn == "qat":
+        how = {"epochs": 2, "batch": 8, "lr": 1e-2}
+        trained = Qat(**how).apply(Quantize(bits=4).apply(model, silent), silent).network.module
+    else:
+        teacher = TorchNetwork(Clip(8).eval(), ("films",), ("scores",))
+        plan = Lesson(split, mimicry(model, 1.0, 2.0), teacher)
+        train(model.network, plan, Schedule(epochs=2, lr=1e-2, batch=8, seed=0), silent)
+        trained = model.network.module
+    weight = trained.state_dict()["film.weight"]
+    assert weight.is_contiguous()
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("line", "has_units"),
+    [
+        ("flags\t\t: fpu sse2 avx512f avx512_bf16", True),
+        ("flags\t\t: fpu sse2 avx512f avx2", False),
+        ("Features\t: fp asimd sve i8mm bf16 dgh", True),
+        ("Features\t: fp asimd sve svei8mm svebf16", True),
+        ("Features\t: fp asimd evtstrm aes crc32 cpuid asimddp", False),
+    ],
+)
+def test_units_for_bfloat16_are_known_by_the_names_that_linux_gives_them(line, has_units, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("edgekit.compress.training._CPUINFO", tmp_path / "cpuinfo")
+    assert not has_bfloat16_units(), "no such file"
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert has_bfloat16_units() == has_units

@@ -104,3 +104,43 @@ def test_a_change_reaches_the_layers_behind_it_and_only_their_planned_inputs():
     for name in ("right.weight", "head.weight"):
         assert torch.equal(torch.cat(seen[name][0]), torch.cat(plain[name][1]))
         assert not torch.allclose(torch.cat(seen[name][1]), torch.cat(plain[name][2]), atol=1e-2)
+
+
+class Writing(torch.nn.Module):
+    """A network that shifts its input and sums in place, or in new tensors."""
+
+    def __init__(self, is_writing):
+        super().__init__()
+        self.is_writing = is_writing
+        self.first, self.second, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        if not self.is_writing:
+            x = x - 0.5
+            x = x + torch.relu(self.first(x))
+            return self.head(x + self.second(x))
+        x -= 0.5
+        x += torch.relu_(self.first(x))
+        x += self.second(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("plan", [{}, {"activations": "dynamic"}, {"activations": "none", "bits": 4}])
+def test_a_network_that_writes_in_place_is_walked_as_its_twin_that_does_not(plan):
+    data = Data(Split({"x": np.random.default_rng(0).normal(size=(24, 8)).astype(np.float32)}))
+    before, seen = data.calibration.inputs["x"].copy(), []
+    for is_writing in (False, True):
+        torch.manual_seed(0)
+        model = Quantize(**plan).apply(workload.from_module("twin", Writing(is_writing).eval(), data), silent)
+        found = {}
+
+        def keep(layer, floats, planned, found=found):
+            found[layer.weight] = torch.stack([torch.cat(floats), torch.cat(planned)])
+
+        walk(model, data.calibration, keep, silent)
+        seen.append(found)
+        assert np.array_equal(data.calibration.inputs["x"], before)
+    plain, writing = seen
+    assert list(plain) == list(writing)
+    for name, values in plain.items():
+        torch.testing.assert_close(writing[name], values)

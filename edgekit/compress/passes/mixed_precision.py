@@ -68,7 +68,12 @@ class MixedPrecision(CompressionPass, frozen=True):
             raise CompressionError(
                 f"damage {self.damage} leaves every weight of {model.name} float", "allow more damage, or drop the pass"
             )
-        note = Step(name="mixed_precision", measured=_measured(chosen.values()))
+        # the widths that the rules have: what quantize gave 7 bits lest sums saturate never gets 8
+        given = {name: rules[name].bits if name in rules else FLOAT for name in chosen}
+        note = Step(
+            name="mixed_precision",
+            measured=_measured(msgspec.structs.replace(entry, bits=given[name]) for name, entry in chosen.items()),
+        )
         changed = msgspec.structs.replace(plan, weights={name: rules[name] for name in plan.weights if name in rules})
         return replace(model, plan=changed, lineage=(*model.lineage, note))
 

@@ -29,6 +29,7 @@ from edgekit.plugins import extra
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import nn
 
     from edgekit.compress.dependencies import Family
@@ -47,9 +48,10 @@ class Prune(LearningPass, frozen=True, kw_only=True):
     How many: ``ratio`` of the channels; or as many as leave the share ``macs`` of the multiply-accumulates; or the
     share ``latency`` of what a sample takes here, on one thread. ``scope``: the least important of all layers, or as
     many of each. Channels that depend on each other leave together (Fang et al. 2023, DepGraph), judged by their
-    group's norm (``l1``, ``l2``; Li et al. 2017), by the scale of batch norm (Liu et al. 2017) or by weight times
-    gradient (``taylor``; Molchanov et al. 2019). What stays of a layer is a multiple of ``round_to``; 0 takes up to 8,
-    but at least four steps a layer. ``keep_modules`` stay whole; the outputs keep their sizes.
+    group's norm (``l1``, ``l2``; Li et al. 2017), by the scale of batch norm (``bn_scale``; Liu et al. 2017; layers
+    without one stay whole, attention heads go by ``l2``) or by weight times gradient (``taylor``; Molchanov et al.
+    2019). What stays of a layer is a multiple of ``round_to``; 0 takes up to 8, but at least four steps a layer.
+    ``keep_modules`` stay whole; the outputs keep their sizes.
 
     Recovery learns the labels by ``1 - alpha`` and by ``alpha`` the scores of the network before pruning, those alone
     where there are no labels. ``steps`` cuts and recovers in so many turns. ``timed`` measures the latency before and
@@ -148,6 +150,12 @@ class _Work:
         )
 
     def _refuse_nothing(self, before: nn.Module, after: nn.Module, found: list[Family]) -> None:
+        if not found and self.options.importance == "bn_scale":
+            raise CompressionError(
+                f"{self.model.name} has no batch normalization behind channels that can leave: bn_scale has no scales"
+                " to go by",
+                'set importance = "l2"',
+            )
         if not found or size(self.model, after)[1] >= size(self.model, copy.deepcopy(before))[1]:
             raise CompressionError(
                 f"ratio {self.options.ratio} with round_to {self.options.round_to} removes no channel of"
@@ -223,29 +231,42 @@ def _feel(model: Model, module: nn.Module) -> None:
     """Leave in every weight's ``grad`` the root of the sum of its squared gradients over up to 32 batches of 16.
 
     Weight times that estimates what leaving it out costs (Molchanov et al. 2019, equation 8). Where there are no
-    labels, the network's own choices stand for them.
+    labels, the network's own choices stand for them; where it has no classes to choose of, its squared outputs are the
+    loss.
     """
     with extra("compress"):
         import torch
     if model.data is None:
         raise CompressionError("taylor needs samples to compute gradients on", "give data")
     split: Split = (model.data.train or model.data.calibration).head(512)
-    truth = truth_of(model, split) or Labels(kind="classes")
+    truth = truth_of(model, split, 0)  # labels that no output scores are no truth, and no reason to refuse
     module.eval()
     squares = {name: torch.zeros_like(weight) for name, weight in module.named_parameters()}
     for part in split.batches(16):
         module.zero_grad()
-        inputs = [torch.as_tensor(part.inputs[spec.name]) for spec in model.inputs]
-        result = module(*inputs)
-        outputs = tuple(result) if isinstance(result, tuple | list) else (result,)
-        own = outputs[0].detach().argmax(1) if truth.kind == "classes" else inputs[0]
-        loss = truth(Seen(outputs=outputs, targets=own if part.labels is None else torch.as_tensor(part.labels)))
+        result = module(*[torch.as_tensor(part.inputs[spec.name]) for spec in model.inputs])
+        loss = _felt(tuple(result) if isinstance(result, tuple | list) else (result,), part, truth)
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         for name, weight in module.named_parameters():
             if weight.grad is not None:
                 squares[name] += weight.grad.square()
     for name, weight in module.named_parameters():
         weight.grad = squares[name].sqrt()
+
+
+def _felt(outputs: tuple[torch.Tensor, ...], part: Split, truth: Labels | None) -> torch.Tensor:
+    """Return the loss of one batch."""
+    import torch
+
+    has_choice = outputs[0].dim() > 1 and outputs[0].shape[1] > 1
+    if not has_choice and (truth is None or truth.kind == "classes"):
+        # the cross entropy of a single class is 0 whatever the weights are, and so are its gradients
+        return torch.stack([output.float().square().mean() for output in outputs]).sum()
+    if truth is None:
+        return Labels()(Seen(outputs=outputs, targets=outputs[0].detach().argmax(1)))
+    known = {name: torch.as_tensor(array) for name, array in part.inputs.items()}
+    targets = known.get("input_ids") if part.labels is None else torch.as_tensor(part.labels)
+    return truth(Seen(outputs=outputs, targets=targets, mask=known.get("attention_mask")))
 
 
 def _timed(compared: Compared, progress: Progress) -> dict[str, float]:

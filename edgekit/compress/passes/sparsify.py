@@ -38,11 +38,11 @@ Pattern = Literal["2:4", "unstructured"]
 class Sparsify(LearningPass, frozen=True, kw_only=True):
     """Set the smallest weights to zero, then train the others for ``epochs``.
 
-    ``2:4`` zeroes two of every four weights along the input channels (Mishra et al. 2021, section 3; layers whose
-    input channels are no multiple of four stay dense), ``unstructured`` the share ``sparsity`` of each layer or, by
-    ``scope``, of all (Han et al. 2015). Recovery learns the labels by ``1 - alpha`` and the dense network by ``alpha``.
-    Zeros survive ``quantize``; a pass that trains afterwards without masks would fill them, so this one comes last
-    before it.
+    ``2:4`` zeroes two of every four weights along the input channels (Mishra et al. 2021, section 3; transposed
+    convolutions and layers whose input channels are no multiple of four stay dense), ``unstructured`` the share
+    ``sparsity`` of each layer or, by ``scope``, of all (Han et al. 2015). Recovery learns the labels by ``1 - alpha``
+    and the dense network by ``alpha``. Zeros survive ``quantize``; a pass that trains afterwards without masks would
+    fill them, so this one comes last before it.
     """
 
     pattern: Pattern = "2:4"
@@ -63,7 +63,8 @@ class Sparsify(LearningPass, frozen=True, kw_only=True):
         progress("sparsify: masks", 0, 1)
         module = copy.deepcopy(network.module)
         weights = dict(module.named_parameters())
-        masks = self._masks({name: weights[name].detach() for name in _names(model) if name in weights})
+        names = _names(model, with_transposed=self.pattern != "2:4")
+        masks = self._masks({name: weights[name].detach() for name in names if name in weights})
         if not masks:
             raise CompressionError(
                 f"{model.name} has no layer that {self.pattern} fits", 'set pattern = "unstructured", or drop the pass'
@@ -108,9 +109,11 @@ def _limit(magnitudes: torch.Tensor, share: float) -> torch.Tensor:
     return magnitudes.kthvalue(max(1, min(len(magnitudes), round(share * len(magnitudes))))).values
 
 
-def _names(model: Model) -> list[str]:
+def _names(model: Model, *, with_transposed: bool) -> list[str]:
+    """Find the weights; axis 1 of a transposed convolution's are outputs, along which no hardware skips zeros."""
     traced = trace(model).module(check_guards=False)
-    return sorted({name for _, name in graph.weighted(traced.graph)})
+    found = graph.weighted(traced.graph)
+    return sorted({name for node, name in found if with_transposed or graph.operation(node) not in graph.TRANSPOSED})
 
 
 def _shares(masks: Mapping[str, torch.Tensor]) -> dict[str, float]:
