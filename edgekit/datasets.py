@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from edgekit.model import Model
     from edgekit.tensors import Array
 
+IGNORED = -100
+"""Stands for the class where labels have one a position and this one does not count, as PyTorch's losses have it."""
+
 
 def load_data(source: str) -> Data:
     """Read data from ``file.py:function``, a ``.npz``, a ``data.toml``, or a folder of pictures with one.
@@ -139,8 +142,8 @@ def _hash(split: Split, number: int) -> str:
 def refuse_unfit(model: Model) -> None:
     """Raise UsageError where a split lacks an input, has another shape or type, holds NaN, or labels beside the scores.
 
-    The same for a split without a sample. Labels are integers for which the first output has a score, or floats in
-    the first output's shape.
+    The same for a split without a sample. Labels are integers for which the first output has a score, one a sample or
+    one a position, or floats in the first output's shape. Integers of another shape are for a metric of the user's own.
     """
     if model.data is None or not model.inputs:
         return
@@ -185,20 +188,43 @@ def _refuse_labels(part: str, labels: Array, scores: TensorSpec) -> None:
     if labels.dtype.kind == "f" and _are_targets(labels.shape, scores.shape):
         _refuse_nan(f"the {part} split's labels", labels)
         return
-    classes = scores.shape[-1] if len(scores.shape) == 2 and scores.shape[-1] != DYNAMIC else None
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+    is_one_hot = labels.ndim == 2 and _are_alike(labels.shape[1:], scores.shape[1:])
+    if labels.dtype.kind not in "iu" or is_one_hot:
         raise UsageError(
             f"the labels of the {part} split are {labels.dtype}{list(labels.shape)}, not one integer each",
-            f"give the number of the class of each sample, counted from 0, or float targets as {scores}",
+            f"give the number of the class of each sample or position, counted from 0, or float targets as {scores}",
         )
-    if len(labels) and (labels.min() < 0 or (classes is not None and labels.max() >= classes)):
+    axis = class_axis(labels.shape, scores.shape)
+    if axis is None and labels.ndim > 1:
+        return
+    counted = labels if labels.ndim == 1 else labels[labels != IGNORED]
+    classes = DYNAMIC if axis is None else scores.shape[axis]
+    if counted.size and (counted.min() < 0 or 0 < classes <= counted.max()):
         raise UsageError(
-            f"the labels of the {part} split go from {labels.min()} to {labels.max()}, {scores} has no such class",
-            "count classes from 0",
+            f"the labels of the {part} split go from {counted.min()} to {counted.max()}, {scores} has no such class",
+            "count classes from 0" + (f"; {IGNORED} marks a position that does not count" if labels.ndim > 1 else ""),
         )
+
+
+def class_axis(labels: tuple[int, ...], scores: tuple[int, ...]) -> int | None:
+    """Return which axis of the scores goes over the classes of the labels, both given as shapes; None where none does.
+
+    The last one for tokens [samples, tokens, classes], the second for pictures [samples, classes, height, width]; the
+    other where only that one fits. One score a position tells no classes apart.
+    """
+    second, last = 1, len(scores) - 1
+    for axis in (last, second) if len(scores) == 3 else (second, last):
+        if last > 0 and _are_alike(labels[1:], scores[1:axis] + scores[axis + 1 :]):
+            return None if len(labels) > 1 and scores[axis] == 1 else axis
+    return None
 
 
 def _are_targets(labels: tuple[int, ...], output: tuple[int, ...]) -> bool:
     """Compare the shapes behind the samples; one number a sample may come without its axis."""
     wanted, given = output[1:], labels[1:]
-    return given == wanted or (not given and wanted == (1,))
+    return _are_alike(given, wanted) or (not given and wanted == (1,))
+
+
+def _are_alike(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    pairs = zip(given, wanted, strict=False)
+    return len(given) == len(wanted) and all(other in (one, DYNAMIC) for one, other in pairs)

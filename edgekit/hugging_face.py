@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
     from edgekit.model import Model, Split
 
+CAUSAL = "AutoModelForCausalLM"
 HEADS = {
-    "ForCausalLM": ("AutoModelForCausalLM", "logits"),
-    "LMHeadModel": ("AutoModelForCausalLM", "logits"),
+    "ForCausalLM": (CAUSAL, "logits"),
+    "LMHeadModel": (CAUSAL, "logits"),
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "logits"),
     "ForTokenClassification": ("AutoModelForTokenClassification", "logits"),
     "ForMaskedLM": ("AutoModelForMaskedLM", "logits"),
@@ -51,6 +52,15 @@ def is_llama(folder: Path) -> bool:
     return (_architecture(folder) or "LlamaForCausalLM") == "LlamaForCausalLM"
 
 
+def is_causal(folder: Path) -> bool:
+    """Say whether the folder's network scores the next word for each token: masked ones and tags are named logits too.
+
+    Raises:
+        UsageError: a damaged folder, or an architecture that is not known.
+    """
+    return _head(folder)[0] == CAUSAL
+
+
 def network(folder: Path, samples: Split) -> TorchNetwork:
     """Open the folder's network in float32 for token windows of the samples' length.
 
@@ -72,8 +82,7 @@ def network(folder: Path, samples: Split) -> TorchNetwork:
     most = getattr(inner.config, "max_position_embeddings", tokens)
     if tokens > most:
         raise UsageError(f"the data has windows of {tokens} tokens, {folder.name} takes {most}", "state fewer tokens")
-    is_causal = opener == "AutoModelForCausalLM"
-    module = _wrapped(inner, tuple(samples.inputs), output, tokens if is_causal else 0)
+    module = _wrapped(inner, tuple(samples.inputs), output, tokens if opener == CAUSAL else 0)
     return TorchNetwork(module.eval(), tuple(samples.inputs), (output,), folder)
 
 

@@ -153,8 +153,10 @@ def _output_names(data: Data, count: int) -> tuple[str, ...]:
 
 
 def _task(data: Data) -> Task:
-    has_classes = any(s.labels is not None and s.labels.dtype.kind in "iu" for s in data.splits().values())
-    return "classification" if data.labels or has_classes else "tensor"
+    """Tell by the labels; a class for each position is none for the sample, which a device could name."""
+    labels = [split.labels for split in data.splits().values() if split.labels is not None]
+    ranks = {array.ndim for array in labels if array.dtype.kind in "iu"}
+    return "classification" if ranks == {1} or (data.labels and not ranks) else "tensor"
 
 
 def _count_outputs(network: TorchNetwork, sample: Split) -> int:

@@ -108,6 +108,28 @@ def test_a_misspelled_split_offers_the_nearest(tmp_path):
     assert "validation" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("labels", "scores", "axis"),
+    [
+        ((4,), (-1, 10), 1),
+        ((4,), (-1, 1), 1),
+        ((4,), (-1, 6, 10), None),
+        ((4,), (-1,), None),
+        ((4, 8, 9), (-1, 5, 8, 9), 1),
+        ((4, 8, 9), (-1, 8, 9, 5), 3),
+        ((4, 8, 9), (-1, 21, -1, -1), 1),
+        ((4, 8, 9), (-1, 1, 8, 9), None),
+        ((4, 6), (-1, 6, 5), 2),
+        ((4, 6), (-1, 5, 6), 1),
+        ((4, 6), (-1, 6, 6), 2),
+        ((4, 6), (-1, 7, 8), None),
+        ((4, 6), (-1, 6), None),
+    ],
+)
+def test_the_classes_lie_where_the_labels_leave_an_axis(labels, scores, axis):
+    assert datasets.class_axis(labels, scores) == axis
+
+
 # --- samples in two splits
 
 

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from edgekit import device_profiles, workload
+from edgekit.cli import cli
 from edgekit.compress import evaluate
+from edgekit.compress.losses import is_language_model, truth_of
 from edgekit.compress.recipe import default
 from edgekit.errors import CompressionError, ExportError, UsageError
 from edgekit.export import export
@@ -118,6 +121,37 @@ def test_perplexity_is_the_metric_of_a_causal_model_and_its_macs_are_counted(tmp
     projections = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64) + 32 * 96
     attention = 2 * 2 * 12 * 32
     assert evaluate.macs(model) == pytest.approx(12 * (projections + attention), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForTokenClassification", "BertModel"])
+def test_what_is_not_causal_has_no_next_token(tmp_path, kind):
+    bert(tmp_path, kind, num_labels=9)
+    model = workload.load(str(tmp_path), None, data())
+    assert evaluate.judge(model, model, model.data.calibration).metric == "cosine"
+    assert truth_of(model, model.data.calibration) is None
+    with pytest.raises(UsageError, match=r"perplexity is for causal language models, .* gives"):
+        evaluate.judge(model, model, model.data.calibration, "perplexity")
+
+
+def test_a_saved_masked_model_is_no_causal_one_and_a_saved_causal_one_is(tmp_path):
+    for make, is_causal in ((lambda folder: bert(folder, "BertForMaskedLM"), False), (llama, True)):
+        make(tmp_path / f"{is_causal}")
+        workload.save(workload.load(str(tmp_path / f"{is_causal}"), None, data()), tmp_path / f"saved {is_causal}")
+        assert is_language_model(workload.load(str(tmp_path / f"saved {is_causal}"))) == is_causal
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+def test_a_tagger_of_words_is_compressed_from_the_command_line(tmp_path, tagged):
+    bert(tmp_path / "tagger", "BertForTokenClassification", num_labels=9)
+    parts = {f"{part}.{name}": a[rows] for part, rows in (("calibration", slice(3)), ("test", slice(3, 6)))
+             for name, a in (("input_ids", TOKENS), ("attention_mask", MASK))}  # fmt: skip
+    if tagged:
+        parts["test.labels"] = np.where(MASK[3:6] == 1, TOKENS[3:6] % 9, -100)
+    np.savez(tmp_path / "data.npz", **parts)
+    line = ["compress", str(tmp_path / "tagger"), "--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli, [*line, "--no-latency", "--no-cache"])
+    assert done.exit_code == 0, done.output
+    assert ("test_top1" if tagged else "test_cosine") in done.output
 
 
 def test_without_data_a_llama_stays_a_folder_and_others_ask_for_data(tmp_path):

@@ -332,6 +332,7 @@ def test_a_data_function_that_gives_something_else_is_refused(tmp_path):
         (plain_data(test=Split({"image": IMAGES}, LABELS - 1)), "labels of the test split go from -1 to 8"),
         (plain_data(test=Split({"image": IMAGES}, LABELS * 0.5)), "not one integer each"),
         (plain_data(test=Split({"image": IMAGES}, np.eye(4, 10, dtype=int))), "not one integer each"),
+        (plain_data(test=Split({"image": IMAGES}, np.ones((4, 10), bool))), "not one integer each"),
         (plain_data(test=Split({"image": IMAGES}, np.full((4, 10), np.nan))), "test split's labels holds NaN"),
         (
             plain_data(train=Split({"image": np.where(np.arange(4) == 2, np.inf, IMAGES.T).T.astype(np.float32)})),
@@ -348,6 +349,44 @@ def test_float_labels_in_the_shape_of_the_output_are_targets():
     targets = np.zeros((4, 10), np.float32)
     data = plain_data(test=Split({"image": IMAGES}, targets))
     assert workload.load(digits.BUILD, digits.checkpoint(), data).task == "tensor"
+
+
+def places(labels, channels=3, classes="torch.nn.Conv2d(1, {}, 1)"):
+    def build(tmp_path):
+        source = code(tmp_path, f"import torch\ndef build():\n    return {classes.format(channels)}")
+        return workload.load(source, None, plain_data(test=Split({"image": IMAGES}, labels)))
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        places(np.full((4, 8, 8), 2, np.uint8)),
+        places(np.where(np.eye(8, dtype=int), -100, 2)[None].repeat(4, 0)),
+        places(np.ones((4, 1, 8, 8), int), 1),
+        places(np.ones((4, 8, 8), int), 1),
+        places(np.full((4, 1, 8), 7), classes="torch.nn.Linear(8, 8)"),
+        places(np.full((4, 5), 300)),
+    ],
+    ids=["masks", "with holes", "of one score", "without its axis", "tags", "boxes"],
+)
+def test_integer_labels_of_any_rank_are_taken_and_are_no_class_of_the_sample(tmp_path, build):
+    assert build(tmp_path).task == "tensor"
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (places(np.full((4, 8, 8), 3)), "go from 3 to 3"),
+        (places(np.full((4, 8, 8), -1)), "go from -1 to -1"),
+        (places(np.full((4, 1, 8), 9), classes="torch.nn.Linear(8, 9)"), "go from 9 to 9"),
+    ],
+)
+def test_a_class_of_a_position_that_has_no_score_is_refused(tmp_path, build, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        build(tmp_path)
+    assert "-100 marks a position that does not count" in caught.value.hint
 
 
 # --- ONNX files

@@ -53,10 +53,11 @@ class Batches:
             inputs = _augmented(inputs, self._schedule)
         inputs = [_placed(tensor, self._device) for tensor in inputs]
         told, features = self._taught(inputs, chosen)
-        targets = self._labels[chosen].to(self._device) if self._labels is not None else None
-        if targets is None and not inputs[0].is_floating_point():
-            targets = inputs[0]  # a language model learns the next of its own tokens
-        mask = dict(zip(self._names, inputs, strict=True)).get("attention_mask")
+        named = dict(zip(self._names, inputs, strict=True))
+        targets = named.get("input_ids")  # a language model learns the next of its own tokens
+        if self._labels is not None:
+            targets = self._labels[chosen].to(self._device)
+        mask = named.get("attention_mask")
         return inputs, Seen(outputs=(), targets=targets, mask=mask, teacher=told, teacher_features=features)
 
     def projections(self, student: Watched) -> dict[str, torch.nn.Module]:

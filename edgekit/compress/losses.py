@@ -8,16 +8,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from edgekit import hugging_face
+from edgekit.datasets import IGNORED, class_axis
 from edgekit.errors import CompressionError
+from edgekit.model import TorchNetwork
+from edgekit.tensors import DYNAMIC
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
 
     from edgekit.model import Model, Split
 
 Kind = Literal["classes", "values", "tokens"]
+
+TEMPERATURE = 2.0
+"""What softens scores where nobody says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,10 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class Labels:
-    """The truth: cross entropy for classes, the squared error for values, the next token for language models."""
+    """The truth: cross entropy for classes, the squared error for values, the next token for language models.
+
+    Classes are one a sample or one a position; padding and positions labelled `IGNORED` do not count.
+    """
 
     weight: float = 1.0
     kind: Kind = "classes"
@@ -61,9 +71,8 @@ class Labels:
         if self.kind == "values":
             return functional.mse_loss(scores.reshape(targets.shape), targets.to(scores.dtype))
         if self.kind == "tokens":
-            targets = targets.long() if seen.mask is None else targets.long().masked_fill(seen.mask == 0, -100)
-            return functional.cross_entropy(scores[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
-        return functional.cross_entropy(scores, targets.long())
+            return _entropy(scores[:, :-1], targets[:, 1:], None if seen.mask is None else seen.mask[:, 1:])
+        return _entropy(scores, targets, seen.mask)
 
 
 @dataclass(frozen=True)
@@ -123,16 +132,15 @@ class Decoupled:
 
 @dataclass(frozen=True)
 class Matched:
-    """The squared error to the teacher's output: for outputs that are values, not scores."""
+    """The squared error to the teacher's output, for values instead of scores; masked tokens do not count."""
 
     weight: float = 1.0
     output: int = 0
 
     def __call__(self, seen: Seen) -> torch.Tensor:
         """Compare one output with the teacher's."""
-        from torch.nn import functional
-
-        return functional.mse_loss(seen.outputs[self.output].float(), seen.teacher[self.output].float())
+        error = (seen.outputs[self.output].float() - seen.teacher[self.output].float()).square()
+        return _mean(error.mean(-1), seen.mask) if error.dim() == 3 else error.mean()
 
 
 @dataclass(frozen=True)
@@ -194,12 +202,21 @@ def hint(pair: str, weight: float) -> Hint:
 
 
 def truth_of(model: Model, split: Split, weight: float = 1.0) -> Labels | None:
-    """Return what the labels of a split teach: classes, values or next tokens; None where there is nothing."""
-    if is_language_model(model):
-        return Labels(weight, "tokens")
-    if split.labels is None:
+    """Return what the labels of a split teach: classes, values or next tokens; None where there is nothing.
+
+    Raises:
+        CompressionError: the labels count by ``weight``, and the first output has no scores for them.
+    """
+    speaks, labels = is_language_model(model), split.labels
+    if labels is None:
+        return Labels(weight, "tokens") if speaks else None
+    if not speaks and labels.dtype.kind not in "iub":
+        return Labels(weight, "values")
+    if model.outputs and class_axis(labels.shape, model.outputs[0].shape) is None:
+        if weight:
+            raise _unfit(labels.shape, model.outputs[0].shape)
         return None
-    return Labels(weight, "classes" if split.labels.dtype.kind in "iub" else "values")
+    return Labels(weight, "tokens" if speaks else "classes")
 
 
 def mimicry(model: Model, weight: float, temperature: float) -> tuple[Loss, ...]:
@@ -212,20 +229,70 @@ def mimicry(model: Model, weight: float, temperature: float) -> tuple[Loss, ...]
     )
 
 
+def refuse_idle(temperature: float, taught: Iterable[Loss], name: str) -> None:
+    """Raise CompressionError where somebody set a temperature, and nothing that a teacher teaches is softened by it."""
+    if temperature != TEMPERATURE and not any(isinstance(one, Softened | Decoupled) for one in taught):
+        raise CompressionError(
+            f"temperature {temperature:g} softens scores, {name} is not known to give any: its outputs are learned as "
+            "values",
+            "leave temperature out; a classifier is one by its labels or its classes' names, Data(…, labels=(…)), "
+            'a language model of your own by the name of its output, Data(…, outputs=("logits",))',
+        )
+
+
 def is_scores(model: Model, output: int) -> bool:
     """Say whether an output holds one score a class, or one a word of the vocabulary, along its last axis."""
     shape = model.outputs[output].shape
-    return is_language_model(model) or (len(shape) == 2 and shape[1] > 1 and model.task == "classification")
+    if is_language_model(model):
+        return output == 0
+    return len(shape) == 2 and shape[1] != 1 and model.task == "classification"
 
 
 def is_language_model(model: Model) -> bool:
-    """Say whether the model scores the words of a vocabulary for each integer token [samples, tokens] that it takes."""
+    """Say whether the model scores the next word for each token: by this it is both taught and judged.
+
+    What comes from a Hugging Face folder is what its architecture says. Anything else takes ``input_ids`` [samples,
+    tokens], and its first output is ``logits`` [samples, tokens, vocabulary] with a score for every token of the data:
+    hidden states and tags of words have such axes too.
+    """
     if model.task == "text-generation":
         return True
-    if not model.inputs or not model.outputs:
+    folder = model.network.folder if isinstance(model.network, TorchNetwork) else None
+    if folder is not None and hugging_face.is_folder(folder):
+        return hugging_face.is_causal(folder)
+    taken = {spec.name: spec for spec in model.inputs}.get("input_ids")
+    if taken is None or "int" not in taken.dtype or not model.outputs or model.outputs[0].name != "logits":
         return False
-    taken, given = model.inputs[0], model.outputs[0]
-    return "int" in taken.dtype and len(taken.shape) == 2 and len(given.shape) == 3 and given.shape[1] == taken.shape[1]
+    given = model.outputs[0].shape
+    if len(given) != 3 or given[:2] != taken.shape:
+        return False
+    return given[2] == DYNAMIC or given[2] > _highest_token(model)
+
+
+def _highest_token(model: Model) -> int:
+    splits = model.data.splits().values() if model.data else ()
+    tokens = [split.inputs["input_ids"] for split in splits if "input_ids" in split.inputs and len(split)]
+    return max((int(array.max()) for array in tokens), default=0)
+
+
+def _unfit(labels: Iterable[int], scores: Iterable[int]) -> CompressionError:
+    return CompressionError(
+        f"labels {list(labels)} say no class that the first output {list(scores)} scores",
+        "leave them out of the train split, or learn from answers alone: alpha = 1",
+    )
+
+
+def _entropy(scores: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean cross entropy over all that counts."""
+    from torch.nn import functional
+
+    axis = class_axis(tuple(targets.shape), tuple(scores.shape))
+    if axis is None:
+        raise _unfit(targets.shape, scores.shape)
+    targets = targets.long()
+    each = functional.cross_entropy(scores.movedim(axis, 1), targets, reduction="none", ignore_index=IGNORED)
+    counted = targets != IGNORED
+    return _mean(each, counted if mask is None or mask.shape != each.shape else counted & (mask != 0))
 
 
 def _truth(seen: Seen) -> torch.Tensor:

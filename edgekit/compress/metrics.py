@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from edgekit.compress.losses import is_language_model, is_scores
+from edgekit.datasets import IGNORED, class_axis
 from edgekit.errors import CompressionError, InputError, UnknownName, UsageError
 from edgekit.sources import invoke, named_object
 
@@ -47,13 +49,14 @@ class Rows(Protocol):
 class Metric:
     """A name, a direction, and the rows and their figure.
 
-    ``points``: a share, whose losses are told in points of a hundred. ``rows`` is None for a function of the user
-    (``whole``), which sees all answers at once.
+    ``points``: a share, whose losses are told in points of a hundred. ``positions``: it takes labels that are one a
+    position, too. ``rows`` is None for a function of the user (``whole``), which sees all answers at once.
     """
 
     name: str
     higher_is_better: bool = True
     points: bool = False
+    positions: bool = False
     needs: str = ""
     rows: Rows | None = None
     figure: Callable[[Array], float]
@@ -88,12 +91,12 @@ def by_name(name: str) -> Metric:
 def choose(name: str | None, model: Model) -> Metric:
     """Return the metric of that name, else the one that fits the model and its data best.
 
-    ``perplexity`` for a language model, ``top1`` where there are classes as labels, ``mse`` where there are targets,
-    ``agreement`` for scores of classes without labels, else ``cosine`` to the reference.
+    ``perplexity`` for a language model, ``top1`` where labels are classes that the model scores, ``mse`` where they are
+    targets, ``agreement`` for scores of classes without labels, else ``cosine`` to the reference.
 
     Raises:
         UnknownName: no metric has that name.
-        UsageError: the metric needs labels, and neither validation nor test has any.
+        UsageError: the metric needs labels, and neither validation nor test has any, or it needs a language model.
     """
     judged = [] if model.data is None else [s for s in (model.data.validation, model.data.test) if s is not None]
     labels = [split.labels for split in judged if split.labels is not None]
@@ -101,25 +104,32 @@ def choose(name: str | None, model: Model) -> Metric:
         metric = by_name(name)
         if judged and not labels and metric.needs == "labels":
             _refuse_unlabelled(metric)
+        if metric.needs == "input_ids" and not is_language_model(model):
+            _refuse_wordless(metric, model)
         return metric
     if is_language_model(model):
         return METRICS["perplexity"]
+    if labels and labels[0].dtype.kind == "f":
+        return METRICS["mse"]
+    if not model.outputs:
+        return METRICS["top1" if labels else "cosine"]
     if labels:
-        return METRICS["mse" if labels[0].dtype.kind == "f" else "top1"]
-    return METRICS["agreement" if model.task == "classification" else "cosine"]
-
-
-def is_language_model(model: Model) -> bool:
-    """Say whether the network gives ``logits`` [samples, tokens, vocabulary] for ``input_ids``."""
-    taken = {spec.name for spec in model.inputs}
-    given = {spec.name: len(spec.shape) for spec in model.outputs}
-    return "input_ids" in taken and given.get("logits") == 3
+        return METRICS["cosine" if class_axis(labels[0].shape, model.outputs[0].shape) is None else "top1"]
+    return METRICS["agreement" if is_scores(model, 0) else "cosine"]
 
 
 def refuse_unfit(metric: Metric, split: Split) -> None:
     """Raise UsageError where a metric needs what a split has not."""
-    if metric.needs == "labels" and (split.labels is None or split.labels.dtype.kind not in "iu"):
-        _refuse_unlabelled(metric)
+    labels = split.labels
+    if metric.needs == "labels":
+        if labels is None or labels.dtype.kind not in "iu":
+            _refuse_unlabelled(metric)
+        elif labels.ndim != 1 and not metric.positions:
+            raise UsageError(
+                f"{metric.name} judges one class a sample, the labels of this split are {labels.dtype}"
+                f"{list(labels.shape)}",
+                "choose top1, which counts positions, or a function of your own: file.py:name",
+            )
     if metric.needs == "input_ids" and "input_ids" not in split.inputs:
         raise UsageError(
             f"{metric.name} needs tokens as input_ids, this split has {', '.join(split.inputs)}",
@@ -131,6 +141,14 @@ def _refuse_unlabelled(metric: Metric) -> None:
     raise UsageError(
         f"{metric.name} needs labels, the class of each sample; this split has none",
         "add labels, or choose agreement, cosine or kl, which compare with the uncompressed model",
+    )
+
+
+def _refuse_wordless(metric: Metric, model: Model) -> None:
+    raise UsageError(
+        f"{metric.name} is for causal language models, {model.name} takes {', '.join(map(str, model.inputs))} and "
+        f"gives {', '.join(map(str, model.outputs))}",
+        'choose another metric; a language model of your own names its output: Data(…, outputs=("logits",))',
     )
 
 
@@ -159,8 +177,21 @@ def _scores(outputs: Mapping[str, Array]) -> Array:
 
 
 def _top1(answers: Answers) -> Array:
-    rows: Array = (_scores(answers.outputs).argmax(1) == answers.split.labels)[:, None]
-    return rows
+    """Return whether each sample is right, or of its positions that count, how many are and how many those are."""
+    import numpy as np
+
+    labels = np.asarray(answers.split.labels)
+    if labels.ndim == 1:
+        rows: Array = (_scores(answers.outputs).argmax(1) == labels)[:, None]
+        return rows
+    scores = _first(answers.outputs)
+    axis = class_axis(labels.shape, scores.shape)
+    if axis is None:
+        raise InputError(
+            f"the first output has the shape {list(scores.shape)}, no scores of the classes of {list(labels.shape)}",
+            "choose cosine, mse or kl, or a function of your own",
+        )
+    return _tokens(answers, scores.argmax(axis) == labels, labels != IGNORED)
 
 
 def _top5(answers: Answers) -> Array:
@@ -204,17 +235,24 @@ def _mean(rows: Array) -> float:
 
 def _ratio(rows: Array) -> float:
     """Return the mean over tokens of rows that hold a sum and its count."""
-    return float(rows[:, 0].sum() / rows[:, 1].sum())
+    return float(rows[:, 0].sum() / max(1, rows[:, 1].sum()))
 
 
-def _tokens(answers: Answers, values: Array) -> Array:
-    """Sum values [samples] or [samples, tokens …] over the tokens that are no padding; add how many those are."""
+def _share(rows: Array) -> float:
+    return _mean(rows) if rows.shape[1] == 1 else _ratio(rows)
+
+
+def _tokens(answers: Answers, values: Array, counted: Array | None = None) -> Array:
+    """Sum values [samples] or [samples, tokens …] over the tokens that count; add how many those are.
+
+    No padding counts, and nothing outside ``counted``.
+    """
     import numpy as np
 
-    mask = np.ones(values.shape, np.float64)
+    mask = np.ones(values.shape, np.float64) if counted is None else counted.astype(np.float64)
     given = answers.split.inputs.get("attention_mask")
     if given is not None and values.ndim == 2 and given.shape == values.shape:
-        mask = given.astype(np.float64)
+        mask = mask * given
     axes = tuple(range(1, values.ndim))
     return np.stack([(values * mask).sum(axes), mask.sum(axes)], 1)
 
@@ -256,7 +294,7 @@ def _errors(answers: Answers, power: int) -> Array:
     for found, wanted in _pairs(answers):
         error = np.abs(found - wanted) ** power
         sums = _tokens(answers, error.mean(-1) if error.ndim == 3 else error.reshape(len(error), -1).mean(1))
-        parts.append(sums[:, 0] / sums[:, 1])
+        parts.append(sums[:, 0] / np.maximum(sums[:, 1], 1))  # nothing but padding: no error, and no 0/0
     rows: Array = np.mean(parts, axis=0)[:, None]
     return rows
 
@@ -291,9 +329,10 @@ def _next_token(answers: Answers) -> Array:
     import numpy as np
 
     logits, tokens = _first(answers.outputs), answers.split.inputs["input_ids"]
-    if logits.ndim != 3 or logits.shape[:2] != tokens.shape or tokens.shape[1] < 2:
+    if logits.ndim != 3 or logits.shape[:2] != tokens.shape or tokens.shape[1] < 2 or tokens.max() >= logits.shape[2]:
         raise CompressionError(
-            f"the first output has the shape {list(logits.shape)}, not [samples, tokens, vocabulary]",
+            f"the first output has the shape {list(logits.shape)}, not [samples, tokens, vocabulary] for tokens "
+            f"{list(tokens.shape)} up to {tokens.max()}",
             "perplexity is for causal language models and windows of 2 tokens or more",
         )
     chances = np.take_along_axis(_log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)[..., 0]
@@ -320,7 +359,7 @@ def _divergence(answers: Answers) -> Array:
 
 
 _ALL = (
-    Metric(name="top1", points=True, needs="labels", rows=_top1, figure=_mean),
+    Metric(name="top1", points=True, positions=True, needs="labels", rows=_top1, figure=_share),
     Metric(name="top5", points=True, needs="labels", rows=_top5, figure=_mean),
     Metric(name="f1", points=True, needs="labels", rows=_classes, figure=_macro_f1, by_class=_f1_by_class),
     Metric(name="mse", higher_is_better=False, rows=lambda a: _errors(a, 2), figure=_mean),

@@ -1,11 +1,14 @@
 """Distillation: a teacher makes a student useful; a teacher for something else is refused."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from fakes import digits
 
 from edgekit import workload
 from edgekit.compress import compress, evaluate
-from edgekit.compress.losses import Decoupled, Labels, Seen, Softened
+from edgekit.compress.losses import Decoupled, Labels, Matched, Seen, Softened, truth_of
 from edgekit.compress.passes.distill import Distill
 from edgekit.compress.recipe import Recipe
 from edgekit.compress.training import Lesson, Schedule, train
@@ -177,7 +180,8 @@ def test_a_language_model_learns_the_distribution_of_every_token(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "llama.py").write_text(LLAMA)
     tokens = torch.randint(0, 48, (48, 12), generator=torch.Generator().manual_seed(0)).numpy()
-    data = Data(Split({"input_ids": tokens[:8]}), train=Split({"input_ids": tokens[:32]}))
+    parts = Split({"input_ids": tokens[:8]}), Split({"input_ids": tokens[:32]})
+    data = Data(parts[0], train=parts[1], outputs=("logits",))
     model = workload.load(f"{tmp_path / 'llama.py'}:student", None, data)
     teacher = workload.load(f"{tmp_path / 'llama.py'}:teacher", None, data)
 
@@ -195,3 +199,97 @@ def test_a_language_model_learns_the_distribution_of_every_token(tmp_path):
     assert divergence(taught.network) < 0.8 * divergence(model.network)
     with pytest.raises(CompressionError, match="no classes with labels"):
         Distill(teacher=f"{tmp_path / 'llama.py'}:teacher", method="dkd").apply(model, silent)
+
+
+ENCODER = """
+import torch
+from torch import nn
+
+def build(layers=1):
+    torch.manual_seed(layers)
+    return nn.Sequential(nn.Embedding(60, 8), *[nn.Linear(8, 8) for _ in range(layers)]).eval()
+
+def teacher():
+    return build(2)
+"""
+
+
+def encoder(tmp_path, **more):
+    (tmp_path / "encoder.py").write_text(ENCODER)
+    tokens = np.random.default_rng(0).integers(0, 60, (64, 5))
+    tokens[0, 0] = 59
+    split = Split({"input_ids": tokens}, **more)
+    return workload.load(f"{tmp_path / 'encoder.py'}:build", None, Data(split, split))
+
+
+def test_an_encoder_learns_its_teachers_states_and_no_words(tmp_path):
+    model = encoder(tmp_path)
+    teacher = f"{tmp_path / 'encoder.py'}:teacher"
+    with pytest.raises(CompressionError, match=r"alpha 0\.5 needs labels") as caught:
+        Distill(teacher=teacher).apply(model, silent)
+    assert caught.value.hint == "set alpha = 1"
+    tokens = model.data.train.inputs
+    wanted = next(iter(workload.load(teacher, None, model.data).network.run(tokens).values()))
+
+    def error(one):
+        return float(((one.network.run(tokens)["scores"] - wanted) ** 2).mean())
+
+    taught = Distill(teacher=teacher, alpha=1.0, epochs=20, lr=2e-2).apply(model, silent)
+    assert error(taught) < 0.3 * error(model)
+    assert taught.lineage[-1].measured["train_loss"] == pytest.approx(error(taught), rel=0.5), "a squared error"
+
+
+def test_a_temperature_that_softens_nothing_is_refused(tmp_path):
+    teacher = f"{tmp_path / 'encoder.py'}:teacher"
+    with pytest.raises(CompressionError, match="temperature 4 softens scores, encoder is not known to give any"):
+        Distill(teacher=teacher, alpha=1.0, temperature=4.0).apply(encoder(tmp_path), silent)
+    bare = replace(student(), task="tensor")
+    with pytest.raises(CompressionError, match="softens scores") as caught:
+        distill(temperature=4.0).apply(bare, silent)
+    assert "labels or its classes' names" in caught.value.hint
+
+
+def test_the_truth_of_positions_is_their_cross_entropy():
+    torch.manual_seed(0)
+    tokens, tags = torch.randn(3, 4, 5), torch.randint(0, 5, (3, 4))
+    tags[0, :2] = -100
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    counted = (tags >= 0) & (mask == 1)
+    wanted = torch.nn.functional.cross_entropy(tokens[counted], tags[counted])
+    assert Labels()(Seen(outputs=(tokens,), targets=tags, mask=mask)) == pytest.approx(float(wanted), rel=1e-5)
+    pictures, masks = torch.randn(3, 5, 2, 4), torch.randint(0, 5, (3, 2, 4))
+    wanted = torch.nn.functional.cross_entropy(pictures, masks)
+    assert Labels()(Seen(outputs=(pictures,), targets=masks.to(torch.uint8))) == pytest.approx(float(wanted), rel=1e-5)
+    nothing = Labels()(Seen(outputs=(tokens,), targets=torch.full((3, 4), -100)))
+    assert float(nothing) == 0, "and no NaN"
+
+
+def test_a_teachers_padding_does_not_count():
+    states, mask = torch.zeros(1, 3, 2), torch.tensor([[1, 1, 0]])
+    theirs = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [50.0, 50.0]]])
+    assert float(Matched()(Seen(outputs=(states,), teacher=(theirs,), mask=mask))) == 1
+
+
+def test_a_segmentation_learns_from_masks(tmp_path):
+    (tmp_path / "dots.py").write_text(
+        "import torch\ndef build():\n    torch.manual_seed(0)\n    return torch.nn.Conv2d(1, 3, 1).eval()\n"
+    )
+    pictures = np.random.default_rng(0).integers(0, 3, (96, 1, 4, 4)).astype(np.float32)
+    masks = (pictures[:, 0] > 0).astype(np.int64)
+    masks[:, 0, 0] = -100
+    parts = [Split({"x": pictures[start : start + 32]}, masks[start : start + 32]) for start in (0, 32, 64)]
+    data = Data(parts[0], parts[1], parts[2])
+    model = workload.load(f"{tmp_path / 'dots.py'}:build", None, data)
+    learning = Distill(teacher=f"{tmp_path / 'dots.py'}:build", alpha=0.0, epochs=40, lr=0.2, batch=8)
+    taught = compress(model, Recipe((("distill", learning),)))
+    assert (taught.task, taught.lineage[-1].measured["validation_top1"]) == ("tensor", 1.0)
+
+
+def test_labels_that_the_output_has_no_scores_for_are_refused_where_they_count(tmp_path):
+    model = encoder(tmp_path, labels=np.zeros((64, 3), int))
+    teacher = f"{tmp_path / 'encoder.py'}:teacher"
+    with pytest.raises(CompressionError, match=r"labels \[64, 3\] say no class .* \[-1, 5, 8\] scores") as caught:
+        Distill(teacher=teacher).apply(model, silent)
+    assert "alpha = 1" in caught.value.hint
+    assert truth_of(model, model.data.train, 0.0) is None
+    Distill(teacher=teacher, alpha=1.0, epochs=1).apply(model, silent)

@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn import metrics as known
 
 from edgekit import workload
-from edgekit.compress import evaluate, intervals, metrics
+from edgekit.compress import evaluate, intervals, losses, metrics
 from edgekit.errors import CompressionError, UnknownName, UsageError
 from edgekit.model import Data, Model, OnnxNetwork, Split
 from edgekit.tensors import TensorSpec
@@ -101,6 +101,29 @@ def test_perplexity_is_that_of_pytorch_and_leaves_padding_out():
     assert figure("perplexity", logits, input_ids=ids) == pytest.approx(math.exp(loss.mean()), rel=1e-5)
     masked = figure("perplexity", logits, input_ids=ids, attention_mask=mask)
     assert masked == pytest.approx(math.exp(loss[kept].mean()), rel=1e-5)
+
+
+def test_a_row_of_padding_alone_has_no_error_instead_of_none_at_all():
+    x, ids = RANDOM.normal(size=(2, 3, 4)).astype(np.float32), np.zeros((2, 3), np.int64)
+    mask = np.array([[1, 1, 0], [0, 0, 0]])
+    metric = metrics.METRICS["mse"]
+    found = metric.rows(answers(x, reference=x + 2, input_ids=ids, attention_mask=mask))
+    np.testing.assert_allclose(found, [[4], [0]], rtol=1e-5)
+    assert metrics.METRICS["kl"].figure(np.zeros((3, 2))) == 0
+
+
+def test_labels_of_positions_are_counted_where_they_say_a_class():
+    pictures, masks = RANDOM.normal(size=(6, 5, 4, 3)).astype(np.float32), RANDOM.integers(0, 5, (6, 4, 3))
+    assert figure("top1", pictures, masks) == pytest.approx(
+        known.accuracy_score(masks.ravel(), pictures.argmax(1).ravel())
+    )
+    tokens, tags = RANDOM.normal(size=(6, 4, 5)).astype(np.float32), RANDOM.integers(0, 5, (6, 4))
+    mask = RANDOM.integers(0, 2, (6, 4))
+    given = np.where(RANDOM.random((6, 4)) < 0.3, -100, tags)
+    counted = (given >= 0) & (mask == 1)
+    wanted = known.accuracy_score(tags[counted], tokens.argmax(-1)[counted])
+    ids = np.zeros((6, 4), np.int64)
+    assert figure("top1", tokens, given, input_ids=ids, attention_mask=mask) == pytest.approx(wanted)
 
 
 def test_kl_is_that_of_scipy_and_nothing_to_itself():
@@ -234,17 +257,55 @@ def test_a_function_that_gives_no_number_is_named(tmp_path, name, message):
 # --- the choice
 
 
+def language(scores=SCORES, *, tokens=8, words=50, highest=49, **more):
+    ids = np.full((4, tokens), highest)
+    taken, given = TensorSpec("input_ids", "int64", (-1, 8)), TensorSpec("logits", "float32", (-1, 8, words))
+    data = Data(Split({"input_ids": ids}))
+    return replace(model_of(scores), inputs=(taken,), outputs=(given,), data=data, **more)
+
+
 def test_the_metric_fits_the_data():
     assert metrics.choose(None, model_of(SCORES, LABELS)).name == "top1"
     assert metrics.choose(None, model_of(SCORES, OTHER)).name == "mse"
     assert metrics.choose(None, model_of(SCORES)).name == "cosine"
     assert metrics.choose(None, replace(model_of(SCORES), task="classification")).name == "agreement"
-    language = replace(
-        model_of(SCORES),
-        inputs=(TensorSpec("input_ids", "int64", (-1, 8)),),
-        outputs=(TensorSpec("logits", "float32", (-1, 8, 50)),),
-    )
-    assert metrics.choose(None, language).name == "perplexity"
+    assert metrics.choose(None, language()).name == "perplexity"
+    masks = model_of(RANDOM.normal(size=(4, 3, 2, 2)).astype(np.float32), np.zeros((4, 2, 2), int))
+    assert metrics.choose(None, masks).name == "top1"
+    boxes = model_of(SCORES[:4], np.zeros((4, 9, 5), int))
+    assert metrics.choose(None, boxes).name == "cosine", "labels that only a function of the user understands"
+    named = replace(masks, data=Data(Split(masks.data.calibration.inputs)))
+    assert metrics.choose(None, named).name == "cosine", "agreement is for one class a sample"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        (("input_ids", (-1, 8)), ("last_hidden_state", (-1, 8, 50))),
+        (("input_ids", (-1, 8)), ("logits", (-1, 8, 49))),
+        (("input_ids", (-1, 8)), ("logits", (-1, 9, 50))),
+        (("input_ids", (-1, 8)), ("logits", (-1, 50))),
+        (("numbers", (-1, 8)), ("logits", (-1, 8, 50))),
+    ],
+    ids=["states", "tags", "another length", "one answer", "no tokens"],
+)
+def test_what_only_looks_like_a_language_model_is_none_for_learning_and_for_judging(inputs, outputs):
+    specs = TensorSpec(inputs[0], "int64", inputs[1]), TensorSpec(outputs[0], "float32", outputs[1])
+    model = replace(language(), inputs=specs[:1], outputs=specs[1:])
+    assert losses.is_language_model(language())
+    assert not losses.is_language_model(model)
+    assert losses.truth_of(model, model.data.calibration) is None
+    assert losses.mimicry(model, 1.0, 2.0) == (losses.Matched(1.0, 0),)
+    assert metrics.choose(None, model).name == "cosine"
+    with pytest.raises(UsageError, match="perplexity is for causal language models") as caught:
+        metrics.choose("perplexity", model)
+    assert 'outputs=("logits",)' in caught.value.hint
+
+
+def test_of_a_language_model_only_the_logits_are_scores():
+    model = language()
+    model = replace(model, outputs=(*model.outputs, TensorSpec("states", "float32", (-1, 8, 4))))
+    assert losses.mimicry(model, 1.0, 2.0) == (losses.Softened(0.5, 2.0, 0), losses.Matched(0.5, 1))
 
 
 def test_an_unknown_metric_offers_the_nearest():
@@ -264,7 +325,9 @@ def test_a_metric_of_classes_without_classes_is_refused_with_the_way_out(labels)
 def test_what_a_metric_cannot_judge_is_refused():
     model = model_of(SCORES)
     with pytest.raises(UsageError, match="needs tokens as input_ids, this split has x"):
-        evaluate.judge(model, model, model.data.validation, "perplexity")
+        evaluate.judge(model, model, model.data.validation, metrics.METRICS["perplexity"])
+    with pytest.raises(CompressionError, match=r"\[2, 3, 7\], not \[samples, tokens, vocabulary\] .* up to 7"):
+        figure("perplexity", SCORES[:6].reshape(2, 3, 7), input_ids=np.array([[1, 2, 7]] * 2))
     images = model_of(np.zeros((4, 3, 3), np.float32))
     with pytest.raises(CompressionError, match=r"cannot be judged: .*\[4, 3, 3\], not \[samples, classes\]"):
         evaluate.judge(images, images, images.data.validation, "agreement")
@@ -272,6 +335,28 @@ def test_what_a_metric_cannot_judge_is_refused():
         evaluate.judge(model, model, Split({"x": SCORES[:0]}), "cosine")
     with pytest.raises(CompressionError, match=r"the reference gives \[8, 3\]"):
         evaluate.judge(model, replace(model, network=Cut()), Split({"x": SCORES[:8]}), "cosine")
+
+
+@pytest.mark.parametrize("name", ["top5", "f1"])
+def test_a_metric_of_one_class_a_sample_refuses_masks_with_the_way_out(name):
+    masks = model_of(RANDOM.normal(size=(4, 9, 2, 2)).astype(np.float32), np.zeros((4, 2, 2), int))
+    with pytest.raises(UsageError, match=rf"{name} judges one class a sample, .* int64\[4, 2, 2\]") as caught:
+        evaluate.judge(masks, masks, masks.data.validation, name)
+    assert "top1" in caught.value.hint
+    boxes = model_of(SCORES[:4], np.zeros((4, 9, 5), int))
+    with pytest.raises(CompressionError, match=r"no scores of the classes of \[4, 9, 5\]"):
+        evaluate.judge(boxes, boxes, boxes.data.validation, "top1")
+
+
+def test_masks_are_judged_with_an_interval_and_by_group():
+    pictures, masks = RANDOM.normal(size=(40, 3, 4, 4)).astype(np.float32), RANDOM.integers(0, 3, (40, 4, 4))
+    model = model_of(pictures, masks, groups=np.array(["a", "b"] * 20))
+    found = evaluate.judge(model, model, model.data.validation)
+    hits = pictures.argmax(1) == masks
+    assert (found.metric, found.value) == ("top1", pytest.approx(hits.mean()))
+    assert found.low < found.value < found.high
+    assert found.by_group["a"] == pytest.approx(hits[::2].mean())
+    assert found.by_class == {}
 
 
 class Cut:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 
 from edgekit import workload
-from edgekit.compress.losses import Decoupled, hint, is_language_model, is_scores, mimicry, truth_of
+from edgekit.compress.losses import (
+    TEMPERATURE,
+    Decoupled,
+    hint,
+    is_language_model,
+    is_scores,
+    mimicry,
+    refuse_idle,
+    truth_of,
+)
 from edgekit.compress.passes._learning import LearningPass, train_split, trainable
 from edgekit.compress.training import Lesson, train
 from edgekit.errors import CompressionError
@@ -30,12 +39,16 @@ class Distill(LearningPass, frozen=True, kw_only=True):
     scores (Hinton et al. 2015), ``dkd`` target class and the others apart (Zhao et al. 2022; ``beta`` for the others),
     ``hints`` softened scores and features besides (Romero et al. 2015), the pairs in ``hints`` as ``student.module =
     teacher.module``. Language models learn the distribution of every token, and by ``1 - alpha`` the next token.
+
+    Outputs that are not known to be scores of classes are learned by their squared error, and ``temperature`` means
+    nothing to them: so it is for values and hidden states, for one class a position, and for a classifier whose data
+    has neither labels nor the classes' names.
     """
 
     teacher: str
     teacher_checkpoint: str = ""
     method: Literal["kd", "dkd", "hints"] = "kd"
-    temperature: Annotated[float, msgspec.Meta(gt=0)] = 2.0
+    temperature: Annotated[float, msgspec.Meta(gt=0)] = TEMPERATURE
     alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     beta: Annotated[float, msgspec.Meta(ge=0)] = 2.0
     hints: tuple[str, ...] = ()
@@ -48,7 +61,7 @@ class Distill(LearningPass, frozen=True, kw_only=True):
 
         Raises:
             CompressionError: not a PyTorch network with modules, no train split, a teacher with other outputs, hints
-                that do not fit each other, or a method that does not fit the outputs.
+                that do not fit each other, labels, a method or a temperature that do not fit the outputs.
             UsageError: the teacher or a module of the hints cannot be found.
         """
         network = trainable(model, "distill")
@@ -69,6 +82,7 @@ class Distill(LearningPass, frozen=True, kw_only=True):
         if self.method == "hints" and not self.hints:
             raise CompressionError("the method hints has no hints", 'give hints = ["student.module = teacher.module"]')
         taught = self._decoupled(model, split) if self.method == "dkd" else mimicry(model, self.alpha, self.temperature)
+        refuse_idle(self.temperature, taught, model.name)
         own = () if truth is None else (truth,)
         return (*own, *taught, *(hint(pair, self.hint_weight) for pair in self.hints))
 

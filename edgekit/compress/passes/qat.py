@@ -9,7 +9,7 @@ import msgspec
 
 from edgekit.compress.fake_quantization import FakeQuantized
 from edgekit.compress.layers import with_parameters
-from edgekit.compress.losses import mimicry, truth_of
+from edgekit.compress.losses import TEMPERATURE, mimicry, refuse_idle, truth_of
 from edgekit.compress.passes._learning import LearningPass, train_split
 from edgekit.compress.training import Lesson, train
 from edgekit.errors import CompressionError
@@ -32,14 +32,15 @@ Choice = Literal["learned", "fixed"]
 class Qat(LearningPass, frozen=True, kw_only=True):
     """Train the planned weights and their biases, rounded in every step; the gradient passes the rounding.
 
-    ``alpha`` is the share of what the network's own float answers teach, softened by ``temperature``; the rest are
-    labels. ``scales`` of weights and ``ranges`` of activations may be learned besides (Esser et al. 2020, "Learned
-    Step Size Quantization"). The weights come to lie on the plan's grid. Nagel et al. 2021, "A White Paper on Neural
-    Network Quantization", section 4. Run it on the plan of quantize or mixed_precision.
+    ``alpha`` is the share of what the network's own float answers teach, scores of classes softened by ``temperature``,
+    anything else as values; the rest are labels. ``scales`` of weights and ``ranges`` of activations may be learned
+    besides (Esser et al. 2020, "Learned Step Size Quantization"). The weights come to lie on the plan's grid. Nagel et
+    al. 2021, "A White Paper on Neural Network Quantization", section 4. Run it on the plan of quantize or
+    mixed_precision.
     """
 
     alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
-    temperature: Annotated[float, msgspec.Meta(gt=0)] = 2.0
+    temperature: Annotated[float, msgspec.Meta(gt=0)] = TEMPERATURE
     scales: Choice = "learned"
     ranges: Choice = "fixed"
     mixed_precision: Literal["auto", "off"] = "off"
@@ -49,7 +50,7 @@ class Qat(LearningPass, frozen=True, kw_only=True):
 
         Raises:
             CompressionError: not a PyTorch network, no plan with integers, no train split, no labels where they are
-                to teach, or the training diverged.
+                to teach, labels or a temperature that do not fit the outputs, or the training diverged.
         """
         network, plan = _planned(model)
         split = train_split(model, "qat", "learn from:give data with one")
@@ -73,6 +74,8 @@ class Qat(LearningPass, frozen=True, kw_only=True):
         if truth is None and self.alpha < 1:
             raise CompressionError(f"alpha {self.alpha} needs labels, the train split has none", "set alpha = 1")
         taught = mimicry(model, self.alpha, self.temperature) if self.alpha else ()
+        if taught:
+            refuse_idle(self.temperature, taught, model.name)
         return (*(() if truth is None else (truth,)), *taught)
 
 
