@@ -154,7 +154,10 @@ def _run(job: _Job, recipe: Recipe, speed: Speed | None) -> tuple[Outcome, dict[
 
 def _search(job: _Job, wanted: _ladder.Wanted, speed: Speed | None, *, dry_run: bool) -> None:
     """Climb the ladder and keep the best candidate; a missed budget is an error all the same."""
-    search = _ladder.Search(job.terminal, job.model, wanted, job.compress)
+    from edgekit.compress.outcome import Floats
+
+    floats = Floats()
+    search = _ladder.Search(job.terminal, job.model, wanted, floats.remembering(job.compress))
     plan = search.show_plan()
     if dry_run:
         job.terminal.result({**plan, "output": str(job.output), "dry_run": True})
@@ -163,16 +166,13 @@ def _search(job: _Job, wanted: _ladder.Wanted, speed: Speed | None, *, dry_run: 
     search.tell_blame(climb)
     told = search.document(climb)
     stages = _stages(job.model, speed)
-    for tried in climb.tries:
-        if tried.reached is not None and tried is not climb.best:
-            stages.note_try(tried.rung, tried.reached.bytes, tried.reached.value)
+    stages.floats = floats.of(climb.model)
     best = search.marked(climb)
-    stages.seen(best)
+    stages.climbed(climb, best)
     job.terminal.say()
-    outcome = _outcome(job, best, climb.best.recipe, stages)
     error = search.error(climb, job.output)
-    if error is not None:
-        outcome = replace(outcome, notes=(*outcome.notes, error.message))
+    outcome = _outcome(job, best, climb.best.recipe, stages)
+    outcome = replace(outcome, ladder=told, missed=() if error is None else (error.message,))
     files = {"ladder.json": msgspec.json.format(msgspec.json.encode(told))}
     document = {**_keep(job, outcome, files), "ladder": told}
     if error is None:
@@ -189,7 +189,10 @@ def _outcome(job: _Job, compressed: Model, recipe: Recipe, stages: Stages) -> Ou
     from edgekit.compress.outcome import outcome_of
 
     made_of = recipe, origin_of(job.model, recipe, job.sources)
-    return outcome_of(job.model, compressed, made_of, stages, metric=job.metric, progress=job.terminal.progress)
+    outcome = outcome_of(job.model, compressed, made_of, stages, metric=job.metric, progress=job.terminal.progress)
+    for note in outcome.notes:
+        job.terminal.say(f"note: {note}\n")
+    return outcome
 
 
 def _keep(job: _Job, outcome: Outcome, files: dict[str, bytes]) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgekit.compress.evaluate import figures
+from edgekit.compress.evaluate import figures, teacher_of
 from edgekit.manifest import Step
 from edgekit.progress import silent
 
@@ -37,15 +37,19 @@ def compress(  # noqa: PLR0913  # three positional; the rest are keywords with a
     """Apply the passes in order to copies of ``model``; each leaves a `Step` with its options and what was measured.
 
     A step's ``measured`` holds ``parameters``, ``bytes`` and, with data, the validation score (see `evaluate.figures`).
-    ``metric`` is by what it scores, chosen by the data where None.
+    ``metric`` is by what it scores, chosen by the data where None; where the recipe distils, likeness is that to the
+    teacher, before and after, else to ``model``.
     With a ``cache``, a pass that an earlier run finished on the same content is not done again. ``follow`` is shown
     the model after each pass.
 
     Raises:
         CompressionError: a pass does not fit the model or its data.
     """
-    judged = functools.partial(figures, reference=model, metric=metric)
-    key = cache.start(model, _named(metric)) if cache else None
+    teacher = teacher_of(model, recipe)
+    judged = functools.partial(figures, reference=model, metric=metric, teacher=teacher)
+    # the figures of a pass hang on the teacher, though it stands before the distillation
+    likeness = (teacher.source, teacher.checkpoint) if teacher else ()
+    key = cache.start(model, _named(metric), *likeness) if cache else None
     for done, (name, step) in enumerate(recipe.passes):
         progress(f"compress: {name}", done, len(recipe.passes))
         work = functools.partial(_apply, model, (name, step), judged, progress)

@@ -32,6 +32,7 @@ def card(outcome: Outcome, digest: str) -> str:
         f"# {model.name}, {model.precision}",
         _about(outcome, digest),
         *[f"**Warning:** {warning}." for warning in outcome.warnings],
+        *[f"**Note:** {note}." for note in outcome.notes],
         "## Intended use",
         OPEN + "what the model is for, who uses it, and what it must not be used for.",
         "## What it takes and gives",
@@ -104,7 +105,13 @@ def _scores(outcome: Outcome) -> str:
         [f"{split} {before.metric}", interval(before), interval(after), str(after.samples)]
         for split, (before, after) in outcome.scores.items()
     ]
-    return _table(["metric (95 % interval)", "before", "after", "samples"], rows) if rows else ""
+    told = f"\n\n{likeness(outcome)}" if outcome.reference else ""
+    return _table(["metric (95 % interval)", "before", "after", "samples"], rows) + told if rows else ""
+
+
+def likeness(outcome: Outcome) -> str:
+    """Return the sentence that says what a metric without labels compares with."""
+    return f"{outcome.metric.name if outcome.metric else 'The metric'} compares with {outcome.reference}."
 
 
 def interval(score: Score) -> str:
@@ -131,7 +138,7 @@ def _steps(outcome: Outcome) -> str:
         for stage in outcome.stages
     ]
     metric = outcome.metric.name if outcome.metric else "score"
-    return _table(["after", "bytes", "MACs", f"validation {metric}", "ms"], rows)
+    return _table(["after", "bytes", "MACs", f"validation {metric}", "ms a sample"], rows)
 
 
 def _parts(outcome: Outcome) -> list[str]:
@@ -170,8 +177,13 @@ def _making(outcome: Outcome) -> str:
     rows += [["checkpoint", origin.checkpoint.name, origin.checkpoint.sha256]] if origin.checkpoint else []
     rows += [["data", origin.data.name, origin.data.sha256]] if origin.data else []
     tools = ", ".join(f"{name} {version}" for name, version in origin.tools.items())
-    machine = ", ".join(str(value) for value in origin.machine.values())
-    return _table(["", "name", "SHA-256"], rows) + f"\n\nRecipe: `recipe.toml`. Tools: {tools}. Machine: {machine}."
+    said = f"Recipe: `recipe.toml`. Tools: {tools}. Machine: {machine(outcome)}."
+    return _table(["", "name", "SHA-256"], rows) + f"\n\n{said}"
+
+
+def machine(outcome: Outcome) -> str:
+    """Return what the machine is, each part with its name: a processor may be called 207."""
+    return ", ".join(f"{name} {value}" for name, value in outcome.origin.machine.items())
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

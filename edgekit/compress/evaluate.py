@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgekit import grid
+from edgekit import grid, workload
 from edgekit.compress import intervals, metrics
 from edgekit.compress.macs import macs
 from edgekit.compress.metrics import Answers, Metric, drop
@@ -21,11 +22,13 @@ from edgekit.plugins import extra
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from edgekit.compress.recipe import Recipe
     from edgekit.model import Data, Model, Network, Split
     from edgekit.tensors import Array
 
 __all__ = [
-    "Judge", "Score", "agreement", "drop", "figures", "judge", "macs", "parameters", "score", "stored_bytes", "top1",
+    "Judge", "Score", "Teacher", "agreement", "drop", "figures", "judge", "macs", "parameters", "score", "stored_bytes",
+    "teacher_of", "top1",
 ]  # fmt: skip
 
 REMEMBERED = 256 << 20
@@ -47,20 +50,59 @@ class Score(msgspec.Struct, frozen=True):
     by_group: dict[str, float] = {}
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """What a recipe distils from, in the words of the pass; loaded when somebody first asks what it answers."""
+
+    source: str
+    checkpoint: str
+    data: Data | None
+
+    @functools.cached_property
+    def network(self) -> Network:
+        """The network that teaches, in float.
+
+        Raises:
+            UsageError: it cannot be found or read.
+        """
+        return workload.load(self.source, Path(self.checkpoint) if self.checkpoint else None, self.data).network
+
+    @property
+    def told(self) -> str:
+        """What a person calls it; no path of this machine."""
+        return f"the teacher {Path(self.source).name}"
+
+
+def teacher_of(model: Model, recipe: Recipe) -> Teacher | None:
+    """Return the last teacher of a recipe, None where it distils nothing."""
+    steps = [step for _, step in recipe.passes if isinstance(getattr(step, "teacher", None), str)]
+    if not steps:
+        return None
+    source, checkpoint = (str(getattr(steps[-1], name, "")) for name in ("teacher", "teacher_checkpoint"))
+    return Teacher(source, checkpoint, model.data)
+
+
 class Judge:
     """Scores many models on one split by one metric; computes the reference once.
+
+    Likeness is that to ``reference``, or to its ``teacher``: a student that has learned is no longer like the one that
+    knew nothing. ``compares`` says whether the metric asked for it.
 
     Raises:
         UsageError: the split has not what the metric needs, or no samples.
     """
 
-    def __init__(self, reference: Model, split: Split, metric: Metric | str | None = None) -> None:
+    def __init__(
+        self, reference: Model, split: Split, metric: Metric | str | None = None, *, teacher: Teacher | None = None
+    ) -> None:
         self.metric = metric if isinstance(metric, Metric) else metrics.choose(metric, _judged_on(reference, split))
         self._split, self._size = whole_batches(reference, split)
         if not len(self._split):
             raise UsageError("there is no sample to judge a model by", "give a validation or test split")
         metrics.refuse_unfit(self.metric, self._split)
         self._reference = reference
+        self._teacher = teacher
+        self.compares = False
         self._remembered: dict[int, Mapping[str, Array]] = {}
         self._bytes = 0
 
@@ -73,7 +115,7 @@ class Judge:
         try:
             if self.metric.whole is not None:
                 return self._whole(model, self.metric.whole)
-            rows = self._rows(planned_network(model), own=model is self._reference)
+            rows = self._rows(planned_network(model), own=model is self._reference and self._teacher is None)
         except InputError as error:
             raise CompressionError(f"{model.name} cannot be judged: {error.message}", error.hint) from error
         low, high = _interval(self.metric, rows)
@@ -93,22 +135,29 @@ class Judge:
         if self.metric.rows is None:
             raise UsageError(f"{self.metric.name} has no rows", "give it a function for a batch or for the whole")
         parts = []
-        ask: Callable[[], Mapping[str, Array]]
         for number, batch in enumerate(self._split.batches(self._size)):
             outputs = run_batched(network, batch, self._size)
-            ask = functools.partial(dict, outputs) if own else functools.partial(self._asked, number, batch)
+            ask = functools.partial(self._asked, number, batch, outputs if own else None)
             parts.append(self.metric.rows(Answers(outputs, batch, ask)))
         return np.concatenate(parts)
 
-    def _asked(self, number: int, batch: Split) -> Mapping[str, Array]:
-        found = self._remembered.get(number)
+    def _asked(self, number: int, batch: Split, own: Mapping[str, Array] | None) -> Mapping[str, Array]:
+        self.compares = True
+        found = own or self._remembered.get(number)
         if found is None:
-            found = run_batched(planned_network(self._reference), batch, self._size)
+            found = self._wanted(batch)
             size = sum(array.nbytes for array in found.values())
             if self._bytes + size <= REMEMBERED:
                 self._remembered[number] = found
                 self._bytes += size
         return found
+
+    def _wanted(self, batch: Split) -> Mapping[str, Array]:
+        if self._teacher is None:
+            return run_batched(planned_network(self._reference), batch, self._size)
+        answers = run_batched(self._teacher.network, batch, self._size)
+        # a teacher has its own names for its outputs: it is learned from by their order
+        return dict(zip((spec.name for spec in self._reference.outputs), answers.values(), strict=False))
 
     def _whole(self, model: Model, function: Callable[[Mapping[str, Array], Split], float]) -> Score:
         import numpy as np
@@ -142,9 +191,16 @@ def _judged_on(model: Model, split: Split) -> Model:
     return replace(model, data=model.data and replace(model.data, validation=split, test=None))
 
 
-def judge(model: Model, reference: Model, split: Split, metric: Metric | str | None = None) -> Score:
+def judge(
+    model: Model,
+    reference: Model,
+    split: Split,
+    metric: Metric | str | None = None,
+    *,
+    teacher: Teacher | None = None,
+) -> Score:
     """Measure a model, its plan applied, beside the reference it came from; see `Judge`."""
-    return Judge(reference, split, metric).score(model)
+    return Judge(reference, split, metric, teacher=teacher).score(model)
 
 
 def _interval(metric: Metric, rows: Array) -> tuple[float, float]:
@@ -187,12 +243,14 @@ def score(model: Model, reference: Model, split: Split) -> tuple[str, float]:
     return found.metric, found.value
 
 
-def figures(model: Model, reference: Model, metric: Metric | str | None = None) -> dict[str, float]:
+def figures(
+    model: Model, reference: Model, metric: Metric | str | None = None, *, teacher: Teacher | None = None
+) -> dict[str, float]:
     """Measure what every step of a lineage tells: ``parameters``, ``bytes``, ``validation_`` and the metric's name."""
     measured: dict[str, float] = {"parameters": parameters(model), "bytes": stored_bytes(model)}
     split = model.data.validation if model.data else None
     if split is not None and len(split):
-        found = judge(model, reference, split, metric)
+        found = judge(model, reference, split, metric, teacher=teacher)
         measured[f"validation_{found.metric}"] = found.value
     return measured
 

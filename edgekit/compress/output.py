@@ -75,8 +75,10 @@ def figures(outcome: Outcome) -> dict[str, object]:
         "stages": [
             {"name": s.name, "bytes": s.bytes, "macs": s.macs, "score": s.score, "ms": s.ms} for s in outcome.stages
         ],
+        "reference": outcome.reference or None,
         "latency": outcome.latency_note,
         "warnings": list(outcome.warnings),
+        "notes": list(outcome.notes),
     }
 
 

@@ -128,6 +128,28 @@ def test_elsewhere_latency_is_told_from_the_float_models_and_said_to_be_an_estim
     assert 1 < ladder["tries"][0]["latency"] < 500  # int8 of what takes 50 s there, not of what takes some us here
 
 
+def test_the_report_of_a_search_tells_its_tries_their_milliseconds_and_what_broke_them(tmp_path):
+    (tmp_path / "there.json").write_text(json.dumps({"measurements": [{"precision": "fp32", "p50_ms": 50.0}]}))
+    arguments = ["--max-drop", 0.002, "--metric", "cosine", "--size", "34kB", "--latency", "1h"]
+    done = run(tmp_path, *arguments, "--latency-of", tmp_path / "there.json", *TARGET, "--json")
+    document = json.loads(done.stdout)
+    ladder = document["ladder"]
+    weighed = [tried for tried in ladder["tries"] if "drop" in tried]
+    assert len(weighed) > 1
+    assert len(document["stages"]) == 1 + len(weighed)
+    told = {tried["rung"] + tried["kept"] * " (kept)": 1e3 * tried["latency"] for tried in weighed}
+    assert {stage["name"]: stage["ms"] for stage in document["stages"][1:]} == pytest.approx(told)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Score against latency" in page
+    assert "<h2>What broke it</h2>" in page
+    for suspect in ladder["broke"] + ladder["left"]:
+        assert f"<li>{suspect['told']}</li>" in page
+    assert ladder["broke"]
+    for tried in ladder["tries"]:
+        assert f"<td>{tried['recipe']}" in page
+        assert tried["note"] in page
+
+
 def test_killed_in_the_middle_it_goes_on_from_the_rungs_that_were_done(tmp_path):
     arguments = line(tmp_path, "--no-latency", "--max-drop", 0, "--size", "34kB", "--budget", "1ms", *TARGET)
     code = "from edgekit.cli import main; main()"

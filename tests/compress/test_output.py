@@ -201,7 +201,8 @@ def test_the_confusion_that_is_drawn_is_the_difference_of_both_models(outcome):
     from edgekit.compress import diagnosis
     from edgekit.compress.simulation import planned_network
 
-    change, names = diagnosis.confusion(outcome.original, outcome.compressed)
+    found = diagnosis.confusion(outcome.original, outcome.compressed)
+    change, names = found.change, found.names
     split = outcome.original.data.validation
     told = [planned_network(m).run(split.inputs)["scores"].argmax(1) for m in (outcome.original, outcome.compressed)]
     for row in range(3):
