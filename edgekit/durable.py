@@ -56,21 +56,56 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     A folder that was there is replaced: on Linux the two are exchanged in one step, so that a kill leaves the old or
     the new one; elsewhere it may leave none, but never half of one.
-    Scratch folders that earlier kills left behind are swept first.
+    Scratch folders that earlier kills left behind are swept first; those of others that still write are left alone, and
+    whoever ends last stays.
     """
     target = target.resolve()  # through a link, so that what it points to is replaced, and not the link
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+        if not _is_in_use(stale):
+            shutil.rmtree(stale, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
-    try:
-        yield scratch
-        sync_tree(scratch)
-        scratch.chmod(0o755)
-        _swap_in(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with _used(scratch):
+        try:
+            yield scratch
+            sync_tree(scratch)
+            scratch.chmod(0o755)
+            _swap_in(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     sync_folder(target.parent)
+
+
+@contextmanager
+def _used(scratch: Path) -> Iterator[None]:
+    """Hold a lock on a folder itself; the system frees that of a process which dies."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: there two runs at once may sweep each other's scratch
+        yield
+        return
+    descriptor = os.open(scratch, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_in_use(scratch: Path) -> bool:
+    try:
+        import fcntl
+
+        descriptor = os.open(scratch, os.O_RDONLY)
+    except (ImportError, OSError):  # gone meanwhile, or nobody can tell
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def sync_tree(folder: Path) -> None:

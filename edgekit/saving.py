@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 from typing import TYPE_CHECKING, Literal
@@ -28,6 +29,26 @@ MAX_SAMPLES = 128
 
 ORIGIN = "huggingface"
 """Configuration and tokenizer of a network that came from a Hugging Face folder: with them it can be one again."""
+
+
+BOM, CARD = "bom.cdx.json", "MODEL_CARD.md"
+"""What `edgekit compress` writes beside the model: a list of all files with their hashes, and what a person fills in."""
+
+
+class _Hash(msgspec.Struct):
+    content: str
+
+
+class _Component(msgspec.Struct):
+    type: str
+    name: str
+    hashes: tuple[_Hash, ...] = ()
+
+
+class _Listed(msgspec.Struct):
+    """As much of the bill of materials as tells which files are whose."""
+
+    components: tuple[_Component, ...]
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,15 +109,41 @@ def write(model: Model, folder: Path) -> None:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise UsageError where saving would replace something that is no saved model, or lies where no folder can be."""
+    """Raise UsageError where saving would replace what is no saved model, or lies where no folder can be.
+
+    Files that a person put beside a saved model, and a model card that a person went on writing, are not replaced.
+    """
     if folder.exists() and not _is_saved(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
             f"{folder} is there and holds no saved model, so it is not replaced", "choose another folder for the output"
+        )
+    own = _put_there(folder) if folder.exists() else []
+    if own:
+        raise UsageError(
+            f"{folder} holds what would be lost when the model is replaced: {', '.join(own[:3])}",
+            "move it away, or choose another folder for the output",
         )
     above = next(parent for parent in folder.resolve().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "may not be written" if above.is_dir() else "is no folder"
         raise UsageError(f"{folder} cannot be made: {above} {why}", "choose another folder for the output")
+
+
+def _put_there(folder: Path) -> list[str]:
+    """Name what a person put into a saved model, by the list of its files with their hashes, where there is one."""
+    try:
+        bom = msgspec.json.decode((folder / BOM).read_bytes(), type=_Listed)
+    except (msgspec.DecodeError, OSError):
+        return []
+    listed = {one.name: {it.content for it in one.hashes} for one in bom.components if one.type == "file"}
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != BOM)
+    names = {path.relative_to(folder).as_posix(): path for path in found}
+    strange = [name for name in names if name not in listed]
+    card = names.get(CARD)
+    is_edited = (
+        card is not None and CARD in listed and hashlib.sha256(card.read_bytes()).hexdigest() not in listed[CARD]
+    )
+    return [*strange, f"changes of {CARD}"] if is_edited else strange
 
 
 def _is_saved(folder: Path) -> bool:

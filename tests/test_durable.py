@@ -78,6 +78,17 @@ def test_a_kill_leaves_the_old_folder_or_the_new_or_none_but_never_half(tmp_path
     assert {"old": b"old"} in states
 
 
+def test_of_two_that_write_the_same_folder_neither_loses_its_work_and_the_last_one_stays(tmp_path):
+    target = tmp_path / "bundle"
+    with new_folder(target) as first:
+        (first / "one").write_text("one")
+        with new_folder(target) as second:
+            (second / "two").write_text("two")
+        assert [path.name for path in target.iterdir()] == ["two"]
+    assert [path.name for path in target.iterdir()] == ["one"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_an_error_inside_leaves_the_old_folder_and_no_litter(tmp_path):
     target = tmp_path / "bundle"
     with new_folder(target) as scratch:

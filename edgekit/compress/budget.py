@@ -86,10 +86,14 @@ class Reached:
     saturated: float = 0.0
 
     def misses(self, budget: Budget) -> dict[Kind, float]:
-        """Return by how much each budget is missed, as a share of it; empty where all are kept."""
+        """Return by how much each budget is missed, as a share of it; empty where all are kept.
+
+        Of a budget of nothing there are no shares: a loss counts in its own unit then.
+        """
         found: dict[Kind, float] = {}
         if self.drop > budget.max_drop + SLACK:
-            found["drop"] = (self.drop - budget.max_drop) / max(budget.max_drop, SLACK)
+            whole = budget.max_drop if budget.max_drop > SLACK else 1.0
+            found["drop"] = (self.drop - budget.max_drop) / whole
         if budget.size is not None and self.bytes > budget.size:
             found["size"] = self.bytes / budget.size - 1
         if budget.latency is not None and (self.latency is None or self.latency > budget.latency):

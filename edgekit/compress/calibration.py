@@ -6,6 +6,7 @@ outputs also appear by their public names. Knows nothing of ranges or bits.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekit import grid
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
     from edgekit.progress import Progress
     from edgekit.tensors import Array
+
+
+HUGE = 1e30
+"""No network computes with such numbers, and the squares of smaller ones overflow. Far below zero lie masks."""
 
 
 class Watch(Protocol):
@@ -62,8 +67,8 @@ def runner(model: Model, samples: Split) -> Run:
     """Prepare a network so that it can be watched as often as an observer needs.
 
     Raises:
-        CompressionError: nothing to watch in this kind of network; or, when run, a value holds NaN or infinity. Minus
-            infinity is what masks are made of.
+        CompressionError: nothing to watch in this kind of network; or, when run, a value is NaN, infinity or next to
+            it. Minus infinity is what masks are made of.
         UsageError: fewer samples than the network's fixed batch.
     """
     if isinstance(model.network, TorchNetwork):
@@ -89,12 +94,14 @@ def _checked(watch: Watch) -> Watch:
     import numpy as np
 
     def check(name: str, values: Array) -> None:
-        # a sum is one reading of the values; only one that overflowed has to be looked at closely
-        with np.errstate(over="ignore"):
-            is_doubtful = not np.isfinite(values.sum())
-        if is_doubtful and not (values < np.inf).all():
+        # a sum is one reading of the values; only one that is out of all bounds has to be looked at closely
+        with np.errstate(over="ignore", invalid="ignore"):
+            is_doubtful = not abs(values.sum()) < HUGE
+        if is_doubtful and not (values < HUGE).all():
+            largest = float(values.max())
+            what = f"reaches {largest:.2g}" if math.isfinite(largest) else "holds NaN or infinity"
             raise CompressionError(
-                f"activation {name!r} holds NaN or infinity on the calibration data",
+                f"activation {name!r} {what} on the calibration data",
                 "check the checkpoint and the scaling of the input",
             )
         watch(name, values)

@@ -113,8 +113,9 @@ def choose(name: str | None, model: Model) -> Metric:
         return METRICS["mse"]
     if not model.outputs:
         return METRICS["top1" if labels else "cosine"]
-    if labels:
-        return METRICS["cosine" if class_axis(labels[0].shape, model.outputs[0].shape) is None else "top1"]
+    if labels:  # more than one number a sample may be what only a function of the user understands
+        is_strange = labels[0].ndim > 1 and class_axis(labels[0].shape, model.outputs[0].shape) is None
+        return METRICS["cosine" if is_strange else "top1"]
     return METRICS["agreement" if is_scores(model, 0) else "cosine"]
 
 

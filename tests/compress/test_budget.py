@@ -69,6 +69,13 @@ def test_misses_are_shares_of_their_budget():
     assert "latency" in Reached(drop=0.0, value=1, bytes=1).misses(wanted)  # nobody measured it
 
 
+def test_of_a_budget_of_nothing_a_loss_counts_in_its_own_unit():
+    wanted = Budget(max_drop=0.0, size=1000)
+    assert Reached(drop=0.75, value=1, bytes=1000).misses(wanted) == {"drop": 0.75}
+    small, exact = Reached(drop=0.75, value=1, bytes=1000), Reached(drop=0.0, value=1, bytes=9000)
+    assert small.rank(wanted) < exact.rank(wanted)
+
+
 def test_candidates_rank_by_what_they_miss_then_by_loss_then_by_fidelity():
     wanted = Budget(max_drop=0.5, size=1000)
     fits, near, far, faithful = (

@@ -182,6 +182,12 @@ def test_nan_or_infinity_in_the_data_is_named_by_where_it_shows_first():
         quantize(with_calibration(images))
 
 
+def test_numbers_that_overflow_are_named_by_where_they_show_first():
+    images = digits.model().data.calibration.inputs["image"] * np.float32(1e37)
+    with pytest.raises(CompressionError, match=r"activation 'image' reaches 1\.?\d*e\+3"):
+        quantize(with_calibration(images))
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_calibration_samples_are_refused(count):
     images = digits.model().data.calibration.inputs["image"][:count]
