@@ -24,7 +24,8 @@ def read(path: Path, module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights of a checkpoint that fits the network, tensor by tensor.
 
     Raises:
-        UsageError: not there, damaged, more than tensors, or the checkpoint of another network; names the tensor.
+        UsageError: not there, damaged, more than tensors, weights of a kind that the network does not take, or the
+            checkpoint of another network; names the tensor.
     """
     import torch
 
@@ -39,7 +40,7 @@ def read(path: Path, module: torch.nn.Module) -> dict[str, torch.Tensor]:
             f"{path} is no checkpoint: it holds a {type(state).__name__}, not tensors by name",
             "write it with torch.save(network.state_dict(), path)",
         )
-    state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    state = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     _refuse_misfit(path, state, module.state_dict())
     return state
 
@@ -103,9 +104,26 @@ def _refuse_misfit(path: Path, state: Mapping[str, torch.Tensor], want: Mapping[
     for name, tensor in state.items():
         if name not in want:
             raise UsageError(f"{path} holds {name!r}, which the network lacks", hint)
+        _refuse_kind(f"{path}: {name!r}", tensor, want[name])
         if tensor.shape != want[name].shape:
             raise UsageError(
                 f"{path}: {name!r} is {list(tensor.shape)}, the network wants {list(want[name].shape)}", hint
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UsageError(f"{path}: {name!r} holds NaN or infinity", "training diverged: take an earlier checkpoint")
+
+
+def _refuse_kind(what: str, tensor: torch.Tensor, want: torch.Tensor) -> None:
+    import torch
+
+    if tensor.is_quantized:
+        raise UsageError(f"{what} is quantized", "give the float checkpoint it was made from: edgekit quantizes it")
+    if tensor.is_meta:
+        raise UsageError(f"{what} has a shape, but no numbers: it is a meta tensor", "save it with its weights loaded")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise UsageError(f"{what} is {layout}, not dense", "save tensor.to_dense() in its place")
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if want.dtype in floats and tensor.dtype not in floats:
+        given, wanted = (str(one.dtype).removeprefix("torch.") for one in (tensor, want))
+        raise UsageError(f"{what} is {given}, the network wants {wanted}", "give the checkpoint with float weights")

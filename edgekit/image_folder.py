@@ -99,7 +99,7 @@ def _refuse_odd(spec: Images) -> None:
     for name, values in (("mean", spec.mean), ("std", spec.std)):
         if len(values) not in (1, channels):
             raise UsageError(
-                f"data.toml states {len(values)} numbers as {name}, {spec.mode} has {channels} channel(s)",
+                f"data.toml states {len(values)} numbers as {name}, {spec.mode} needs {channels}",
                 "give one number for each channel, or one for all",
             )
         if not all(math.isfinite(value) for value in values):

@@ -252,7 +252,7 @@ def test_pictures_without_stated_preprocessing_are_not_guessed(tmp_path):
         (("crop = 8\n", ""), "missing required field `crop`"),
         (("mean", "means"), r"field `means`|missing required field `mean`"),
         (("crop = 8", "crop = 80"), "crops 80 from a shorter side of 10"),
-        (("120.0, 110.0", "1.0"), "states 2 numbers as mean, RGB has 3"),
+        (("120.0, 110.0", "1.0"), "states 2 numbers as mean, RGB needs 3"),
         (("60.0", "0.0"), "states std"),
         (("images", "pictures"), "'pictures'"),
         (("kind", "kind ="), "does not state data"),

@@ -1,6 +1,7 @@
 """Models and data as people have them: what loads, what is refused and why, and a kill while saving."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import msgspec
@@ -257,6 +258,42 @@ def test_the_checkpoint_of_another_model_is_refused_by_tensor(tmp_path, change, 
     with pytest.raises(UsageError, match=message) as caught:
         workload.load(digits.BUILD, tmp_path / "other.pt", plain_data())
     assert ("another model" in caught.value.hint) != ("NaN" in message)
+
+
+def quantized(weight):
+    with warnings.catch_warnings(action="ignore"):  # PyTorch will drop them, files that hold them stay
+        return torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (quantized, "is quantized"),
+        (lambda w: w.to_sparse(), "is sparse_coo, not dense"),
+        (lambda w: torch.nested.nested_tensor(list(w)), "is nested, not dense"),
+        (lambda w: w.to("meta"), "meta tensor"),
+        (lambda w: w.to(torch.complex64), "is complex64, the network wants float32"),
+        (lambda w: w.to(torch.int8), "is int8, the network wants float32"),
+        (lambda w: w.to(torch.float8_e4m3fn), "is float8_e4m3fn, the network wants float32"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PyTorch, as it reads what it will drop
+def test_weights_of_a_kind_that_the_network_does_not_take_are_refused_by_tensor(tmp_path, changed, message):
+    state = dict(digits.model().network.module.state_dict())
+    state["stem.weight"] = changed(state["stem.weight"])
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UsageError, match=rf"'stem\.weight'.*{message}"):
+        workload.load(digits.BUILD, tmp_path / "other.pt", plain_data())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_checkpoint_of_narrower_or_wider_floats_is_taken(tmp_path, dtype):
+    state = {
+        n: t.to(dtype) if t.is_floating_point() else t for n, t in digits.model().network.module.state_dict().items()
+    }
+    torch.save(state, tmp_path / "half.pt")
+    module = workload.load(digits.BUILD, tmp_path / "half.pt", plain_data()).network.module
+    assert module.stem.weight.dtype == torch.float32
 
 
 def test_a_checkpoint_that_is_no_dictionary_is_refused(tmp_path):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+import re
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import msgspec
+from msgspec import inspect
 
 from edgekit import plugins
 from edgekit.compress.passes import CompressionPass
@@ -49,6 +53,8 @@ def read(path: Path) -> Recipe:
         UnknownName: no recipe has that name; the nearest are offered.
         UsageError: there is no such file, or it is no recipe.
     """
+    if path == Path():  # so comes an empty name, too
+        raise UsageError("the recipe has no name: it is empty, or '.'", "give a file, or a name: --recipe int8")
     if path.suffix != ".toml" and path.parent == Path() and not path.exists():
         if path.name not in shipped():
             raise UnknownName("recipe", path.name, shipped())
@@ -56,7 +62,9 @@ def read(path: Path) -> Recipe:
     try:
         return decode(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
-        raise UsageError(f"there is no recipe at {path}", "check --recipe") from error
+        near = difflib.get_close_matches(path.stem.lower(), shipped(), n=1)
+        hint = f"check the path, or did you mean --recipe {near[0]}?" if near else "check --recipe"
+        raise UsageError(f"there is no recipe at {path}", hint) from error
     except IsADirectoryError as error:
         raise UsageError(f"{path} is no recipe: it is a folder", f"give {path / 'recipe.toml'}") from error
     except UnicodeDecodeError as error:
@@ -78,11 +86,13 @@ def decode(text: str) -> Recipe:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"the recipe is no TOML: {error}", "see the recipes in examples/recipes") from error
+        raise UsageError(f"the recipe is no TOML: {error}", "or give one by name: --recipe int8") from error
     for key in document:
         if key not in ("version", "pass"):
             raise UnknownName("key of a recipe", key, ["version", "pass"])
     version = document.get("version")
+    if version is None:
+        raise UsageError("the recipe has no version line", f"begin it with: version = {VERSION}")
     if version != VERSION or version is True:
         raise UsageError(f"the recipe has version {version!r}", f"begin it with: version = {VERSION}")
     entries = document.get("pass")
@@ -113,6 +123,41 @@ def _decode_pass(number: int, entry: dict[str, object]) -> tuple[str, Compressio
     try:
         return name, msgspec.convert(options, kind)
     except msgspec.ValidationError as error:
-        raise UsageError(
-            f"pass {number} of the recipe, {name!r}: {error}", f"its options: {', '.join(kind.__struct_fields__)}"
-        ) from error
+        hint = _good_values(kind, options, str(error)) or f"its options: {', '.join(kind.__struct_fields__)}"
+        raise UsageError(f"pass {number} of the recipe, {name!r}: {error}", hint) from error
+
+
+def _good_values(kind: type[CompressionPass], options: dict[str, object], said: str) -> str:
+    """Return what the option takes that msgspec's message names, or nothing where it names none."""
+    found = re.search(r"at `\$\.(\w+)(?:\[(\d+)\])?", said)
+    if found is None:
+        return ""
+    name, place = found.groups()
+    given = options[name]
+    if place is not None and isinstance(given, list):
+        given = given[int(place)]
+    types = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    return f"{name} takes {_in_words(inspect.type_info(types[name]), given)}"
+
+
+def _in_words(kind: inspect.Type, given: object) -> str:
+    """Describe values: choices with those nearest to what was given first, numbers with their bounds."""
+    match kind:
+        case inspect.LiteralType(values=values):
+            return ", ".join(json.dumps(value) for value in sorted(values, key=lambda value: _distance(given, value)))
+        case inspect.IntType() | inspect.FloatType():
+            limits = {"above": kind.gt, "from": kind.ge, "below": kind.lt, "up to": kind.le}
+            bounds = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+            return f"{'whole numbers' if isinstance(kind, inspect.IntType) else 'numbers'} {bounds}".rstrip()
+        case inspect.VarTupleType(item_type=item):
+            return f"a list{' of one or more' if kind.min_length else ''}, each: {_in_words(item, given)}"
+        case inspect.BoolType():
+            return "true or false"
+        case _:
+            return 'text in quotes, as "text"'
+
+
+def _distance(given: object, value: object) -> float:
+    if isinstance(given, int | float) and isinstance(value, int):
+        return abs(given - value)
+    return 1 - difflib.SequenceMatcher(None, str(given), str(value)).ratio()

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     from edgekit.tensors import Array
 
 
+CHOOSERS = frozenset({"adaround", "awq", "gptq", "hqq", "qat"})
+"""Behind these steps, weights lie on the plan's grid: whoever chooses once more finds each where it is."""
+
+PLANNERS = frozenset({"mixed_precision", "quantize"})
+"""These make a new grid."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a layer became: its rule, canonical with explicit scales, values near its grid, and perhaps other biases.
@@ -60,12 +67,18 @@ def planned(model: Model, name: str) -> QuantizationPlan:
     """Return the plan that the pass ``name`` refines.
 
     Raises:
-        CompressionError: there is none, or it has no integers.
+        CompressionError: there is none, it has no integers, or another pass has chosen them already.
     """
     if model.plan is None or not model.plan.weights:
         raise CompressionError(
             f"{model.name} has no plan with integer weights ({model.precision}): {name} has nothing to refine",
             f"put quantize before it: quantize, then {name}",
+        )
+    earlier = next((step.name for step in reversed(model.lineage) if step.name in CHOOSERS | PLANNERS), "")
+    if earlier in CHOOSERS:
+        raise CompressionError(
+            f"{earlier} has put the weights of {model.name} on the grid of the plan: {name} has nothing to choose",
+            f"drop {earlier} or {name}; only qat may follow another",
         )
     return model.plan
 

@@ -23,6 +23,11 @@ class Doubles(nn.Module):
 def doubles():
     return Doubles()
 
+def bad():
+    network = mlp()
+    network[2].bias.data[0] = float("nan")
+    return network
+
 class Greedy(nn.Sequential):
     def forward(self, x):
         return super().forward(x) + x.new_empty(1 << 46, 4)[: len(x)]
@@ -76,6 +81,41 @@ def test_an_empty_split_is_refused_before_anything_is_computed(tmp_path):
 def test_a_network_without_weights_cannot_be_pruned_to_a_share_of_its_macs(tmp_path):
     recipe = '[[pass]]\nname = "prune"\nmacs = 0.5\n'
     refused(compress(tmp_path, build="doubles", recipe=recipe), 4, "removes no channel of nets, which has 0 layers")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ('name = "prune"\nratio = 0.5\nmacs = 0.5', "ratio 0.5 and macs 0.5 are both asked for"),
+        ('name = "prune"\nratio = 0.5\nlatency = 0.6', "ratio 0.5 and latency 0.6 are both asked for"),
+        ('name = "sparsify"\nsparsity = 0.8', "2:4 zeroes half of the weights, sparsity is 0.8"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(tmp_path, options, message):
+    refused(compress(tmp_path, recipe=f"[[pass]]\n{options}\nepochs = 0\n"), 4, message)
+
+
+@pytest.mark.parametrize(("first", "second"), [("hqq", "gptq"), ("gptq", "adaround"), ("gptq", "hqq"), ("qat", "gptq")])
+def test_a_second_choice_of_integers_is_refused_with_the_way_out(tmp_path, first, second):
+    recipe = passes("quantize", first, second).replace('"qat"', '"qat"\nepochs = 1')
+    refused(compress(tmp_path, recipe=recipe), 4, f"{second} has nothing to choose", f"drop {first} or {second}")
+
+
+def test_training_may_follow_a_choice_of_integers(tmp_path):
+    assert compress(tmp_path, recipe=passes("quantize", "gptq", "qat") + "epochs = 1\n").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "code", "words"),
+    [
+        ("gone", "", 2, ("nets.py:gone: ", "has no function 'gone'")),
+        ("mlp", 'teacher_checkpoint = "nosuch.pt"', 2, ("no checkpoint at nosuch.pt", "check teacher_checkpoint")),
+        ("bad", "", 4, ("NaN",)),
+    ],
+)
+def test_a_fault_of_the_teacher_is_told_as_the_teachers(tmp_path, build, options, code, words):
+    recipe = f'[[pass]]\nname = "distill"\nteacher = "{tmp_path}/nets.py:{build}"\nepochs = 1\n{options}\n'
+    refused(compress(tmp_path, recipe=recipe), code, "the teacher ", *words)
 
 
 @pytest.mark.parametrize("late", ["prune", "sparsify"])

@@ -97,7 +97,7 @@ def test_a_wrong_value_is_refused_by_name(lines, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "version None"),
+        ("", "no version line"),
         ("version = 2", "version 2"),
         ("version = true", "version True"),
         ("version = 1", "has no pass"),
@@ -118,6 +118,41 @@ def test_a_missing_or_binary_file_is_refused_by_path(tmp_path):
     (tmp_path / "r.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="not UTF-8"):
         recipes.read(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize(
+    ("lines", "hint"),
+    [
+        ('name = "quantize"\nobserver = "minmaxx"', 'observer takes "minmax", '),
+        ('name = "quantize"\nbits = 9', "bits takes 8, 7, 6, 5, 4, 3, 2"),
+        ('name = "quantize"\nsamples = 1', "samples takes whole numbers from 2"),
+        ('name = "prune"\nratio = 1.5', "ratio takes numbers above 0 and below 1"),
+        ('name = "prune"\nflip = "yes"', "flip takes true or false"),
+        ('name = "prune"\nkeep_modules = [3]', 'keep_modules takes a list, each: text in quotes, as "text"'),
+        ('name = "mixed_precision"\nwidths = [8, 33]', "widths takes a list of one or more, each: 32, 8, "),
+        ('name = "mixed_precision"\nwidths = []', "widths takes a list of one or more, each: "),
+        ('name = "distill"', "its options: epochs, "),
+    ],
+)
+def test_a_wrong_value_is_answered_with_the_good_ones(lines, hint):
+    with pytest.raises(UsageError) as caught:
+        recipes.decode(with_pass(lines))
+    assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "hint"),
+    [
+        ("INT8", "unknown recipe 'INT8'", "did you mean int8"),
+        ("int8.toml", r"no recipe at int8\.toml", "did you mean --recipe int8?"),
+        ("", "the recipe has no name", "--recipe int8"),
+    ],
+)
+def test_a_recipe_of_nearly_a_shipped_name_is_answered_with_it(name, message, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message) as caught:
+        recipes.read(Path(name))
+    assert hint in caught.value.hint
 
 
 def test_a_seed_reaches_the_passes_that_have_one_and_only_them():

@@ -22,7 +22,7 @@ from edgekit.compress.losses import (
 )
 from edgekit.compress.passes._learning import LearningPass, train_split, trainable
 from edgekit.compress.training import Lesson, train
-from edgekit.errors import CompressionError
+from edgekit.errors import CompressionError, UsageError
 from edgekit.manifest import Step
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from edgekit.compress.passes import CompressionPass
     from edgekit.model import Model, Network, Split
     from edgekit.progress import Progress
+
+
+LOOKED_AT = 32
+"""On how many samples a teacher has to answer with numbers before anybody learns from it."""
 
 
 class Distill(LearningPass, frozen=True, kw_only=True):
@@ -60,15 +64,16 @@ class Distill(LearningPass, frozen=True, kw_only=True):
         """Return the trained model.
 
         Raises:
-            CompressionError: not a PyTorch network with modules, no train split, a teacher with other outputs, hints
-                that do not fit each other, labels, a method or a temperature that do not fit the outputs.
+            CompressionError: not a PyTorch network with modules, no train split, a teacher with other outputs or with
+                NaN in them, hints that do not fit each other, labels, a method or a temperature that do not fit the
+                outputs.
             UsageError: the teacher or a module of the hints cannot be found.
         """
         network = trainable(model, "distill")
         split = train_split(model, "distill", "learn from:give data with one")
         losses = self._losses(model, split)
         progress("distill: the teacher", 0, 1)
-        lesson = Lesson(split, losses, self._teacher(model), model.data.validation if model.data else None)
+        lesson = Lesson(split, losses, self._teacher(model, split), model.data.validation if model.data else None)
         student = replace(network, module=copy.deepcopy(network.module))
         note = Step(name="distill", measured={"train_loss": train(student, lesson, self.schedule(), progress)})
         return replace(model, network=student, lineage=(*model.lineage, note))
@@ -95,16 +100,32 @@ class Distill(LearningPass, frozen=True, kw_only=True):
         first = Decoupled(self.alpha, self.temperature, 1.0, self.beta)
         return (first, *mimicry(model, self.alpha, self.temperature)[1:])
 
-    def _teacher(self, model: Model) -> Network:
+    def _teacher(self, model: Model, split: Split) -> Network:
         checkpoint = Path(self.teacher_checkpoint) if self.teacher_checkpoint else None
-        teacher = workload.load(self.teacher, checkpoint, model.data)
+        try:
+            teacher = workload.load(self.teacher, checkpoint, model.data)
+        except UsageError as error:
+            hint = error.hint.replace("--checkpoint", "teacher_checkpoint")
+            raise UsageError(f"the teacher {self.teacher}: {error.message}", hint) from error
         theirs, mine = ([list(o.shape[1:]) for o in one.outputs] for one in (teacher, model))
         if theirs != mine:
             raise CompressionError(
                 f"the teacher gives {_sizes(theirs)} scores, {model.name} {_sizes(mine)}",
                 "choose a teacher with the same outputs, for the same classes",
             )
+        _refuse_nonsense(teacher, split.head(LOOKED_AT))
         return teacher.network
+
+
+def _refuse_nonsense(teacher: Model, samples: Split) -> None:
+    import numpy as np
+
+    for name, answers in teacher.network.run(samples.inputs).items():
+        if np.isnan(answers).any():
+            raise CompressionError(
+                f"the teacher {teacher.name}: it gives NaN as {name} for samples of the train split",
+                "take another checkpoint of it, and the preprocessing that it was trained with",
+            )
 
 
 def _sizes(outputs: list[list[int]]) -> str:

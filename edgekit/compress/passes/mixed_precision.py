@@ -39,7 +39,7 @@ class MixedPrecision(CompressionPass, frozen=True):
     3.4). Passes that compensate weights follow after it.
     """
 
-    widths: tuple[Width, ...] = (8, 4)
+    widths: Annotated[tuple[Width, ...], msgspec.Meta(min_length=1)] = (8, 4)
     bits: NotNegative = 0.0
     size: Annotated[int, msgspec.Meta(ge=0)] = 0
     damage: NotNegative = 0.0

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from edgekit.progress import Progress
 
 Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+RATIO = 0.3
 CLOSE = 0.01
 """How near a search has to come to the share of MACs that was asked for; of latency, which is noisy, thrice that."""
 
@@ -58,7 +59,7 @@ class Prune(LearningPass, frozen=True, kw_only=True):
     after on this machine, which makes the lineage differ from run to run.
     """
 
-    ratio: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.3
+    ratio: Annotated[float, msgspec.Meta(gt=0, lt=1)] = RATIO
     macs: Share = 0.0
     latency: Share = 0.0
     scope: Scope = "layer"
@@ -78,13 +79,7 @@ class Prune(LearningPass, frozen=True, kw_only=True):
                 nothing left to remove.
         """
         network = trainable(model, "prune")
-        if self.macs and self.latency:
-            raise CompressionError(f"macs {self.macs} and latency {self.latency} are both asked for", "drop one")
-        if self.latency and rank_and_size()[1] > 1:
-            raise CompressionError(
-                f"latency {self.latency} is measured, and each of the processes would measure another",
-                "prune in one process, or ask for macs",
-            )
+        self._refuse_contradiction()
         if self.epochs:
             train_split(model, "prune", "recover on:give data with one, or set epochs = 0 to only cut")
         work = _Work(model, network, self, progress)
@@ -96,6 +91,18 @@ class Prune(LearningPass, frozen=True, kw_only=True):
         changed = replace(model, network=replace(network, module=now))
         measured = work.figures(changed) | ({} if loss is None else {"train_loss": loss})
         return replace(changed, lineage=(*model.lineage, Step(name="prune", measured=measured)))
+
+    def _refuse_contradiction(self) -> None:
+        if self.macs and self.latency:
+            raise CompressionError(f"macs {self.macs} and latency {self.latency} are both asked for", "drop one")
+        if self.ratio != RATIO and (self.macs or self.latency):
+            other = f"macs {self.macs}" if self.macs else f"latency {self.latency}"
+            raise CompressionError(f"ratio {self.ratio} and {other} are both asked for", "drop one")
+        if self.latency and rank_and_size()[1] > 1:
+            raise CompressionError(
+                f"latency {self.latency} is measured, and each of the processes would measure another",
+                "prune in one process, or ask for macs",
+            )
 
 
 @dataclass(frozen=True)

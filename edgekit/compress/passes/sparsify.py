@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from edgekit.progress import Progress
 
 Pattern = Literal["2:4", "unstructured"]
+HALF = 0.5
+"""What the pattern 2:4 zeroes."""
 
 
 class Sparsify(LearningPass, frozen=True, kw_only=True):
@@ -46,7 +48,7 @@ class Sparsify(LearningPass, frozen=True, kw_only=True):
     """
 
     pattern: Pattern = "2:4"
-    sparsity: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5
+    sparsity: Annotated[float, msgspec.Meta(gt=0, lt=1)] = HALF
     scope: Literal["global", "layer"] = "layer"
     alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 2.0
@@ -55,9 +57,15 @@ class Sparsify(LearningPass, frozen=True, kw_only=True):
         """Return the sparse, fine-tuned model; the step's ``sparsity:NAME`` tells the share of zeros of each layer.
 
         Raises:
-            CompressionError: not a PyTorch network with modules, no train split, or no layer that the pattern fits.
+            CompressionError: not a PyTorch network with modules, no train split, no layer that the pattern fits, or a
+                sparsity that the pattern cannot have.
         """
         network = trainable(model, "sparsify")
+        if self.pattern == "2:4" and self.sparsity != HALF:
+            raise CompressionError(
+                f"the pattern 2:4 zeroes half of the weights, sparsity is {self.sparsity}",
+                'drop sparsity, or set pattern = "unstructured"',
+            )
         if self.epochs:
             train_split(model, "sparsify", "recover on:give data with one, or set epochs = 0 to only set zeros")
         progress("sparsify: masks", 0, 1)
