@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec.structs import replace as replace_fields
 
 from edgekit.cli._terminal import finite
-from edgekit.errors import BudgetError, UsageError
+from edgekit.errors import BudgetError, EdgekitError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from edgekit.cli._terminal import Terminal
     from edgekit.compress.blame import Suspect
     from edgekit.compress.budget import Budget
     from edgekit.compress.ladder import Climb, Try, Work
     from edgekit.compress.recipe import Recipe
+    from edgekit.compress.rungs import Settings, Situation, Times
     from edgekit.compress.weighing import Scales
     from edgekit.device_profiles import DeviceProfile
+    from edgekit.manifest import Step
     from edgekit.model import Model
+
+TIMES = "times.json"
+"""The file in the output folder with the milliseconds of layers that the kept recipe reads."""
 
 OPTIONS = (
     click.option("--max-drop", type=float, callback=finite, help="Find a recipe that loses at most so much of METRIC."),
@@ -36,6 +43,8 @@ OPTIONS = (
         help="What edgekit bench --json told of the float bundle on the target, to estimate latencies from.",
     ),
     click.option("--size", help="Most bytes of the weights, as 2MB or 1.5MiB."),
+    click.option("--teacher", help="A larger network that may teach the model as a last resort, given like SOURCE."),
+    click.option("--teacher-checkpoint", type=click.Path(path_type=Path), help="Its weights."),
     click.option("--budget", "time_budget", help="Most time for all this, as 30m; then the best so far is kept."),
 )
 
@@ -50,13 +59,16 @@ class Wanted:
     latency: str | None
     latency_of: Path | None
     size: str | None
+    teacher: str | None
+    teacher_checkpoint: Path | None
     time_budget: str | None
 
     def is_ladder(self, recipe: object) -> bool:
         """Say whether a recipe is to be found.
 
         Raises:
-            UsageError: options of the ladder without a loss that is allowed; or with a recipe; or without a target.
+            UsageError: options of the ladder without a loss that is allowed; or with a recipe; or without a target; a
+                teacher's checkpoint without a teacher.
         """
         others = {
             "--target": self.target,
@@ -72,7 +84,14 @@ class Wanted:
                     f"{given[0]} is kept by searching a recipe, which needs to know what may be lost",
                     "add --max-drop, as --max-drop 0.5",
                 )
+            if self.teacher or self.teacher_checkpoint:
+                raise UsageError(
+                    "--teacher teaches what a search finds, which needs to know what may be lost",
+                    "add --max-drop, as --max-drop 0.5, or write the pass distill into a recipe",
+                )
             return False
+        if self.teacher_checkpoint and not self.teacher:
+            raise UsageError("--teacher-checkpoint are the weights of a teacher that is not given", "add --teacher")
         if recipe is not None:
             raise UsageError("--max-drop searches a recipe, --recipe gives one", "drop one of the two")
         if self.target is None:
@@ -117,24 +136,40 @@ def options(function: Callable[..., None]) -> Callable[..., None]:
 class Search:
     """One search for a recipe: prepared from a model and what is wanted, told, and climbed.
 
+    What it keeps goes to ``output``; what it measures once lies in the folder ``measured`` for a search that goes on.
+
     Raises:
-        UsageError: a budget that cannot be read or measured, an unknown target or metric, no validation split.
+        UsageError: a budget that cannot be read or measured, an unknown target or metric, no validation split, a
+            teacher that cannot be read or teach.
     """
 
-    def __init__(self, terminal: Terminal, model: Model, wanted: Wanted, work: Work) -> None:
+    def __init__(  # noqa: PLR0913  # four positional; the rest are keywords
+        self,
+        terminal: Terminal,
+        model: Model,
+        wanted: Wanted,
+        work: Work,
+        *,
+        output: Path,
+        seed: int | None = None,
+        measured: Path | None = None,
+    ) -> None:
         from edgekit import device_profiles
         from edgekit.compress import estimate, ladder, rungs
         from edgekit.compress.weighing import Scales
 
         self._terminal = terminal
         self._wanted = wanted
+        self._output = output
+        self._scratch = None if measured else tempfile.TemporaryDirectory(prefix="edgekit-times-")
+        self._measured = measured or Path(self._scratch.name if self._scratch else "")
         self.model = model
         budget = wanted.budget()
         limit = wanted.limit()
         self._profile = device_profiles.load(wanted.target or "")
         self._latency = _latency(model, wanted, self._profile)
         self._scales = Scales(model, wanted.metric, self._latency, self._profile)
-        situation = rungs.situation(model, budget, wanted.target or "")
+        situation = self._situation(rungs.situation(model, budget, wanted.target or ""))
         self.ladder = ladder.Ladder(
             situation=situation,
             rungs=rungs.offered(situation),
@@ -144,9 +179,36 @@ class Search:
             clock=time.monotonic,
             diagnose=self._diagnose,
             limit=limit,
+            seed=seed,
             progress=terminal.progress,
             told=self._tell_try,
         )
+
+    def _situation(self, bare: Situation) -> Situation:
+        wanted = self._wanted
+        if wanted.teacher:
+            _refuse_unfit_teacher(self.model, wanted)
+        weights = str(wanted.teacher_checkpoint or "")
+        return replace(
+            bare,
+            teacher=(wanted.teacher, weights) if wanted.teacher else None,
+            timing=self._times if self._latency else None,
+        )
+
+    def _times(self, candidates: Mapping[int, Settings]) -> Times | None:
+        progress = self._terminal.progress
+        try:
+            made = {
+                bits: self.ladder.work(self.model, self.ladder.recipe(settings), progress)
+                for bits, settings in candidates.items()
+            }
+            progress("milliseconds of layers", 0, 0)
+            found: Times = self._latency.times(made, self._measured)
+        except (EdgekitError, OSError) as error:
+            told = error.message if isinstance(error, EdgekitError) else error
+            self._terminal.warn(f"milliseconds of layers cannot be told, so bytes alone choose their widths: {told}")
+            return None
+        return found
 
     def _diagnose(self, candidate: Model) -> tuple[Suspect, ...]:
         from edgekit.compress.blame import blame, cut_off
@@ -224,8 +286,31 @@ class Search:
             measured={"tries": len(climb.tries), **({} if reached is None else {"drop": reached.drop})},
         )
         old = len(self.model.lineage)
-        lineage = climb.model.lineage
+        lineage = tuple(self._moved(step) for step in climb.model.lineage)
         return replace(climb.model, lineage=(*lineage[:old], step, *lineage[old:]))
+
+    def _moved(self, step: Step) -> Step:
+        """Let a step of the lineage name the times that lie in the output folder."""
+        if not step.options.get("times"):
+            return step
+        return replace_fields(step, options={**step.options, "times": self._kept_times()})
+
+    def kept(self, climb: Climb) -> tuple[Recipe, dict[str, bytes]]:
+        """Return the best recipe, and the file beside it that it reads from now on: the milliseconds of its layers."""
+        from edgekit.compress.recipe import Recipe
+
+        recipe = climb.best.recipe
+        read = [path for _, step in recipe.passes if (path := getattr(step, "times", ""))]
+        if not read:
+            return recipe, {}
+        passes = [
+            (name, replace_fields(step, times=self._kept_times()) if getattr(step, "times", "") else step)
+            for name, step in recipe.passes
+        ]
+        return Recipe(tuple(passes)), {TIMES: Path(read[0]).read_bytes()}
+
+    def _kept_times(self) -> str:
+        return str(self._output / TIMES)
 
     def error(self, climb: Climb, output: Path) -> BudgetError | None:
         """Return the error that a missed budget is, None where all are kept."""
@@ -296,6 +381,22 @@ def _latency(model: Model, wanted: Wanted, profile: DeviceProfile) -> Any:  # no
     return TargetLatency(model, profile, wanted.latency_of)
 
 
+def _refuse_unfit_teacher(model: Model, wanted: Wanted) -> None:
+    """Raise, before anything is tried, where the teacher cannot be read, or could not teach this model."""
+    from edgekit import workload
+    from edgekit.compress.passes._learning import train_split, trainable
+
+    trainable(model, "distill")
+    train_split(model, "distill", "learn from:give data with one, or drop --teacher")
+    teacher = workload.load(wanted.teacher or "", wanted.teacher_checkpoint, model.data)
+    theirs, mine = ([list(spec.shape[1:]) for spec in one.outputs] for one in (teacher, model))
+    if theirs != mine:
+        raise UsageError(
+            f"--teacher {wanted.teacher} gives {theirs} a sample, {model.name} {mine}",
+            "choose a teacher with the same outputs, for the same classes",
+        )
+
+
 def _blamed(suspect: Suspect) -> dict[str, Any]:
     import msgspec
 
@@ -308,12 +409,13 @@ def _told(tried: Try, *, is_best: bool) -> dict[str, Any]:
 
 
 def spelled(recipe: Recipe) -> str:
-    """Name the passes with the options that are not their defaults."""
+    """Name the passes with the options that are not their defaults, but for the file of times, which tells nothing."""
     import msgspec
 
     parts = []
     for name, step in recipe.passes:
-        given = [(field, getattr(step, field.name)) for field in msgspec.structs.fields(step)]
+        shown = [field for field in msgspec.structs.fields(step) if field.name != "times"]
+        given = [(field, getattr(step, field.name)) for field in shown]
         own = [f"{field.name}={value}" for field, value in given if value != field.default]
         parts.append(f"{name}({', '.join(own)})" if own else name)
     return " + ".join(parts)

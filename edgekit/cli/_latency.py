@@ -6,17 +6,21 @@ noisy for both.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from edgekit.cli._speed import Speed
+from edgekit.durable import write_file
 from edgekit.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from edgekit.compress.rungs import Times
     from edgekit.device_profiles import DeviceProfile
     from edgekit.model import Model
 
@@ -52,6 +56,7 @@ class TargetLatency:
                 "run on the device; or bench the float bundle there (edgekit bench BUNDLE --json > there.json) "
                 "and give --latency-of there.json",
             )
+        self._profile = profile
         self._speed = Speed(model, profile)
         self.scale = 1.0
         if self.is_estimate and told is not None:
@@ -65,6 +70,31 @@ class TargetLatency:
             EdgekitError: the candidate cannot be written as ONNX.
         """
         return self._speed.compare(candidate).after_ms / 1e3 * self.scale
+
+    def times(self, candidates: Mapping[int, Model], folder: Path) -> Times:
+        """Measure what each layer takes by width, and write it for mixed_precision; a search that goes on reads it.
+
+        The file is named by what was measured, for times are never the same twice.
+
+        Raises:
+            EdgekitError: a candidate cannot be written as ONNX, or its layers cannot be told apart in it.
+        """
+        from edgekit.compress.rungs import Times
+
+        path = folder / f"times-{self._name(candidates)}.json"
+        try:
+            table = msgspec.json.decode(path.read_bytes(), type=dict[str, dict[int, float]])
+        except (FileNotFoundError, msgspec.DecodeError):
+            table = self._speed.layers(candidates)
+            write_file(path, msgspec.json.format(msgspec.json.encode(table)))
+        return Times(str(path), sum(max(times.values()) for times in table.values()) / 1e3 * self.scale)
+
+    def _name(self, candidates: Mapping[int, Model]) -> str:
+        from edgekit.compress import fingerprint
+
+        models = {str(bits): fingerprint.of_model(model) for bits, model in candidates.items()}
+        told = models, self._profile.name, fingerprint.machine(), fingerprint.tools()
+        return hashlib.sha256(msgspec.json.encode(told, order="sorted")).hexdigest()[:16]
 
 
 def _is_here(profile: DeviceProfile) -> bool:

@@ -99,7 +99,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     told = "nothing was written" if no_cache else "the same command goes on from the last finished pass"
     with told_when_stopped(terminal, told):
         cache = None if no_cache else _cache(cache_folder)
-        job = _Job(terminal, model, output, cache, wanted.metric, sources_of(source, checkpoint, data_source))
+        job = _Job(terminal, model, output, cache, wanted.metric, sources_of(source, checkpoint, data_source), seed)
         speed = None if no_latency else _speed_of(model)
         if searches:
             _search(job, wanted, speed, dry_run=dry_run)
@@ -117,6 +117,7 @@ class _Job:
     cache: Cache | None
     metric: str | None
     sources: Sources
+    seed: int | None = None
 
     def compress(
         self, model: Model, recipe: Recipe, progress: Progress, follow: Callable[[Model], None] | None = None
@@ -157,7 +158,15 @@ def _search(job: _Job, wanted: _ladder.Wanted, speed: Speed | None, *, dry_run: 
     from edgekit.compress.outcome import Floats
 
     floats = Floats()
-    search = _ladder.Search(job.terminal, job.model, wanted, floats.remembering(job.compress))
+    search = _ladder.Search(
+        job.terminal,
+        job.model,
+        wanted,
+        floats.remembering(job.compress),
+        output=job.output,
+        seed=job.seed,
+        measured=job.cache.measured if job.cache else None,
+    )
     plan = search.show_plan()
     if dry_run:
         job.terminal.result({**plan, "output": str(job.output), "dry_run": True})
@@ -171,9 +180,10 @@ def _search(job: _Job, wanted: _ladder.Wanted, speed: Speed | None, *, dry_run: 
     stages.climbed(climb, best)
     job.terminal.say()
     error = search.error(climb, job.output)
-    outcome = _outcome(job, best, climb.best.recipe, stages)
+    recipe, beside = search.kept(climb)
+    outcome = _outcome(job, best, recipe, stages)
     outcome = replace(outcome, ladder=told, missed=() if error is None else (error.message,))
-    files = {"ladder.json": msgspec.json.format(msgspec.json.encode(told))}
+    files = {"ladder.json": msgspec.json.format(msgspec.json.encode(told)), **beside}
     document = {**_keep(job, outcome, files), "ladder": told}
     if error is None:
         job.terminal.result(document)

@@ -34,6 +34,8 @@ SPREAD = 8.0
 """From how many times the median on a channel's range is what makes the others coarse."""
 OUTLIER = 3.0
 """From how many times the 99.9th percentile on the largest value is one that stretches the range."""
+PASSED_ON = 0.5
+"""Which share of what the worst layer wins another wins that may have passed the outlier on to it."""
 
 
 class Suspect(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +96,17 @@ def blame(model: Model, fidelity: Callable[[Model], float], progress: Progress, 
         progress("blame: leave a layer float", done, len(suspects))
         without = fidelity(replace(model, plan=_without(model.plan, suspect)))
         blamed.append(msgspec.structs.replace(suspect, won=without - now))
-    return tuple(sorted((s for s in blamed if s.won > 0), key=lambda s: -s.won)[:most])
+    return tuple(_ranked([suspect for suspect in blamed if suspect.won > 0])[:most])
+
+
+def _ranked(blamed: Sequence[Suspect]) -> list[Suspect]:
+    """Put first what wins most; of layers that one outlier goes through, the one where it is largest: it fades."""
+    ordered = sorted(blamed, key=lambda suspect: -suspect.won)
+    if not ordered or ordered[0].cause != "input outlier":
+        return ordered
+    touched = [s for s in ordered if s.cause == "input outlier" and s.won >= PASSED_ON * ordered[0].won]
+    first = max(touched, key=lambda suspect: suspect.outlier)
+    return [first, *(suspect for suspect in ordered if suspect is not first)]
 
 
 def cut_off(found: Sequence[Saturation], most: int = 3) -> tuple[Suspect, ...]:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from edgekit.progress import Progress
 
 LIMIT = 10 << 30
+MEASURED = "measured"
 LEFT_BEHIND_SECONDS = 24 * 3600
 """How old a scratch folder has to be before it counts as what a kill left."""
 
@@ -74,13 +75,19 @@ class Cache:
         self.kept: list[str] = []
         self.notes: list[str] = []
 
+    @property
+    def measured(self) -> Path:
+        """Where small files lie with what was measured once, as milliseconds; they never leave."""
+        return self.folder / MEASURED
+
     def start(self, model: Model, *context: str) -> str | None:
         """Return the key of a model before its first pass, None where the model cannot be named by content.
 
-        ``context`` is what else the results hang on, as the metric that judges them.
+        ``context`` is what else the results hang on, as the metric that judges them; where it names code, its content
+        counts.
         """
         try:
-            return "\0".join([fingerprint.of_model(model), *context])
+            return "\0".join([fingerprint.of_model(model), *context, *map(fingerprint.of_named, context)])
         except CompressionError as error:
             self.notes.append(f"nothing is kept for a later run: {error.message}")
             return None
@@ -177,7 +184,7 @@ class Cache:
                 if place.name.startswith("."):
                     if now - place.stat().st_mtime > LEFT_BEHIND_SECONDS:
                         shutil.rmtree(place, ignore_errors=True)
-                elif place.name != "locks":
+                elif place.name not in ("locks", MEASURED):
                     size = sum(file.stat().st_size for file in place.rglob("*"))
                     entries.append((place.stat().st_mtime, size, place))
         total = sum(size for _, size, _ in entries)

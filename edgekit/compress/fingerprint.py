@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import inspect
 import platform
 import sys
@@ -79,11 +80,37 @@ def of_pass(before: str, name: str, step: CompressionPass) -> str:
 def _files(options: dict[str, object]) -> Iterator[str]:
     """Give the digest of every file that an option names, as a teacher's code and its checkpoint."""
     for key, value in sorted(options.items()):
-        for path in (Path(value), Path(value.partition(":")[0])) if isinstance(value, str) and value else ():
-            if path.is_file():
-                yield f"{key}={file_digest(path)}"
-            elif path.is_dir():
-                yield f"{key}={folder_digest(path)}"
+        found = of_named(value) if isinstance(value, str) else ""
+        if found:
+            yield f"{key}={found}"
+
+
+def of_named(named: str) -> str:
+    """Return the SHA-256 of what a text names: a file, a folder, or code as `place_of` finds it; empty for none.
+
+    Of a package that is all its code: what it offers mostly stands in another of its files.
+    """
+    path = place_of(named)
+    if not named or not path.exists():
+        return ""
+    if path.name == "__init__.py":
+        return folder_digest(path.parent, "*.py")
+    return folder_digest(path) if path.is_dir() else file_digest(path)
+
+
+def place_of(named: str) -> Path:
+    """Return where that lies which a text names: a path, ``file.py:function``, ``package.module:function``."""
+    path = Path(named)
+    if path.exists() or ":" not in named:
+        return path
+    place = named.rpartition(":")[0]
+    if place.endswith(".py"):
+        return Path(place)
+    try:
+        found = importlib.util.find_spec(place)
+    except (ImportError, ValueError):
+        return Path(place)
+    return Path(found.origin) if found and found.origin else Path(place)
 
 
 def _source(kind: type) -> str:
@@ -114,10 +141,10 @@ def tools() -> dict[str, str]:
     return found
 
 
-def folder_digest(folder: Path) -> str:
-    """Return the SHA-256 over the names and contents of all files below a folder."""
+def folder_digest(folder: Path, pattern: str = "*") -> str:
+    """Return the SHA-256 over the names and contents of all files below a folder, or of those of a pattern."""
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob(pattern) if p.is_file()):
         total.update(f"{path.relative_to(folder).as_posix()}\0{file_digest(path)}\n".encode())
     return total.hexdigest()
 

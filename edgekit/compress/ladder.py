@@ -81,7 +81,7 @@ class Ladder:
     ``diagnose`` says which layers a candidate suffers from. It is asked once, when a candidate first loses too much,
     and the rung that cures the worst of them comes next.
     ``limit`` bounds the seconds of the climb: a try that is not expected to end within it is not begun. The first is
-    always begun, for there has to be something to keep.
+    always begun, for there has to be something to keep. ``seed`` is that of every pass that has one.
     """
 
     situation: Situation
@@ -92,6 +92,7 @@ class Ladder:
     clock: Callable[[], float]
     diagnose: Callable[[Model], tuple[Suspect, ...]] = lambda model: ()  # noqa: ARG005  # nobody is to blame
     limit: float | None = None
+    seed: int | None = None
     progress: Progress = silent
     told: Callable[[Try], None] = lambda tried: None  # noqa: ARG005  # nobody listens
 
@@ -99,6 +100,11 @@ class Ladder:
     def budget(self) -> Budget:
         """The budgets to keep."""
         return self.situation.budget
+
+    def recipe(self, settings: Settings) -> Recipe:
+        """Return the recipe of settings, with the seed where there is one."""
+        made = settings.recipe()
+        return made if self.seed is None else made.with_seed(self.seed)
 
     def plan(self) -> Iterator[tuple[Rung, float]]:
         """Return each rung with the seconds that its tries may take, if all of them are needed.
@@ -108,7 +114,7 @@ class Ladder:
         first = next(iter(self.rungs[0].grow(Settings(), self.situation)))
         for rung in self.rungs:
             tries = rung.grow(first, self.situation)
-            yield rung, sum(self.pace.of_recipe(settings.recipe()) for settings in tries)
+            yield rung, sum(self.pace.of_recipe(self.recipe(settings)) for settings in tries)
 
     def climb(self) -> Climb:
         """Try rung after rung until the budgets are kept or the rungs or the time have come to their end.
@@ -165,7 +171,7 @@ class _State:
 
     def attempt(self, rung: Rung, settings: Settings, place: str) -> bool:
         """Try a recipe, or note why not; say whether this rung can help at all."""
-        recipe = settings.recipe()
+        recipe = self._ladder.recipe(settings)
         seconds = self._ladder.pace.of_recipe(recipe) * self._factor()
         note = self._reason_against(rung, settings, seconds)
         if note:

@@ -5,7 +5,6 @@ Holds no date and no time: the same call on the same machine gives the same text
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,21 +74,8 @@ def origin_of(model: Model, recipe: Recipe, sources: Sources) -> Origin:
 
 def source_of(named: str) -> Source:
     """Name ``file.py:function``, ``package.module:function``, a file or a folder, and hash what it is."""
-    path = Path(named)
-    if not path.exists() and ":" in named:
-        path = _code(named)
+    path = fingerprint.place_of(named)
     short = named if path.suffix == "" and not path.exists() else Path(named).name
     if path.is_dir():
         return Source(name=path.resolve().name, sha256=fingerprint.folder_digest(path))
     return Source(name=short, sha256=fingerprint.file_digest(path) if path.is_file() else "")
-
-
-def _code(named: str) -> Path:
-    place = named.rpartition(":")[0]
-    if place.endswith(".py"):
-        return Path(place)
-    try:
-        found = importlib.util.find_spec(place)
-    except (ImportError, ValueError):
-        return Path(place)
-    return Path(found.origin) if found and found.origin else Path(place)

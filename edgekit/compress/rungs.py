@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import msgspec
 
 from edgekit import device_profiles, grid, plugins
 from edgekit.compress.evaluate import stored_bytes
 from edgekit.compress.layers import layers
+from edgekit.compress.losses import is_language_model
 from edgekit.compress.observers import Observer
 from edgekit.compress.passes.fold import fold
 from edgekit.compress.recipe import PASSES, Recipe
@@ -23,7 +24,7 @@ from edgekit.model import OnnxNetwork
 from edgekit.plan import WeightRule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from edgekit.compress.blame import Cause
     from edgekit.compress.budget import Budget, Kind, Reached
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from edgekit.model import Model
 
 ORDER = (
-    "distill",
     "prune",
+    "distill",
     "fold",
     "equalize",
     "smooth",
@@ -43,15 +44,25 @@ ORDER = (
     "adaround",
     "qat",
 )
-"""Where a pass stands in a recipe: what re-scales floats before the plan, what compensates for the plan behind it."""
+"""Where a pass stands in a recipe: what re-scales floats before the plan, what compensates for the plan behind it.
+
+A teacher teaches what was pruned, not what is going to be.
+"""
 
 MIXED_GROWTHS = (1.1, 1.3)
 """How much larger the weights may become so that the most sensitive layers get more bits."""
 
+ANY_DAMAGE = 1e9
+"""A budget of damage that nothing misses: the fewest bytes are asked for."""
+
 MARGINS = (0.95, 0.8, 0.65)
 """How far below a budget pruning aims, until it fits."""
+TIME_MARGINS = (1.0, 0.9, 0.8)
+"""How far below a budget of milliseconds mixed precision aims: sums of layers tell nearly what the whole takes."""
 QAT_SCHEDULES = ((3, 2e-4), (10, 1e-3))
 """Epochs and learning rates: little first."""
+DISTILL_SCHEDULES = ((10, 1e-3), (20, 5e-3))
+"""The same, of learning from a teacher."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +90,32 @@ class Settings:
         return Recipe(tuple((name, msgspec.convert(dict(options), _kind(name))) for name, options in self.passes))
 
 
+@dataclass(frozen=True)
+class Times:
+    """What each weight takes at each width, in the ``file`` that mixed_precision reads.
+
+    ``slowest`` are the seconds on the target of one sample with every weight at its slowest width.
+    """
+
+    file: str
+    slowest: float
+
+
+class Timing(Protocol):
+    """Measures how long layers take at several widths."""
+
+    def __call__(self, candidates: Mapping[int, Settings]) -> Times | None:
+        """Return the times of the candidates, given by their width, and of their floats; None where nobody can."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Situation:
     """What decides which rungs there are: the model, the budgets, the target, the bits to begin with.
 
     ``planned`` are the bytes of the weights at those bits, ``others`` of what stays float; ``reached`` is what the
-    candidate reached that is built on.
+    candidate reached that is built on. ``teacher`` is a larger network and its checkpoint, as `workload.load` reads
+    them; ``timing`` measures layers where milliseconds are budgeted.
     """
 
     model: Model
@@ -94,6 +125,8 @@ class Situation:
     planned: int = 0
     others: int = 0
     reached: Reached | None = None
+    teacher: tuple[str, str] | None = None
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +143,7 @@ class Rung:
     mends: frozenset[Kind] = frozenset({"drop"})
     cures: frozenset[Cause] = frozenset()
     trains: bool = False
+    is_taught: bool = False
     takes_onnx: bool = True
 
     def is_offered(self, situation: Situation) -> bool:
@@ -121,6 +155,7 @@ class Rung:
             bool(self.mends & asked)
             and set(self.passes) <= set(plugins.names(PASSES))
             and not (self.trains and (data is None or data.train is None))
+            and not (self.is_taught and situation.teacher is None)
             and (self.takes_onnx or not isinstance(situation.model.network, OnnxNetwork))
         )
 
@@ -195,12 +230,39 @@ def _gptq(best: Settings, _situation: Situation) -> Iterable[Settings]:
 
 
 def _mixed_precision(best: Settings, situation: Situation) -> Iterable[Settings]:
-    room = math.inf if situation.budget.size is None else situation.budget.size - situation.others
-    wider = 8 if situation.bits < 8 else 32
-    for growth in MIXED_GROWTHS:
+    """Give some weights more bits, within the bytes, and within the milliseconds where those are budgeted.
+
+    A candidate that is too slow gets floats where they are faster: if it loses too much besides, as many as bytes and
+    milliseconds leave room for, else as few as the milliseconds allow.
+    """
+    bits, budget = situation.bits, situation.budget
+    room = math.inf if budget.size is None else budget.size - situation.others
+    widths: tuple[int, ...] = (32, 8) if bits == 8 else (8, bits)
+    missed = situation.reached.misses(budget).keys() if situation.reached else frozenset()
+    is_slow, times = "latency" in missed, None
+    if budget.latency and situation.timing and missed & {"drop", "latency"}:
+        widths = (32, 8) if bits == 8 else (32, 8, bits)
+        times = situation.timing(_untouched(best, widths[1:]))
+    if is_slow and times is None:
+        return
+    tries = [(32 / bits, margin) for margin in TIME_MARGINS] if is_slow else [(growth, 1.0) for growth in MIXED_GROWTHS]
+    for growth, margin in tries:
         size = int(min(room, growth * situation.planned))
-        if size > situation.planned:
-            yield best.put("mixed_precision", widths=(wider, situation.bits), size=size)
+        options = _in_time(times, margin * (budget.latency or 0.0)) if times else {}
+        if missed == {"latency"}:
+            yield best.put("mixed_precision", widths=widths, damage=ANY_DAMAGE, **options)
+        elif size > situation.planned:
+            yield best.put("mixed_precision", widths=widths, size=size, **options)
+
+
+def _untouched(best: Settings, widths: Sequence[int]) -> dict[int, Settings]:
+    """Return by width the settings that give every weight that width, without what only chooses other integers."""
+    plain = best.without(*ORDER[ORDER.index("mixed_precision") :])
+    return {bits: plain.put("quantize", bits=bits) for bits in widths}
+
+
+def _in_time(times: Times, seconds: float) -> dict[str, Any]:
+    return {"time": min(1.0, max(1e-4, round(seconds / times.slowest, 4))), "times": times.file}
 
 
 def _prune(best: Settings, situation: Situation) -> Iterable[Settings]:
@@ -219,9 +281,28 @@ def _prune(best: Settings, situation: Situation) -> Iterable[Settings]:
             yield best.put("prune", ratio=round(1 - math.sqrt(margin * budget.size / reached.bytes), 4))
 
 
-def _qat(best: Settings, _situation: Situation) -> Iterable[Settings]:
+def _qat(best: Settings, situation: Situation) -> Iterable[Settings]:
     for epochs, lr in QAT_SCHEDULES:
-        yield best.put("qat", epochs=epochs, lr=lr)
+        yield best.put("qat", epochs=epochs, lr=lr, **_share(situation.model))
+
+
+def _distill(best: Settings, situation: Situation) -> Iterable[Settings]:
+    """Let the teacher teach what the best settings make of the model before quantizing, then train it rounded."""
+    source, checkpoint = situation.teacher or ("", "")
+    share = _share(situation.model)
+    taught = best
+    for epochs, lr in DISTILL_SCHEDULES:
+        taught = best.put("distill", teacher=source, teacher_checkpoint=checkpoint, epochs=epochs, lr=lr, **share)
+        yield taught
+    if best.option("qat", "epochs") is None and "qat" in plugins.names(PASSES):
+        epochs, lr = QAT_SCHEDULES[0]
+        yield taught.put("qat", epochs=epochs, lr=lr, **share)
+
+
+def _share(model: Model) -> dict[str, float]:
+    """Return whose share in what is learned is not the default: without labels, the teacher's is all of it."""
+    train = model.data.train if model.data else None
+    return {} if train is None or train.labels is not None or is_language_model(model) else {"alpha": 1.0}
 
 
 RUNGS = (
@@ -289,6 +370,7 @@ RUNGS = (
         does="more bits for the layers that need them, chosen by an integer program",
         passes=("mixed_precision",),
         grow=_mixed_precision,
+        mends=frozenset({"drop", "latency"}),
     ),
     Rung(
         name="qat",
@@ -296,6 +378,15 @@ RUNGS = (
         passes=("qat",),
         grow=_qat,
         trains=True,
+        takes_onnx=False,
+    ),
+    Rung(
+        name="distill",
+        does="train before quantizing, taught by the teacher",
+        passes=("distill",),
+        grow=_distill,
+        trains=True,
+        is_taught=True,
         takes_onnx=False,
     ),
 )
