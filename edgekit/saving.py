@@ -32,7 +32,7 @@ ORIGIN = "huggingface"
 
 
 BOM, CARD = "bom.cdx.json", "MODEL_CARD.md"
-"""What `edgekit compress` writes beside the model: a list of all files with their hashes, and what a person fills in."""
+"""What `edgekit compress` writes beside the model: all files with their hashes, and what a person fills in."""
 
 
 class _Hash(msgspec.Struct):

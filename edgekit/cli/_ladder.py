@@ -45,7 +45,7 @@ OPTIONS = (
     click.option("--size", help="Most bytes of the weights, as 2MB or 1.5MiB."),
     click.option("--teacher", help="A larger network that may teach the model as a last resort, given like SOURCE."),
     click.option("--teacher-checkpoint", type=click.Path(path_type=Path), help="Its weights."),
-    click.option("--budget", "time_budget", help="Most time for all this, as 30m; then the best so far is kept."),
+    click.option("--budget", "time_budget", help="Most time for the search, as 30m; then the best so far is kept."),
 )
 
 
@@ -167,6 +167,7 @@ class Search:
         budget = wanted.budget()
         limit = wanted.limit()
         self._profile = device_profiles.load(wanted.target or "")
+        _refuse_unfit_target(model, self._profile)
         self._latency = _latency(model, wanted, self._profile)
         self._scales = Scales(model, wanted.metric, self._latency, self._profile)
         situation = self._situation(rungs.situation(model, budget, wanted.target or ""))
@@ -379,6 +380,15 @@ def _latency(model: Model, wanted: Wanted, profile: DeviceProfile) -> Any:  # no
     from edgekit.cli._latency import TargetLatency
 
     return TargetLatency(model, profile, wanted.latency_of)
+
+
+def _refuse_unfit_target(model: Model, profile: DeviceProfile) -> None:
+    from edgekit.compress.losses import is_language_model
+
+    if set(profile.formats) == {"gguf"} and not is_language_model(model):
+        raise UsageError(
+            f"--target {profile.name} runs language models, {model.name} is none", "see: edgekit devices list"
+        )
 
 
 def _refuse_unfit_teacher(model: Model, wanted: Wanted) -> None:

@@ -99,7 +99,8 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     told = "nothing was written" if no_cache else "the same command goes on from the last finished pass"
     with told_when_stopped(terminal, told):
         cache = None if no_cache else _cache(cache_folder)
-        job = _Job(terminal, model, output, cache, wanted.metric, sources_of(source, checkpoint, data_source), seed)
+        sources = sources_of(source, checkpoint, data_source)
+        job = _Job(terminal, model, output, cache, wanted.metric, sources, seed, wanted.target or "x86-64")
         speed = None if no_latency else _speed_of(model)
         if searches:
             _search(job, wanted, speed, dry_run=dry_run)
@@ -117,7 +118,8 @@ class _Job:
     cache: Cache | None
     metric: str | None
     sources: Sources
-    seed: int | None = None
+    seed: int | None
+    target: str
 
     def compress(
         self, model: Model, recipe: Recipe, progress: Progress, follow: Callable[[Model], None] | None = None
@@ -216,7 +218,8 @@ def _keep(job: _Job, outcome: Outcome, files: dict[str, bytes]) -> dict[str, obj
     for warning in (*outcome.warnings, *(job.cache.notes if job.cache else ())):
         terminal.warn(warning)
     compressed = outcome.compressed
-    terminal.say(f"\nwrote {output}  ({compressed.precision}; next: edgekit export {output} --target x86-64 -o BUNDLE)")
+    then = f"edgekit export {output} --target {job.target} -o BUNDLE"
+    terminal.say(f"\nwrote {output}  ({compressed.precision}; next: {then})")
     terminal.say(f"report {output / 'report.html'}\ndigest {digest}")
     return {
         "output": str(output),

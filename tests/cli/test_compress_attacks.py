@@ -73,6 +73,29 @@ def test_a_network_that_needs_more_memory_than_there_is_leaves_nothing(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["nets.py"]
 
 
+def test_a_target_that_runs_language_models_alone_is_refused_for_another_network(tmp_path):
+    refused(compress(tmp_path, "--max-drop", "1", "--target", "llama-cpp"), 2, "llama-cpp runs language models")
+
+
+def test_the_command_for_the_next_step_names_the_target_of_the_search(tmp_path):
+    done = compress(tmp_path, "--max-drop", "100", "--target", "raspberry-pi-5")
+    assert done.exit_code == 0
+    assert f"edgekit export {tmp_path / 'out'} --target raspberry-pi-5" in done.output
+
+
+def test_what_a_person_put_into_the_output_folder_is_not_replaced(tmp_path):
+    assert compress(tmp_path).exit_code == 0
+    assert compress(tmp_path).exit_code == 0, "what edgekit wrote itself is"
+    notes = tmp_path / "out/NOTES.txt"
+    notes.write_text("mine")
+    refused(compress(tmp_path), 2, "would be lost", "NOTES.txt")
+    notes.unlink()
+    card = tmp_path / "out/MODEL_CARD.md"
+    card.write_text(card.read_text() + "mine")
+    refused(compress(tmp_path), 2, "would be lost", "changes of MODEL_CARD.md")
+    assert card.read_text().endswith("mine")
+
+
 def test_an_empty_split_is_refused_before_anything_is_computed(tmp_path):
     refused(compress(tmp_path, data="unjudged"), 2, "the validation split is empty")
     assert not (tmp_path / "out").exists()
