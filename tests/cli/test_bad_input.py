@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_refused_without_advice_to_trust_it(tmp_path, na
     [
         ('name = "quantise"', "'quantise'", "did you mean quantize"),
         ('name = "quantize"\nbist = 4', "'bist'", "did you mean bits?"),
-        ('name = "prune"\nratio = nan', "'prune'", "its options: "),
+        ('name = "prune"\nratio = nan', "'prune'", "ratio takes numbers above 0"),
         ('name = "distill"', "teacher", "its options: "),
     ],
 )

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 FLEET = "demo"
 CLASS = "raspberry-pi-5"
 MODEL = "efficientnet-lite0"
-PATIENCE = 90.0
+PATIENCE = 150.0
 
 
 @dataclass(frozen=True)
