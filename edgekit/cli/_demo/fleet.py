@@ -77,7 +77,8 @@ def _tampered(story: Story, fleet: Fleet, whole: Bundle, small: Bundle) -> str:
     blob = fleet.folder / "repository" / "blobs" / entry.sha256
     genuine = blob.read_bytes()
     _overwrite(blob, genuine[:1000] + bytes([genuine[1000] ^ 1]) + genuine[1001:])
-    name = fleet.roll_out(2, (0.3, 1.0))
+    # one canary: the refusal of a second, come after the operator resumed, would halt the rollout again, and rightly so
+    name = fleet.roll_out(2, (0.1, 1.0))
     fleet.wait("the rollout halts", lambda: fleet.rollout(name).status == "halted")
     refused = _answered(fleet.rollout(name), "refused")
     reason = fleet.devices()[refused[0]].reason if refused else "nobody refused it"
