@@ -6,10 +6,11 @@ else saw. Three calibration seeds; a drop is the mean over them. Every contender
 (torchao at the module), gets the same samples, runs in a process of its own on one thread of one core, and its file is
 judged in ONNX Runtime. Each recipe in `recipes/` says whether it was chosen on validation pictures (`_choose.py`).
 
-Judged are the drop, alone and beside the best peer's, and the wall time to the file, imports and all: at most 0.7 times
+Judged are the drop; the lead of the best peer, which is to be chance: below two standard errors of the difference
+picture by picture, though it is the best of nine; and the wall time to the file, imports and all, at most 0.7 times
 that of the fastest peer that reaches our accuracy. Wall time wants an idle machine; CPU time, which is the same on a
 loaded one, stands beside it without a goal, as do memory and the SQNR of the logits, which tells more than a drop of
-less than 0.1 points: that is chance.
+less than 0.1 points. Peers that leave more than a tenth of the layers float are shown, and are no peers.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "torchao PT2E, x86": ("torchao", {}),
 }
 GOALS = {EFFICIENTNET: 0.2}
+WHOLE = 0.9
+"""The share of convolutions and matrix products that have to be integers for a file to count as int8."""
 NEAR = 0.05
 """Points: a peer whose mean drop is at most this much above ours reaches our accuracy, so its time counts."""
 
@@ -65,6 +68,7 @@ class Found:
     own: float = 0
     peak: float = 0
     megabytes: float = 0
+    layers: tuple[int, int] = (0, 0)
     error: str = ""
 
     @property
@@ -156,6 +160,7 @@ def _compete(subject: Subject, reference: Array, jobs: list[_peers.Job]) -> Foun
         own=min(one.seconds - one.import_seconds for one in done),
         peak=max(one.peak_mib for one in done),
         megabytes=done[0].bytes / 1e6,
+        layers=done[0].layers,
     )
 
 
@@ -170,6 +175,7 @@ def _rows(subject: Subject, contest: tuple[float, dict[str, Found]]) -> list[Row
     ours, others = done.pop(OURS), done
     rows += [_drop_row(name, OURS, ours, f"value <= {GOALS.get(name, 0.1)}")]
     rows += [_drop_row(name, who, one, "") for who, one in others.items()]
+    others = {who: one for who, one in others.items() if one.layers[0] >= WHOLE * one.layers[1]}
     if others:
         rows += _against(name, ours, others)
     return rows
@@ -177,7 +183,8 @@ def _rows(subject: Subject, contest: tuple[float, dict[str, Found]]) -> list[Row
 
 def _drop_row(name: str, who: str, one: Found, goal: str) -> Row:
     each = " ".join(f"{drop:.2f}" for drop in one.drops)
-    what = f"{name}: drop, {who} (seeds {each}; SQNR {one.clear:.1f} dB; {one.megabytes:.2f} MB)"
+    size = f"{one.megabytes:.2f} MB; {one.layers[0]}/{one.layers[1]} layers"
+    what = f"{name}: drop, {who} (seeds {each}; SQNR {one.clear:.1f} dB; {size})"
     return Row(what, one.drop, "points", goal=goal)
 
 
@@ -193,9 +200,10 @@ def _lead(peer: Found, ours: Found) -> float:
 def _against(name: str, ours: Found, others: dict[str, Found]) -> list[Row]:
     best = min(others, key=lambda who: others[who].drop)
     clearest = max(others, key=lambda who: others[who].clear)
+    lead = round(_lead(others[best], ours), 2)
     rows = [
-        Row(f"{name}: drop, {OURS}", ours.drop, "points", best, others[best].drop, "value <= peer"),
-        Row(f"{name}: lead of the best peer, {best}, in standard errors", _lead(others[best], ours), ""),
+        Row(f"{name}: drop, {OURS}", ours.drop, "points", best, others[best].drop),
+        Row(f"{name}: lead of the best peer, {best}, in standard errors", lead, "", goal="value <= 2"),
         Row(f"{name}: SQNR of the logits, {OURS}", ours.clear, "dB", clearest, others[clearest].clear),
     ]
     equal = {who: one for who, one in others.items() if one.drop <= ours.drop + NEAR} or others

@@ -62,6 +62,46 @@ class Layer:
             inputs, begin = functional.pad(inputs, edges), (0,) * size
         return convolve(inputs, values, offsets, self.stride, begin, self.dilation, self.groups)
 
+    def mean_output(self, mean: Array, values: Array) -> Array:
+        """Return the mean output [outputs] of the layer with other weights, without bias, float64.
+
+        ``mean`` is the mean input over the samples, [inputs, *positions] or [*positions, inputs]: a layer is linear,
+        so no more of the samples counts. Needs PyTorch for transposed convolutions alone.
+        """
+        import numpy as np
+
+        if self.kind == "linear":
+            product: Array = values @ mean.reshape(-1, mean.shape[-1]).mean(0, dtype=np.float64)
+            return product
+        if self.kind == "transposed":
+            import torch
+
+            made = self.compute(torch.from_numpy(mean).double()[None], torch.from_numpy(values).double(), None)
+            whole: Array = made.flatten(2).mean((0, 2)).numpy()
+            return whole
+        column = self._mean_column(mean).reshape(self.groups, -1)
+        rows = values.reshape(self.groups, len(values) // self.groups, -1)
+        summed: Array = np.einsum("gok,gk->go", rows, column).reshape(-1)
+        return summed
+
+    def _mean_column(self, mean: Array) -> Array:
+        """Return what each weight of a convolution is multiplied with on average, [inputs, *kernel]."""
+        import numpy as np
+
+        kernel = self.values.shape[2:]
+        size = len(kernel)
+        begin, end = self.padding[:size], self.padding[size:] or self.padding[:size]
+        padded = np.pad(mean, [(0, 0), *zip(begin, end, strict=True)])
+        column = np.empty((len(mean), *kernel))
+        for at in np.ndindex(kernel):
+            cut = [slice(None)]
+            for axis, place in enumerate(at):
+                reach = self.dilation[axis] * (kernel[axis] - 1)
+                first = self.dilation[axis] * place
+                cut.append(slice(first, padded.shape[axis + 1] - reach + first, self.stride[axis]))
+            column[(slice(None), *at)] = padded[tuple(cut)].mean(tuple(range(1, size + 1)))
+        return column
+
     def columns(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return what a row of the weight is multiplied with: [groups, samples x positions, inputs / groups x kernel].
 

@@ -1,6 +1,10 @@
 """Bias correction: the mean output of every layer becomes what it was in float, and accuracy comes back."""
 
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ from fakes import digits
 
 from edgekit import workload
 from edgekit.compress import evaluate
+from edgekit.compress.layer import Layer
 from edgekit.compress.layers import layers
 from edgekit.compress.passes.bias_correction import BiasCorrection
 from edgekit.compress.passes.quantize import Quantize
@@ -21,6 +26,7 @@ from edgekit.progress import silent
 torch = pytest.importorskip("torch")
 
 
+UP = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "output_padding": (1, 0)}
 BLEND = ("analytic", "empirical", "blended")
 
 
@@ -92,6 +98,56 @@ def test_the_analytic_way_takes_out_what_a_single_layer_rounds_away():
         made = planned_network(corrected(rough, method=method)).run({"x": samples})
         for name, values in made.items():
             np.testing.assert_allclose(values.mean((0, 2, 3)), truth[name].mean((0, 2, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "geometry"),
+    [
+        ("conv", (6, 4, 3, 3), {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}),
+        ("conv", (6, 2, 3, 3), {"stride": (1, 1), "padding": (0, 1, 1, 2), "dilation": (1, 1), "groups": 2}),
+        ("conv", (4, 1, 5), {"stride": (3,), "padding": (2,), "dilation": (1,), "groups": 4}),
+        ("conv", (2, 4, 2, 2, 2), {"stride": (1, 2, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1)}),
+        (
+            "transposed",
+            (3, 4, 3, 3),
+            UP,
+        ),
+        ("linear", (6, 4), {}),
+    ],
+)
+def test_the_mean_output_follows_from_the_mean_input(kind, weight, geometry):
+    random = np.random.default_rng(0)
+    values = random.normal(size=weight).astype(np.float32)
+    layer = Layer(weight="w", bias=None, node="y", source="x", kind=kind, values=values, offsets=None, **geometry)
+    shape = (8, 5, 4) if kind == "linear" else (8, 4, *(9, 8, 7)[: len(weight) - 2])
+    samples = random.normal(size=shape).astype(np.float32)
+    made = layer.compute(torch.from_numpy(samples), torch.from_numpy(values), None).numpy()
+    channels = made.ndim - 1 if kind == "linear" else 1
+    wanted = np.moveaxis(made, channels, 0).reshape(made.shape[channels], -1).mean(1)
+    np.testing.assert_allclose(layer.mean_output(samples.mean(0), values), wanted, atol=1e-5)
+
+
+def test_an_onnx_file_is_quantized_and_corrected_without_pytorch():
+    """Its import takes longer than both passes."""
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+from edgekit import workload
+from edgekit.compress.passes.bias_correction import BiasCorrection
+from edgekit.compress.passes.quantize import Quantize
+from edgekit.model import Data, Split
+from edgekit.progress import silent
+data = Data(Split(dict(np.load(sys.argv[2]))))
+model = Quantize().apply(workload.load(sys.argv[1], None, data), silent)
+made = BiasCorrection(method="analytic").apply(model, silent)
+assert made.lineage[-1].measured["layers"] == 7, made.lineage
+assert "torch" not in sys.modules
+"""
+    calibration = digits.example().data().calibration
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder, "c.npz"), **calibration.inputs)
+        subprocess.run([sys.executable, "-c", code, str(digits.onnx_file()), f"{folder}/c.npz"], check=True)
 
 
 def test_a_convolution_without_bias_gets_one_and_the_plan_stays():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
 from edgekit.compress import rounding
+from edgekit.compress.calibration import runner
 from edgekit.compress.layer import Change
 from edgekit.compress.layers import layers, with_parameters
 from edgekit.compress.passes import CompressionPass
@@ -18,7 +20,7 @@ from edgekit.model import OnnxNetwork, TorchNetwork
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -56,19 +58,17 @@ class BiasCorrection(CompressionPass, frozen=True):
             CompressionError: no plan, no integers in it, no calibration data, or no network that can be walked through.
         """
         plan, samples = self._needed(model)
-        shifts: list[float] = []
-        skipped = [layer.weight for layer in layers(model) if not _can_shift(layer, model)]
-
-        def visit(layer: Layer, floats: Sequence[torch.Tensor], planned: Sequence[torch.Tensor]) -> Change | None:
-            if layer.weight not in plan.weights or layer.weight in skipped:
-                return None
-            shift = self._shift(layer, floats, planned, rounding.planned_weight(layer, plan))
-            shifts.append(float(abs(shift).max()))
-            return Change(offsets=shift if layer.offsets is None else layer.offsets + shift)
-
-        changes = walk(model, samples, visit, progress, what="bias correction")
-        measured: dict[str, float] = {"layers": len(changes), "largest_shift": max(shifts, default=0.0)}
-        measured["skipped_layers"] = len([name for name in skipped if name in plan.weights])
+        found = {layer.weight: layer for layer in reversed(layers(model)) if layer.weight in plan.weights}
+        skipped = {name for name, layer in found.items() if not _can_shift(layer, model)}
+        wanted = {name: layer for name, layer in found.items() if name not in skipped}
+        if self.method == "analytic":
+            shifts = _analytic(wanted, _means(model, samples, wanted, progress), plan)
+        else:
+            shifts = self._walked(model, samples, set(wanted), progress)
+        changes = {name: _shifted(found[name], shift) for name, shift in shifts.items()}
+        measured: dict[str, float] = {"layers": len(changes)}
+        measured["largest_shift"] = max((float(abs(shift).max()) for shift in shifts.values()), default=0.0)
+        measured["skipped_layers"] = len(found) - len(changes)
         note = Step(name="bias_correction", measured=measured)
         return replace(with_parameters(model, changes), lineage=(*model.lineage, note))
 
@@ -82,35 +82,64 @@ class BiasCorrection(CompressionPass, frozen=True):
             raise CompressionError(f"{model.name} has no calibration data", "give --data file.py:function or data.npz")
         return model.plan, model.data.calibration.head(self.samples)
 
-    def _shift(
-        self, layer: Layer, floats: Sequence[torch.Tensor], planned: Sequence[torch.Tensor], values: Array
-    ) -> Array:
-        """Return by how much the mean output of the layer fell, output by output."""
-        with extra("compress"):
-            import torch
-        rounded, share = torch.from_numpy(values), INHERITED[self.method]
-        wanted = _mean_output(layer, floats, torch.from_numpy(layer.values))
-        here = _mean_output(layer, floats, rounded) if share < 1 else wanted
-        all_told = _mean_output(layer, planned, rounded) if share else wanted
-        shift: Array = (wanted - share * all_told - (1 - share) * here).numpy()
-        return shift
+    def _walked(self, model: Model, samples: Split, wanted: set[str], progress: Progress) -> dict[str, Array]:
+        """Return by how much each mean fell, the layers before corrected already."""
+        plan, share = model.plan, INHERITED[self.method]
+        shifts: dict[str, Array] = {}
+
+        def visit(layer: Layer, floats: Sequence[torch.Tensor], planned: Sequence[torch.Tensor]) -> Change | None:
+            if layer.weight not in wanted:
+                return None
+            rounded, clean = rounding.planned_weight(layer, plan), _mean(floats)
+            here, all_told = layer.mean_output(clean, rounded), layer.mean_output(_mean(planned), rounded)
+            shift = layer.mean_output(clean, layer.values) - share * all_told - (1 - share) * here
+            shifts[layer.weight] = shift
+            return _shifted(layer, shift)
+
+        walk(model, samples, visit, progress, what="bias correction")
+        return shifts
 
 
-def _mean_output(layer: Layer, inputs: Sequence[torch.Tensor], values: torch.Tensor) -> torch.Tensor:
-    """Return the mean output over samples and positions; a layer is linear, so it computes the mean input only."""
-    import torch
+def _analytic(wanted: Mapping[str, Layer], means: Mapping[str, Array], plan: QuantizationPlan) -> dict[str, Array]:
+    """Return by how much the mean output of each layer fell, from the mean of its inputs alone."""
+    known = {name: layer for name, layer in wanted.items() if layer.source in means}
+    return {
+        name: layer.mean_output(means[layer.source], layer.values - rounding.planned_weight(layer, plan))
+        for name, layer in known.items()
+    }
 
-    total = torch.stack([batch.sum(0, dtype=torch.float64) for batch in inputs]).sum(0)
-    mean = (total / sum(len(batch) for batch in inputs)).float()[None]
-    made = layer.compute(mean, values, None)
-    channels = made.dim() - 1 if layer.kind == "linear" else 1
-    return made.movedim(channels, 0).flatten(1).mean(1)
+
+def _means(model: Model, samples: Split, wanted: Mapping[str, Layer], progress: Progress) -> dict[str, Array]:
+    """Return the mean over the samples of what each layer takes, position by position."""
+    import numpy as np
+
+    sources = {layer.source for layer in wanted.values()}
+    totals: dict[str, Array] = {}
+    counts: Counter[str] = Counter()
+
+    def watch(name: str, values: Array) -> None:
+        if name in sources:
+            totals[name] = totals.get(name, 0.0) + values.sum(0).astype(np.float64)
+            counts[name] += len(values)
+
+    runner(model, samples)(watch, progress)
+    return {name: total / counts[name] for name, total in totals.items()}
+
+
+def _mean(batches: Sequence[torch.Tensor]) -> Array:
+    """Return the mean over the samples of all batches. Sums of one batch are float32, of the batches float64."""
+    total: Array = sum(batch.sum(0).double() for batch in batches).numpy()  # type: ignore[union-attr]  # not empty
+    return total / sum(len(batch) for batch in batches)
+
+
+def _shifted(layer: Layer, shift: Array) -> Change:
+    import numpy as np
+
+    return Change(offsets=((0.0 if layer.offsets is None else layer.offsets) + shift).astype(np.float32))
 
 
 def _can_shift(layer: Layer, model: Model) -> bool:
     """Say whether a layer has a bias of its own, or can get one."""
-    with extra("compress"):
-        import torch
     if layer.bias is not None:
         return True
     if isinstance(model.network, OnnxNetwork):
@@ -118,6 +147,8 @@ def _can_shift(layer: Layer, model: Model) -> bool:
         return node.op_type != "MatMul" and not (len(node.input) > 2 and node.input[2])
     if not isinstance(model.network, TorchNetwork):
         return False
+    with extra("compress"):
+        import torch
     if isinstance(model.network.module, torch.fx.GraphModule):
         return True
     owner, _, _ = layer.weight.rpartition(".")
