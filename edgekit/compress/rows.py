@@ -58,13 +58,13 @@ def some_rows(
             chosen = torch.randperm(flat[0].shape[1], generator=random)[:each]
             found.append(tuple(f[:, chosen].reshape(1, -1, f.shape[-1]) for f in flat))  # type: ignore[arg-type]  # a pair of worlds
         else:
-            places = _places(layer, pair[0])
-            chosen = torch.randperm(len(places), generator=random)[:each]
-            found.append(tuple(_patches(layer, batch, places[chosen]) for batch in pair))  # type: ignore[arg-type]  # a pair of worlds
+            spots = places(layer, pair[0])
+            chosen = torch.randperm(len(spots), generator=random)[:each]
+            found.append(tuple(patches(layer, batch, spots[chosen]) for batch in pair))  # type: ignore[arg-type]  # a pair of worlds
     return Rows(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
 
 
-def _places(layer: Layer, batch: torch.Tensor) -> torch.Tensor:
+def places(layer: Layer, batch: torch.Tensor) -> torch.Tensor:
     """Return where in a sample each position of a convolution looks, [positions, kernel]; 0 is the padding."""
     import torch
 
@@ -73,12 +73,12 @@ def _places(layer: Layer, batch: torch.Tensor) -> torch.Tensor:
     return replace(layer, groups=1).columns(numbers)[0].long()
 
 
-def _patches(layer: Layer, batch: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def patches(layer: Layer, batch: torch.Tensor, spots: torch.Tensor) -> torch.Tensor:
     """Return what a batch holds at those places, [groups, samples x positions, inputs / groups x kernel]."""
     from torch.nn import functional
 
     flat = functional.pad(batch.flatten(2), (1, 0))
-    seen = flat[:, :, places]  # [samples, inputs, positions, kernel]
+    seen = flat[:, :, spots]  # [samples, inputs, positions, kernel]
     samples, inputs, positions, kernel = seen.shape
     grouped = seen.reshape(samples, layer.groups, inputs // layer.groups, positions, kernel)
     return grouped.permute(1, 0, 3, 2, 4).reshape(layer.groups, samples * positions, -1)

@@ -21,6 +21,7 @@ from edgekit.compress.latency import Compared, Stopwatch
 from edgekit.compress.losses import Labels, Seen, truth_of
 from edgekit.compress.passes._learning import LearningPass, recovery, train_split, trainable
 from edgekit.compress.processes import rank_and_size
+from edgekit.compress.reconstruction import outputs_left, reconstruct
 from edgekit.compress.training import train
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
@@ -42,6 +43,9 @@ RATIO = 0.3
 CLOSE = 0.01
 """How near a search has to come to the share of MACs that was asked for; of latency, which is noisy, thrice that."""
 
+SAMPLES, INPUTS = 512, 1 << 24
+"""How many samples a reconstruction sees, and how many numbers they may hold: all go through the network at once."""
+
 
 class Prune(LearningPass, frozen=True, kw_only=True):
     """Remove the least important channels and attention heads, then train for ``epochs``.
@@ -52,7 +56,9 @@ class Prune(LearningPass, frozen=True, kw_only=True):
     group's norm (``l1``, ``l2``; Li et al. 2017), by the scale of batch norm (``bn_scale``; Liu et al. 2017; layers
     without one stay whole, attention heads go by ``l2``) or by weight times gradient (``taylor``; Molchanov et al.
     2019). What stays of a layer is a multiple of ``round_to``; 0 takes up to 8, but at least four steps a layer.
-    ``keep_modules`` stay whole; the outputs keep their sizes.
+    ``keep_modules`` stay whole; the outputs keep their sizes. ``reconstruct`` gives what stays the least-squares
+    weights towards its outputs before the cut (He et al. 2017), from samples without labels: the network answers
+    nearly as before even without an epoch.
 
     Recovery learns the labels by ``1 - alpha`` and by ``alpha`` the scores of the network before pruning, those alone
     where there are no labels. ``steps`` cuts and recovers in so many turns. ``timed`` measures the latency before and
@@ -66,6 +72,7 @@ class Prune(LearningPass, frozen=True, kw_only=True):
     importance: Importance = "l2"
     round_to: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     keep_modules: tuple[str, ...] = ()
+    reconstruct: bool = True
     steps: Annotated[int, msgspec.Meta(ge=1, le=32)] = 1
     alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 2.0
@@ -125,6 +132,7 @@ class _Work:
         if not found:
             self._refuse_nothing(module, module, found)
         tried: dict[tuple[int, ...], nn.Module] = {}
+        counts: dict[int, dict[str, int]] = {}
 
         def candidate(ratio: float) -> nn.Module:
             kept = choose(found, ratio, options.scope, options.round_to, by_cost=bool(options.macs or options.latency))
@@ -132,6 +140,7 @@ class _Work:
             if key not in tried:
                 tried[key] = copy.deepcopy(module)
                 cut(self.model, tried[key], found, kept)
+                counts[id(tried[key])] = kept
             return tried[key]
 
         if not options.macs and not options.latency:
@@ -142,7 +151,24 @@ class _Work:
             measure, goal, close = self._goal(share)
             result = _search(candidate, measure, self.progress, goal=goal, close=close)
         self._refuse_nothing(module, result, found)
+        if options.reconstruct and (samples := self._samples()) is not None:
+            self.progress("prune: weights that make up for what left", turn - 1, options.steps)
+            left = outputs_left(
+                module, lambda copied: cut(self.model, copied, found, counts[id(result)]), copy.deepcopy(module)
+            )
+            reconstruct(copy.deepcopy(module), result, left, samples)
         return result
+
+    def _samples(self) -> tuple[torch.Tensor, ...] | None:
+        """Return what a reconstruction sees: up to 512 samples, fewer where they are large."""
+        import torch
+
+        if self.model.data is None:
+            return None
+        split = self.model.data.train or self.model.data.calibration
+        most = INPUTS // max(1, sum(array[0].size for array in split.inputs.values()))
+        seen = split.head(min(SAMPLES, max(8, most)))
+        return tuple(torch.as_tensor(seen.inputs[spec.name]) for spec in self.model.inputs)
 
     def _goal(self, share: float) -> tuple[Callable[[nn.Module], float], float, float]:
         """Return what is measured of a candidate, how much of it may be left after this turn, and how exactly."""
