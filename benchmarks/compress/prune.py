@@ -115,8 +115,8 @@ def ours(model: Model, case: Case, how: Schedule) -> tuple[Model, float]:
     return Prune(**options).apply(model, silent), time.monotonic() - began
 
 
-OURS: dict[str, object] = {"scope": "global", "importance": "taylor", "round_to": 1}
-"""Chosen on the validation pictures."""
+OURS: dict[str, object] = {"scope": "global", "importance": "l2", "round_to": 1}
+"""Chosen on the validation pictures, by what the cut leaves before an epoch: 91.0 % of ResNet-56, 89.0 by taylor."""
 
 
 def theirs(model: Model, case: Case, how: Schedule, losses: tuple) -> tuple[Model, float]:

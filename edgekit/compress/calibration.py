@@ -17,6 +17,8 @@ from edgekit.plugins import extra
 from edgekit.workload import trace
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
     from edgekit.progress import Progress
@@ -63,8 +65,8 @@ class Unmasked:
         self._run(look, progress)
 
 
-def runner(model: Model, samples: Split) -> Run:
-    """Prepare a network so that it can be watched as often as an observer needs.
+def runner(model: Model, samples: Split, only: Collection[str] = ()) -> Run:
+    """Prepare a network so that it can be watched as often as an observer needs; ``only`` the values named, if any.
 
     Raises:
         CompressionError: nothing to watch in this kind of network; or, when run, a value is NaN, infinity or next to
@@ -74,7 +76,7 @@ def runner(model: Model, samples: Split) -> Run:
     if isinstance(model.network, TorchNetwork):
         compute = _watched_torch(model)
     elif isinstance(model.network, OnnxNetwork):
-        compute = _watched_onnx(model.network)
+        compute = _watched_onnx(model.network, only)
     else:
         raise CompressionError(f"{model.name} cannot be calibrated: it is a folder of a language model")
 
@@ -83,11 +85,19 @@ def runner(model: Model, samples: Split) -> Run:
     def run(watch: Watch, progress: Progress) -> None:
         done = 0
         for batch in whole.batches(size):
-            compute(batch, _checked(watch))
+            compute(batch, _checked(_narrowed(watch, only)))
             done += len(batch)
             progress("calibrate", done, len(whole))
 
     return run
+
+
+def _narrowed(watch: Watch, only: Collection[str]) -> Watch:
+    def look(name: str, values: Array) -> None:
+        if name in only:
+            watch(name, values)
+
+    return look if only else watch
 
 
 def _checked(watch: Watch) -> Watch:
@@ -151,12 +161,14 @@ def _public_names(graph: torch.fx.Graph, model: Model) -> dict[str, list[str]]:
     return names
 
 
-def _watched_onnx(network: OnnxNetwork) -> _Compute:
+def _watched_onnx(network: OnnxNetwork, only: Collection[str]) -> _Compute:
     with extra("compress"):
         import onnx
         import onnxruntime
     model = network.proto()
-    outputs = onnx_graph.values(model)
+    everything = onnx_graph.values(model)
+    # fewer outputs, more that is fused; a graph without any is none
+    outputs = [name for name in everything if name in only] or everything[-1:] if only else everything
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     # optimized, a fourth faster: what is an output is computed all the same

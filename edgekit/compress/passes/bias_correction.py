@@ -118,11 +118,11 @@ def _means(model: Model, samples: Split, wanted: Mapping[str, Layer], progress: 
     counts: Counter[str] = Counter()
 
     def watch(name: str, values: Array) -> None:
-        if name in sources:
-            totals[name] = totals.get(name, 0.0) + values.sum(0).astype(np.float64)
-            counts[name] += len(values)
+        totals[name] = totals.get(name, 0.0) + values.sum(0).astype(np.float64)
+        counts[name] += len(values)
 
-    runner(model, samples)(watch, progress)
+    if sources:
+        runner(model, samples, sources)(watch, progress)
     return {name: total / counts[name] for name, total in totals.items()}
 
 
