@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import msgspec
 
 from edgekit import grid
+from edgekit.compress.layer import Change
 from edgekit.compress.losses import is_scores
 from edgekit.compress.rounding import canonical
 from edgekit.compress.walking import steps_of, writes_in_place
@@ -54,6 +55,25 @@ class Compare(Protocol):
         ...
 
 
+class Rounds(Protocol):
+    """Rounds a layer that stands alone."""
+
+    def __call__(self, layer: Layer, rule: WeightRule, inputs: Sequence[torch.Tensor]) -> Change:
+        """Take its inputs in the float network, batch by batch; answer with its weight on the grid of the rule."""
+        ...
+
+
+def _nearest(layer: Layer, rule: WeightRule, inputs: Sequence[torch.Tensor]) -> Change:  # noqa: ARG001  # as Rounds
+    return Change(values=grid.rounded(layer.values, rule))
+
+
+class How(NamedTuple):
+    """Who says what rounding did, and how it is done: to nearest, if nobody says otherwise."""
+
+    compare: Compare | None = None
+    rounds: Rounds = _nearest
+
+
 def candidate(layer: Layer, plan: QuantizationPlan | None, bits: int) -> WeightRule:
     """Return the rule of a layer at a width: the plan's own, else its granularity with scales of least error.
 
@@ -72,15 +92,15 @@ def sensitivities(
     samples: Split,
     widths: Sequence[int],
     *,
-    compare: Compare | None = None,
+    how: How | None = None,
     progress: Progress = silent,
 ) -> tuple[Sensitivity, ...]:
     """Round each weight alone to each width and compare the network's outputs; all else stays float.
 
-    Without ``compare`` the damage is the divergence KL(float || rounded) of scores, and of other outputs the power of
-    the error over that of the signal (Pandey et al. 2023, "A Practical Mixed Precision Algorithm for Post-Training
-    Quantization", section 3.1). What stands before a layer is computed once for all widths. With a plan only its
-    weights are tried, in its granularity; 32 bits are float.
+    Where ``how`` names no other judge, the damage is the divergence KL(float || rounded) of scores, and of other
+    outputs the power of the error over that of the signal (Pandey et al. 2023, "A Practical Mixed Precision Algorithm
+    for Post-Training Quantization", section 3.1). What stands before a layer is computed once for all widths. With a
+    plan only its weights are tried, in its granularity; 32 bits are float.
 
     Raises:
         CompressionError: a network that cannot be walked through.
@@ -95,13 +115,17 @@ def sensitivities(
     with torch.no_grad():
         for run in runs:
             run.wanted = run.rest(0, {})
-        judge = compare or _default(model)
+        judge, rounds = how or How()
+        judge = judge or _default(model)
         for position, step in enumerate(steps):
             layer = step.layer
             if layer is not None and layer.weight not in seen and _is_planned(layer, model.plan):
                 seen.add(layer.weight)
                 progress("sensitivity", position, len(steps))
-                found += [_tried(layer, model.plan, bits, _Trial(runs, position, judge)) for bits in widths]
+                found += [
+                    _tried(layer, model.plan, bits, _Trial(runs, position, judge, rounds or _nearest))
+                    for bits in widths
+                ]
             for run in runs:
                 run.advance(position)
     progress("sensitivity", len(steps), len(steps))
@@ -129,11 +153,16 @@ class _Run:
         """Compute one step."""
         self._compute(position, self._values, {})
 
-    def rest(self, position: int, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def taken(self, layer: Layer) -> torch.Tensor:
+        """Return what a layer takes that is to be computed next."""
+        value: torch.Tensor = self._values[layer.source]
+        return value
+
+    def rest(self, position: int, changes: Mapping[str, Change]) -> list[torch.Tensor]:
         """Compute the outputs from a step on, with other weights, and leave the float values as they are."""
         values = self._apart() if position <= self._last_write else dict(self._values)
         for place in range(position, len(self._steps)):
-            self._compute(place, values, weights)
+            self._compute(place, values, changes)
         return [values[name] for name in self._ends]
 
     def macs(self, position: int) -> int:
@@ -155,10 +184,10 @@ class _Run:
         kept = {id(value): value for value in self._values.values() if isinstance(value, torch.nn.Parameter)}
         return copy.deepcopy(self._values, kept)
 
-    def _compute(self, position: int, values: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    def _compute(self, position: int, values: dict[str, Any], changes: Mapping[str, Change]) -> None:
         step = self._steps[position]
-        if step.layer is not None and step.layer.weight in weights:
-            values[step.makes[0]] = _weighted(step.layer, values[step.layer.source], weights[step.layer.weight])
+        if step.layer is not None and step.layer.weight in changes:
+            values[step.makes[0]] = _changed(step.layer, values[step.layer.source], changes[step.layer.weight])
         else:
             values.update(zip(step.makes, step.compute(values), strict=True))
         for name in step.sources:
@@ -166,10 +195,14 @@ class _Run:
                 values.pop(name, None)
 
 
-def _weighted(layer: Layer, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _changed(layer: Layer, inputs: torch.Tensor, change: Change) -> torch.Tensor:
     import torch
 
-    return layer.compute(inputs, weight, None if layer.offsets is None else torch.from_numpy(layer.offsets))
+    offsets = layer.offsets if change.offsets is None else change.offsets
+    values = layer.values if change.values is None else change.values
+    return layer.compute(
+        inputs, torch.from_numpy(values), None if offsets is None else torch.from_numpy(offsets.astype("float32"))
+    )
 
 
 class _Trial(NamedTuple):
@@ -178,19 +211,18 @@ class _Trial(NamedTuple):
     runs: Sequence[_Run]
     position: int
     judge: Compare
+    rounds: Rounds
 
 
 def _tried(layer: Layer, plan: QuantizationPlan | None, bits: int, trial: _Trial) -> Sensitivity:
-    import torch
-
     count = layer.values.size
     known: dict[str, Any] = {"name": layer.weight, "bits": bits, "weights": count}
     known["macs"] = trial.runs[0].macs(trial.position)
     if bits == FLOAT:
         return Sensitivity(**known, damage=0.0, bytes=4 * count)
     rule = canonical(candidate(layer, plan, bits))
-    weights = {layer.weight: torch.from_numpy(grid.rounded(layer.values, rule))}
-    damage = sum(run.samples * trial.judge(run.wanted, run.rest(trial.position, weights)) for run in trial.runs)
+    changes = {layer.weight: trial.rounds(layer, rule, [run.taken(layer) for run in trial.runs])}
+    damage = sum(run.samples * trial.judge(run.wanted, run.rest(trial.position, changes)) for run in trial.runs)
     return Sensitivity(
         **known,
         damage=damage / sum(run.samples for run in trial.runs),

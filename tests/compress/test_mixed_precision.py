@@ -11,9 +11,10 @@ from fakes import digits
 
 from edgekit import workload
 from edgekit.compress import compress, evaluate, recipe
+from edgekit.compress.feedback import alone
 from edgekit.compress.passes.mixed_precision import Budget, MixedPrecision, choose
 from edgekit.compress.passes.quantize import Quantize
-from edgekit.compress.sensitivity import Sensitivity, sensitivities
+from edgekit.compress.sensitivity import How, Sensitivity, sensitivities
 from edgekit.compress.simulation import planned_network
 from edgekit.errors import CompressionError, UsageError
 from edgekit.manifest import Step
@@ -52,6 +53,19 @@ def every_choice(table):
 
 def total(choice, key):
     return sum(getattr(entry, key) for entry in choice)
+
+
+def test_what_gptq_makes_of_a_layer_does_less_damage_and_less_of_all_where_mixed(planned):
+    samples = planned.data.calibration.head(64)
+    nearest, solved = (
+        {entry.name: entry.damage for entry in sensitivities(planned, samples, (3,), how=how)}
+        for how in (How(), How(rounds=alone))
+    )
+    assert sum(solved.values()) < 0.5 * sum(nearest.values())
+    made = {kind: mixed(planned, widths=(8, 3), bits=4.5, rounding=kind) for kind in ("nearest", "gptq")}
+    told = {kind: one.lineage[-1].measured["damage"] for kind, one in made.items()}
+    assert told["gptq"] < told["nearest"]
+    assert made["gptq"].lineage[-1].measured["mean_bits"] <= 4.5
 
 
 @pytest.mark.parametrize("size", [17_000, 23_000, 37_000, 50_000])

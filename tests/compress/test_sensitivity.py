@@ -11,7 +11,7 @@ from edgekit import workload
 from edgekit.compress import evaluate
 from edgekit.compress.layers import layers
 from edgekit.compress.passes.quantize import Quantize
-from edgekit.compress.sensitivity import FLOAT, candidate, divergence, noise, sensitivities
+from edgekit.compress.sensitivity import FLOAT, How, candidate, divergence, noise, sensitivities
 from edgekit.compress.simulation import planned_network
 from edgekit.model import Data, Split, run_batched
 from edgekit.progress import silent
@@ -97,7 +97,7 @@ def test_an_own_measure_judges_instead(planned):
         return float((wanted[0].argmax(1) != found[0].argmax(1)).float().mean())
 
     samples = planned.data.calibration.head(24)
-    found = sensitivities(planned, samples, (2,), compare=judge)
+    found = sensitivities(planned, samples, (2,), how=How(judge))
     assert {round(24 * entry.damage, 3) % 1 for entry in found} == {0.0}
     assert max(entry.damage for entry in found) > 0
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
+from edgekit.compress.feedback import BLOCK, compensated
 from edgekit.compress.gram import Aim, Problem, problem, shifted_offsets
 from edgekit.compress.passes import CompressionPass
 from edgekit.compress.refining import Choice, calibration, planned, refine
 from edgekit.compress.rows import some_rows
-from edgekit.plugins import extra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from edgekit.model import Model
     from edgekit.plan import WeightRule
     from edgekit.progress import Progress
-
-BLOCK = 64
-"""Inputs that are rounded before what they lost is spread over all later ones (Frantar et al. 2022, section 3.3)."""
 
 
 class Gptq(CompressionPass, frozen=True):
@@ -85,46 +81,6 @@ class Gptq(CompressionPass, frozen=True):
 
 FITS = 3
 """Rounds of fitting scales and integers in turn: later ones change hardly anything."""
-
-
-def compensated(task: Problem, *, by_activations: bool) -> torch.Tensor:
-    """Return the integers of GPTQ, [groups, outputs / groups, inputs]."""
-    with extra("compress"):
-        import torch
-    groups, outputs, inputs = task.weight.shape
-    order = torch.arange(inputs).expand(groups, inputs)
-    if by_activations:
-        order = task.gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    across = order[:, None, :].expand(groups, outputs, inputs)
-    square = order[:, None, :].expand(groups, inputs, inputs)
-    gram = task.gram.gather(1, square.mT).gather(2, square)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
-    sorted_ = replace(
-        task,
-        target=task.target.gather(2, across),
-        scales=task.scales.gather(2, across),
-        zeros=task.zeros.gather(2, across),
-    )
-    return torch.zeros_like(task.weight).scatter_(2, across, _in_order(sorted_, upper))
-
-
-def _in_order(task: Problem, upper: torch.Tensor) -> torch.Tensor:
-    """Round input after input; spread each error over the later ones of its block, and each block's over the rest."""
-    import torch
-
-    left = task.target.clone()
-    found = torch.zeros_like(left)
-    for start in range(0, left.shape[2], BLOCK):
-        end = min(start + BLOCK, left.shape[2])
-        errors = torch.zeros_like(left[:, :, start:end])
-        for at in range(start, end):
-            found[:, :, at] = task.integers(left[:, :, at], at)
-            value = (found[:, :, at] - task.zeros[:, :, at]) * task.scales[:, :, at]
-            error = (left[:, :, at] - value) / upper[:, None, at, at]
-            left[:, :, at:end] -= error[:, :, None] * upper[:, None, at, at:end]
-            errors[:, :, at - start] = error
-        left[:, :, end:] -= errors @ upper[:, start:end, end:]
-    return found
 
 
 def sweep(task: Problem, integers: torch.Tensor, times: int) -> torch.Tensor:

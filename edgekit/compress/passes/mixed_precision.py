@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
 
+from edgekit.compress.feedback import alone
 from edgekit.compress.layers import layers
 from edgekit.compress.passes import CompressionPass
-from edgekit.compress.sensitivity import FLOAT, Sensitivity, candidate, sensitivities
+from edgekit.compress.sensitivity import FLOAT, How, Sensitivity, candidate, sensitivities
 from edgekit.errors import CompressionError, UsageError
 from edgekit.manifest import Step
 from edgekit.plugins import extra
@@ -36,7 +37,8 @@ class MixedPrecision(CompressionPass, frozen=True):
     besides, as a share of that at the widest: of the milliseconds by weight and width in the JSON file ``times``, else
     of multiplications times bits. The damage of a layer is measured on ``samples`` calibration samples
     (`sensitivity`) and adds up over layers; the choice is an integer program (Yao et al. 2021, "HAWQ-V3", section
-    3.4). Passes that compensate weights follow after it.
+    3.4). Passes that compensate weights follow after it: with ``rounding = "gptq"`` the damage is that of what `gptq`
+    makes of a layer, which is not where rounding to nearest hurts most.
     """
 
     widths: Annotated[tuple[Width, ...], msgspec.Meta(min_length=1)] = (8, 4)
@@ -45,6 +47,7 @@ class MixedPrecision(CompressionPass, frozen=True):
     damage: NotNegative = 0.0
     time: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     times: str = ""
+    rounding: Literal["nearest", "gptq"] = "nearest"
     samples: Annotated[int, msgspec.Meta(ge=2)] = 16
 
     def apply(self, model: Model, progress: Progress) -> Model:
@@ -56,7 +59,8 @@ class MixedPrecision(CompressionPass, frozen=True):
             UsageError: ``times`` is no such file.
         """
         plan, samples = self._needed(model)
-        table = sensitivities(model, samples, sorted(set(self.widths), reverse=True), progress=progress)
+        how = How(rounds=alone) if self.rounding == "gptq" else How()
+        table = sensitivities(model, samples, sorted(set(self.widths), reverse=True), how=how, progress=progress)
         count = sum({entry.name: entry.weights for entry in table}.values())
         size = math.floor(self.bits * count / 8) if self.bits else self.size
         chosen = choose(table, Budget(size or None, self.damage or None, self.time), _times(self.times, table))
