@@ -13,6 +13,7 @@ import msgspec
 
 Granularity = Literal["channel", "tensor", "group"]
 Scheme = Literal["static", "dynamic", "weight-only", "float16"]
+Cover = Literal["all", "inputs"]
 
 
 class WeightRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -43,7 +44,8 @@ class QuantizationPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``static``: activations are integers of the ranges in ``activations``. ``dynamic``: the inputs of planned weights
     are rounded to 8 bits by the range they have at that moment. ``weight-only``: activations stay float.
-    ``float16``: everything is a half, and nothing else is planned.
+    ``float16``: everything is a half, and nothing else is planned. ``cover``: whether a static plan makes integers of
+    every activation, or of those alone that meet a weight (`inputs`; no exporter adds others).
     """
 
     bits: int
@@ -51,6 +53,7 @@ class QuantizationPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: dict[str, WeightRule]
     activations: dict[str, Range]
     scheme: Scheme = "static"
+    cover: Cover = "all"
 
     @property
     def precision(self) -> str:

@@ -1,7 +1,8 @@
 """Lowers a static plan into ONNX QuantizeLinear/DequantizeLinear pairs. Knows no target.
 
 Integers of weights are those of the plan. Ranges come from the plan where the file has the value; the others are
-measured on the calibration data. What takes the fillers of masks has no range and stays float.
+measured on the calibration data, unless the plan covers the inputs of weights alone. What takes the fillers of masks
+has no range and stays float.
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ def quantize(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> 
     own = {item.node.output[0] for item in items}
     nodes = [n for n in proto.graph.node if n.op_type not in WEIGHTED or n.output[0] in own]
     wanted = _values(proto, nodes, weights)
+    if model.plan.cover == "inputs":
+        met = {item.node.input[0] for item in items} | planned.keys()
+        wanted = [name for name in wanted if name in met]
     missing = [name for name in wanted if name not in planned]
     measured = measure(proto, missing, whole_batches(model, model.data.calibration), progress)
     ranges = {name: r for name, r in ((n, planned.get(n, measured.get(n))) for n in wanted) if r is not None}

@@ -19,6 +19,8 @@ from edgekit.model import Data, LlamaFolder, Model, Split
 from edgekit.plan import Range, WeightRule
 from edgekit.progress import silent
 
+torch = pytest.importorskip("torch")
+
 
 def quantize(model, **options):
     return Quantize(**options).apply(model, silent)
@@ -40,6 +42,39 @@ def test_the_plan_has_every_weight_by_parameter_name_and_every_activation_by_nod
     nodes = {node.name for node in workload.trace(model).graph.nodes if node.op == "call_function"}
     assert set(model.plan.activations) == nodes | {"image", "scores"}
     assert model.precision == "int8"
+
+
+class Normed(torch.nn.Module):
+    """What a transformer does to 8 bits: one channel of a sum is far beyond the others before the norm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.head = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16), torch.nn.Linear(16, 4)
+        self.norm = torch.nn.LayerNorm(16)
+        with torch.no_grad():
+            self.down.bias[3] = 1000.0
+            self.norm.weight.fill_(200.0)
+            self.norm.weight[3] = 0.2
+
+    def forward(self, x):
+        return self.head(self.norm(x + self.down(torch.relu(self.up(x)))))
+
+
+def test_a_plan_may_cover_only_what_meets_a_weight():
+    samples = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    model = workload.from_module("normed", Normed().eval(), Data(Split({"x": samples})))
+    wanted = next(iter(model.network.run({"x": samples}).values()))
+    apart = {}
+    for cover in ("all", "inputs"):
+        made = quantize(model, cover=cover)
+        found = next(iter(planned_network(made).run({"x": samples}).values()))
+        apart[cover] = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+    assert set(made.plan.activations) == {"x", "relu", "layer_norm"}
+    assert apart["inputs"] < 0.1 * apart["all"]
+    assert set(quantize(model, cover="inputs", keep=("head.weight",)).plan.activations) == {"x", "relu"}
+    with pytest.raises(CompressionError, match='cover "inputs" with activations'):
+        quantize(model, cover="inputs", activations="dynamic")
 
 
 def span(tensor):

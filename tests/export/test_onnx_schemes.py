@@ -22,6 +22,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 SCHEMES = {
     "int8": {},
     "int8 a tensor": {"granularity": "tensor"},
+    "int8 inputs": {"cover": "inputs"},
     "7 bits": {"bits": 7},
     "w4a8": {"bits": 4, "weights": "mse"},
     "w4a8 groups": {"bits": 4, "granularity": "group", "group": 32},
@@ -54,6 +55,18 @@ def run(path, inputs):
 
 def sqnr(got, want):
     return 10 * np.log10(np.square(want).sum() / max(np.square(got - want).sum(), 1e-12))
+
+
+def test_a_plan_that_covers_inputs_leaves_every_other_value_float(tiny, tmp_path):
+    """Engines that find a pair around a sum compute it in integers, whatever its range."""
+    counts = {}
+    for cover in ("inputs", "all"):
+        made = Quantize(cover=cover).apply(tiny, silent)
+        graph = onnx.load(lower(made, tmp_path)[0]).graph
+        counts[cover] = sum(node.op_type == "QuantizeLinear" for node in graph.node)
+        if cover == "inputs":
+            assert counts[cover] <= len(made.plan.activations)
+    assert counts["inputs"] < counts["all"]
 
 
 def test_the_integers_in_the_file_are_those_of_the_plan(planned, tmp_path):

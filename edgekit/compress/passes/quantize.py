@@ -23,11 +23,13 @@ from edgekit.compress.weight_scales import WeightObserver, scaled
 from edgekit.errors import CompressionError, UnknownName
 from edgekit.manifest import Step
 from edgekit.model import GgufFile, LlamaFolder, OnnxNetwork, TorchNetwork
-from edgekit.plan import Granularity, QuantizationPlan, Scheme, WeightRule
+from edgekit.plan import Cover, Granularity, QuantizationPlan, Scheme, WeightRule
 from edgekit.plugins import extra
 from edgekit.workload import trace
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from edgekit.model import Model, Split
     from edgekit.plan import Range
     from edgekit.progress import Progress
@@ -43,10 +45,13 @@ class Quantize(CompressionPass, frozen=True):
     ``weights`` chooses the scales: by the largest value, or by the least squared error. ``activations`` are 8-bit
     integers of the range that ``observer`` chooses from the first ``samples`` calibration samples (``static``), of
     the range at that moment (``dynamic``), or stay float (``none``); what holds the fillers of an attention mask stays
-    float as well (`grid.is_masked`). ``keep`` names weights that stay float. ``target`` names a hardware class: where
-    it adds products of integers in 16 bits, layers whose sums leave them on the calibration data get weights of 7 bits
-    (`saturation`). ``percentile`` belongs to the observer of that name (Jacob et al. 2018; Nagel et al. 2021, "A White
-    Paper on Neural Network Quantization").
+    float as well (`grid.is_masked`). ``cover`` makes integers of ``all`` activations, as convolutional networks want
+    it, or of the ``inputs`` of weights, the outputs of convolutions besides: what transformers add up before a norm
+    spans ranges that 8 bits do not hold (Bondarenko et al. 2021, "Understanding and Overcoming the Challenges of
+    Efficient Transformer Quantization", section 3). ``keep`` names weights that stay float. ``target`` names a
+    hardware class: where it adds products of integers in 16 bits, layers whose sums leave them on the calibration data
+    get weights of 7 bits (`saturation`). ``percentile`` belongs to the observer of that name (Jacob et al. 2018; Nagel
+    et al. 2021, "A White Paper on Neural Network Quantization").
     """
 
     bits: Literal[8, 7, 6, 5, 4, 3, 2] = 8
@@ -55,6 +60,7 @@ class Quantize(CompressionPass, frozen=True):
     weights: WeightObserver = "minmax"
     granularity: Granularity = "channel"
     group: Literal[0, 32, 64, 128] = 0
+    cover: Cover = "all"
     keep: tuple[str, ...] = ()
     samples: Annotated[int, msgspec.Meta(ge=2)] = 512
     percentile: Annotated[float, msgspec.Meta(gt=50, le=100)] = KEPT
@@ -73,17 +79,22 @@ class Quantize(CompressionPass, frozen=True):
                 f"granularity {self.granularity!r} with group = {self.group}",
                 'groups need both: granularity = "group" and group = 32, 64 or 128',
             )
+        if self.cover == "inputs" and self.activations != "static":
+            raise CompressionError(
+                f'cover "inputs" with activations {self.activations!r}: there are no ranges to leave out', "drop cover"
+            )
         profile = device_profiles.load(self.target) if self.target else None
         samples = _calibration(model, self.samples)
         folded, count = fold(model)
         rules = self._rules(folded)
-        observed, masked = self._observed(folded, samples, progress)
+        observed, masked = self._observed(folded, samples, rules, progress)
         plan = QuantizationPlan(
             bits=self.bits,
             observer=self.observer if observed else "none",
             weights=rules,
             activations=observed,
             scheme=SCHEMES[self.activations],
+            cover=self.cover,
         )
         measured: dict[str, float] = {"folded": count, "weights": len(rules), "activations": len(observed)}
         measured["calibration_samples"] = len(samples)
@@ -95,13 +106,20 @@ class Quantize(CompressionPass, frozen=True):
             measured |= told
         return replace(planned, lineage=(*model.lineage, Step(name="quantize", measured=measured)))
 
-    def _observed(self, model: Model, samples: Split, progress: Progress) -> tuple[dict[str, Range], int]:
+    def _observed(
+        self, model: Model, samples: Split, planned: Collection[str], progress: Progress
+    ) -> tuple[dict[str, Range], int]:
         """Return the range of each activation, without those that a mask fills, and how many of these there are."""
         if self.activations != "static":
             return {}, 0
         run = Unmasked(runner(model, samples))
         found = ranges(run, self.observer, progress, self.percentile)
-        return {name: limits for name, limits in found.items() if name not in run.masked}, len(run.masked)
+        known = {name: limits for name, limits in found.items() if name not in run.masked}
+        if self.cover == "inputs":
+            taking = [one for one in layers(model) if one.weight in planned]
+            met = {name for one in taking for name in (one.source, "" if one.kind == "linear" else one.node)}
+            known = {name: limits for name, limits in known.items() if name in met}
+        return known, len(run.masked)
 
     def _saved_from_saturation(
         self, model: Model, samples: Split, progress: Progress
