@@ -71,7 +71,7 @@ def test_a_plan_may_cover_only_what_meets_a_weight():
         found = next(iter(planned_network(made).run({"x": samples}).values()))
         apart[cover] = float(np.abs(found - wanted).max() / np.abs(wanted).max())
     assert set(made.plan.activations) == {"x", "relu", "layer_norm"}
-    assert apart["inputs"] < 0.1 * apart["all"]
+    assert apart["inputs"] < 0.2 * apart["all"]
     assert set(quantize(model, cover="inputs", keep=("head.weight",)).plan.activations) == {"x", "relu"}
     with pytest.raises(CompressionError, match='cover "inputs" with activations'):
         quantize(model, cover="inputs", activations="dynamic")
