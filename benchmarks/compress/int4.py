@@ -1,10 +1,11 @@
 """Int4 weights of image networks by post-training quantization, beside rounding to the nearest.
 
-Weights have one scale a channel, activations stay float unless the row says W4A8. Data, seeds and judging pictures
-are those of int8.py; each recipe in `recipes/` says whether it was chosen on validation pictures (`_choose.py`). A
-file is judged in ONNX Runtime where ONNX holds the plan, else the plan is computed on the float network: the row says
-which.
-Effective bits count the scales: bits of all planned weights and 32 for each scale, over the number of weights.
+Weights have one scale a channel, some recipes a zero point besides; activations stay float unless the row says W4A8.
+Data, seeds and judging pictures are those of int8.py; each recipe in `recipes/` says whether it was chosen on
+validation pictures (`_choose.py`). A file is judged in ONNX Runtime where ONNX holds the plan, else the plan is
+computed on the float network: the row says which.
+Effective bits count the scales: bits of all planned weights, 32 for each scale and as many as a weight's for each zero
+point, over the number of weights.
 """
 
 from __future__ import annotations
@@ -157,7 +158,8 @@ def effective_bits(made: Model) -> float:
     stored, count = 0, 0
     for name, rule in made.plan.weights.items():
         moved = np.moveaxis(values[name], 0, rule.axis)
-        stored += rule.bits * moved.size + 32 * grid.scales_of(moved, rule).size
+        each = 32 + (rule.bits if rule.zeros else 0)
+        stored += rule.bits * moved.size + each * grid.scales_of(moved, rule).size
         count += math.prod(moved.shape)
     return stored / count
 

@@ -81,7 +81,8 @@ class Problem:
         import numpy as np
 
         rounded = scales.float()
-        rule = grid.with_scales(self.rule, rounded.reshape(-1, 1).numpy().astype(np.float32))
+        zeros = np.frombuffer(self.rule.zeros, "<i4") if self.rule.zeros else None
+        rule = grid.with_scales(self.rule, rounded.reshape(-1, 1).numpy().astype(np.float32), zeros)
         return replace(self, rule=rule, scales=rounded.double()[:, :, None].expand_as(self.scales).contiguous())
 
 

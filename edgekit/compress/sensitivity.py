@@ -84,7 +84,8 @@ def candidate(layer: Layer, plan: QuantizationPlan | None, bits: int) -> WeightR
         bits = 7
     if rule.bits == bits and rule.scales:
         return rule
-    return scaled(layer.values, msgspec.structs.replace(rule, bits=bits, scales=b"", zeros=b""), "mse")
+    bare = msgspec.structs.replace(rule, bits=bits, scales=b"", zeros=b"")
+    return scaled(layer.values, bare, "mse", is_symmetric=not rule.zeros)
 
 
 def sensitivities(

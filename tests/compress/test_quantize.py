@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from fakes import digits
 
-from edgekit import workload
+from edgekit import grid, workload
 from edgekit.compress import compress, evaluate
+from edgekit.compress.passes.gptq import Gptq
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.recipe import Recipe, default
 from edgekit.compress.simulation import planned_network
@@ -42,6 +43,31 @@ def test_the_plan_has_every_weight_by_parameter_name_and_every_activation_by_nod
     nodes = {node.name for node in workload.trace(model).graph.nodes if node.op == "call_function"}
     assert set(model.plan.activations) == nodes | {"image", "scores"}
     assert model.precision == "int8"
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+def test_zero_points_serve_channels_that_lie_to_one_side(observer):
+    samples = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    module = torch.nn.Linear(8, 4)
+    with torch.no_grad():
+        module.weight.copy_(torch.rand(4, 8) + 0.1)
+    model = workload.from_module("aside", module, Data(Split({"x": samples})))
+    apart = {}
+    for symmetric in (True, False):
+        options = {"bits": 4, "activations": "none", "weights": observer, "symmetric": symmetric}
+        made = quantize(model, **options)
+        (rule,) = made.plan.weights.values()
+        assert bool(rule.zeros) is not symmetric
+        weight = module.weight.detach().numpy()
+        apart[symmetric] = float(np.square(grid.rounded(weight, rule) - weight).sum())
+    assert apart[False] < 0.5 * apart[True]
+    again = Gptq(scales="fit", sweeps=2, rows=64).apply(made, silent)
+    (solved,) = again.plan.weights.values()
+    assert solved.zeros == rule.zeros, "fitted scales keep the zero points"
+    values = again.network.module.weight.detach().numpy()
+    np.testing.assert_allclose(grid.rounded(values, solved), values, atol=1e-6)
+    with pytest.raises(CompressionError, match="zero points and activations 'static'"):
+        quantize(model, symmetric=False)
 
 
 class Normed(torch.nn.Module):

@@ -28,6 +28,15 @@ SCHEMES = {
     "w4a8 groups": {"bits": 4, "granularity": "group", "group": 32},
     "int8-weights": {"activations": "none"},
     "int4-weights": {"activations": "none", "bits": 4, "weights": "mse"},
+    "int4 with zero points": {"activations": "none", "bits": 4, "weights": "mse", "symmetric": False},
+    "int4 groups with zero points": {
+        "activations": "none",
+        "bits": 4,
+        "granularity": "group",
+        "group": 32,
+        "symmetric": False,
+    },
+    "int8 with zero points": {"activations": "none", "symmetric": False},
     "int4 a tensor": {"activations": "none", "bits": 4, "granularity": "tensor"},
     "int4 groups": {"activations": "none", "bits": 4, "granularity": "group", "group": 32},
     "3 bits": {"activations": "none", "bits": 3},
@@ -84,7 +93,10 @@ def test_the_integers_in_the_file_are_those_of_the_plan(planned, tmp_path):
         np.testing.assert_array_equal(scales, grid.scales_of(weight, rule).reshape(-1))
         packed = rule.bits <= 4 and (planned.plan.scheme == "weight-only" or rule.granularity == "group")
         if planned.plan.scheme != "static":
-            assert (stored[f"{name}_quantized"].data_type == onnx.TensorProto.INT4) == packed
+            assert (
+                stored[f"{name}_quantized"].data_type
+                == (onnx.TensorProto.UINT4 if rule.zeros else onnx.TensorProto.INT4)
+            ) == packed
         assert name not in stored, "the float weight is gone"
 
 

@@ -41,23 +41,25 @@ SATURATION_SAMPLES = 16
 class Quantize(CompressionPass, frozen=True):
     """Fold batch normalization, watch the calibration data, and write a `QuantizationPlan`.
 
-    Weights are symmetric integers of ``bits``, one scale a channel, a tensor, or a ``group`` of 32 to 128 inputs;
-    ``weights`` chooses the scales: by the largest value, or by the least squared error. ``activations`` are 8-bit
-    integers of the range that ``observer`` chooses from the first ``samples`` calibration samples (``static``), of
-    the range at that moment (``dynamic``), or stay float (``none``); what holds the fillers of an attention mask stays
-    float as well (`grid.is_masked`). ``cover`` makes integers of ``all`` activations, as convolutional networks want
-    it, or of the ``inputs`` of weights, the outputs of convolutions besides: what transformers add up before a norm
-    spans ranges that 8 bits do not hold (Bondarenko et al. 2021, "Understanding and Overcoming the Challenges of
-    Efficient Transformer Quantization", section 3). ``keep`` names weights that stay float. ``target`` names a
-    hardware class: where it adds products of integers in 16 bits, layers whose sums leave them on the calibration data
-    get weights of 7 bits (`saturation`). ``percentile`` belongs to the observer of that name (Jacob et al. 2018; Nagel
-    et al. 2021, "A White Paper on Neural Network Quantization").
+    Weights are integers of ``bits``, one scale a channel, a tensor, or a ``group`` of 32 to 128 inputs; ``weights``
+    chooses the scales: by the largest value, or by the least squared error. They are ``symmetric``, as integer
+    arithmetic wants them; where activations stay float, they may have a zero point besides, a gain where bits are few.
+    ``activations`` are 8-bit integers of the range that ``observer`` chooses from the first ``samples`` calibration
+    samples (``static``), of the range at that moment (``dynamic``), or stay float (``none``); what holds the fillers of
+    an attention mask stays float as well (`grid.is_masked`). ``cover`` makes integers of ``all`` activations, as
+    convolutional networks want it, or of the ``inputs`` of weights, the outputs of convolutions besides: what
+    transformers add up before a norm spans ranges that 8 bits do not hold (Bondarenko et al. 2021, "Understanding and
+    Overcoming the Challenges of Efficient Transformer Quantization", section 3). ``keep`` names weights that stay
+    float. ``target`` names a hardware class: where it adds products of integers in 16 bits, layers whose sums leave
+    them on the calibration data get weights of 7 bits (`saturation`). ``percentile`` belongs to the observer of that
+    name (Jacob et al. 2018; Nagel et al. 2021, "A White Paper on Neural Network Quantization").
     """
 
     bits: Literal[8, 7, 6, 5, 4, 3, 2] = 8
     activations: Literal["static", "dynamic", "none"] = "static"
     observer: Observer = "minmax"
     weights: WeightObserver = "minmax"
+    symmetric: bool = True
     granularity: Granularity = "channel"
     group: Literal[0, 32, 64, 128] = 0
     cover: Cover = "all"
@@ -82,6 +84,11 @@ class Quantize(CompressionPass, frozen=True):
         if self.cover == "inputs" and self.activations != "static":
             raise CompressionError(
                 f'cover "inputs" with activations {self.activations!r}: there are no ranges to leave out', "drop cover"
+            )
+        if not self.symmetric and self.activations != "none":
+            raise CompressionError(
+                f"weights with zero points and activations {self.activations!r}: no engine multiplies such integers",
+                'set activations = "none", or symmetric = true',
             )
         profile = device_profiles.load(self.target) if self.target else None
         samples = _calibration(model, self.samples)
@@ -151,7 +158,8 @@ class Quantize(CompressionPass, frozen=True):
         for name, axis in axes.items():
             if name not in self.keep:
                 rule = WeightRule(bits=self.bits, granularity=self.granularity, axis=axis, group=self.group)
-                rules[name] = scaled(found[name], rule, self.weights) if name in found else rule
+                whole = scaled(found[name], rule, self.weights, is_symmetric=self.symmetric) if name in found else rule
+                rules[name] = whole
         return rules
 
 
