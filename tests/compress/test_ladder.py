@@ -162,7 +162,7 @@ def test_points_that_a_cut_loses_are_mended_even_where_the_uncut_candidate_ranks
     model = planted.sound()
     model = replace(model, data=replace(model.data, train=model.data.train.head(200)))
     work = Workshop()
-    budget = {"max_drop": 2.0, "size": 20_000}
+    budget = {"max_drop": 2.0, "size": 8_000}  # half as many channels lose nothing: what stays makes up for them
     ladder(model, work, budget=budget, only=("fold", "prune", "bias-correction")).climb()
     assert work.recipes[-1] == ["prune", "quantize", "bias_correction"]
 
