@@ -75,6 +75,22 @@ def outputs_left(module: nn.Module, cut: Callable[[nn.Module], None], copied: nn
     return {name: weights[f"{name}.weight"].detach().flatten(1)[:, 0].long() for name in names}
 
 
+def largest_output(module: nn.Module, one: Sequence[torch.Tensor]) -> int:
+    """Return how many numbers the largest layer makes of one sample."""
+    import torch
+
+    found = [1]
+    parts = [part for part in module.modules() if isinstance(part, _kinds())]
+    calls = [part.register_forward_hook(lambda _m, _i, output: found.append(output.numel())) for part in parts]
+    try:
+        with torch.no_grad():
+            module(*one)
+    finally:
+        for call in calls:
+            call.remove()
+    return max(found)
+
+
 @dataclass
 class _Work:
     """What the hooks of one reconstruction know of each other."""
@@ -131,6 +147,8 @@ def _solve(module: Any, groups: int, rows: torch.Tensor, wanted: torch.Tensor) -
     mean = gram.diagonal(dim1=1, dim2=2).mean(1)
     floor = torch.where(mean > 0, DAMPING * mean, 1.0)[:, None].expand(-1, gram.shape[1])
     missing = taken.mT @ (given - taken @ weight.mT) / rows.shape[1]
+    if not (gram.isfinite().all() and missing.isfinite().all()):
+        return False
     weight = weight + torch.linalg.solve(gram + torch.diag_embed(floor), missing).mT
     module.weight.copy_(weight.reshape(module.weight.shape))
     if module.bias is not None:

@@ -10,7 +10,7 @@ from fakes import digits
 from edgekit import workload
 from edgekit.compress import evaluate
 from edgekit.compress.passes.prune import Prune
-from edgekit.compress.reconstruction import outputs_left, reconstruct
+from edgekit.compress.reconstruction import largest_output, outputs_left, reconstruct
 from edgekit.model import Data, Split
 from edgekit.progress import silent
 
@@ -113,3 +113,19 @@ def test_a_layer_that_lost_nothing_keeps_its_weight_to_the_last_bit():
     left = outputs_left(before, lambda module: None, copy.deepcopy(before))
     assert reconstruct(before, after, left, (torch.randn(8, 3, 6, 6),)) == 0
     assert all(torch.equal(a, b) for a, b in zip(after.parameters(), before.parameters(), strict=True))
+
+
+def test_a_head_that_makes_much_of_each_sample_is_what_counts():
+    network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1000))
+    assert largest_output(network, (torch.zeros(1, 3, 4),)) == 3000
+
+
+def test_what_overflows_is_left_alone():
+    before = twins()
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        before[0].weight.fill_(1e38)
+        held = after[0].weight.clone()
+    left = outputs_left(before, lambda module: None, copy.deepcopy(before))
+    reconstruct(before, after, left, (torch.full((8, 3, 6, 6), 1e3),))
+    assert torch.equal(after[0].weight, held)

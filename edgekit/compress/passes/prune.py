@@ -14,6 +14,7 @@ from edgekit.compress.dependencies import (
     channel_padding,
     choose,
     cut,
+    example,
     families,
     size,
 )
@@ -21,10 +22,11 @@ from edgekit.compress.latency import Compared, Stopwatch
 from edgekit.compress.losses import Labels, Seen, truth_of
 from edgekit.compress.passes._learning import LearningPass, recovery, train_split, trainable
 from edgekit.compress.processes import rank_and_size
-from edgekit.compress.reconstruction import outputs_left, reconstruct
+from edgekit.compress.reconstruction import largest_output, outputs_left, reconstruct
 from edgekit.compress.training import train
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
+from edgekit.model import whole_batches
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
@@ -43,8 +45,8 @@ RATIO = 0.3
 CLOSE = 0.01
 """How near a search has to come to the share of MACs that was asked for; of latency, which is noisy, thrice that."""
 
-SAMPLES, INPUTS = 512, 1 << 24
-"""How many samples a reconstruction sees, and how many numbers they may hold: all go through the network at once."""
+SAMPLES, HELD = 512, 1 << 26
+"""How many samples a reconstruction sees, and how many numbers a layer may make of them: all go through at once."""
 
 
 class Prune(LearningPass, frozen=True, kw_only=True):
@@ -160,14 +162,15 @@ class _Work:
         return result
 
     def _samples(self) -> tuple[torch.Tensor, ...] | None:
-        """Return what a reconstruction sees: up to 512 samples, fewer where they are large."""
+        """Return what a reconstruction sees: up to 512 samples, fewer where a layer makes much of each."""
         import torch
 
         if self.model.data is None:
             return None
-        split = self.model.data.train or self.model.data.calibration
-        most = INPUTS // max(1, sum(array[0].size for array in split.inputs.values()))
-        seen = split.head(min(SAMPLES, max(8, most)))
+        split, size = whole_batches(self.model, self.model.data.train or self.model.data.calibration)
+        is_fixed = any(spec.shape and spec.shape[0] > 0 for spec in self.model.inputs)
+        most = HELD // largest_output(self.network.module, example(self.model))
+        seen = split.head(size if is_fixed else min(SAMPLES, max(1, most)))
         return tuple(torch.as_tensor(seen.inputs[spec.name]) for spec in self.model.inputs)
 
     def _goal(self, share: float) -> tuple[Callable[[nn.Module], float], float, float]:
