@@ -6,9 +6,9 @@ else saw. Three calibration seeds; a drop is the mean over them. Every contender
 (torchao at the module), gets the same samples, runs in a process of its own on one thread of one core, and its file is
 judged in ONNX Runtime. Each recipe in `recipes/` says whether it was chosen on validation pictures (`_choose.py`).
 
-Judged are the drop; the lead of the best peer, which is to be chance: below two standard errors of the difference
-picture by picture, though it is the best of nine; and the wall time to the file, imports and all, at most 0.7 times
-that of the fastest peer that reaches our accuracy. Wall time wants an idle machine; CPU time, which is the same on a
+Judged are the drop, alone and beside the best peer's; the lead of that peer, which is to be chance: below two standard
+errors of the difference picture by picture; and the wall time to the file, imports and all, at most 0.7 times that of
+the fastest peer that reaches our accuracy. Wall time wants an idle machine; CPU time, which is the same on a
 loaded one, stands beside it without a goal, as do memory and the SQNR of the logits, which tells more than a drop of
 less than 0.1 points. Peers that leave more than a tenth of the layers float are shown, and are no peers.
 """
@@ -202,7 +202,7 @@ def _against(name: str, ours: Found, others: dict[str, Found]) -> list[Row]:
     clearest = max(others, key=lambda who: others[who].clear)
     lead = round(_lead(others[best], ours), 2)
     rows = [
-        Row(f"{name}: drop, {OURS}", ours.drop, "points", best, others[best].drop),
+        Row(f"{name}: drop, {OURS}", ours.drop, "points", best, others[best].drop, "value <= peer"),
         Row(f"{name}: lead of the best peer, {best}, in standard errors", lead, "", goal="value <= 2"),
         Row(f"{name}: SQNR of the logits, {OURS}", ours.clear, "dB", clearest, others[clearest].clear),
     ]

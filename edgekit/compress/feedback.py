@@ -28,6 +28,7 @@ BLOCK = 64
 
 ROWS = 8192
 DAMPING = 0.2
+"""How `alone` learns what a layer takes: enough to rank layers by; the pass itself has options."""
 
 
 def alone(layer: Layer, rule: WeightRule, inputs: Sequence[torch.Tensor]) -> Change:

@@ -44,11 +44,10 @@ def reconstruct(
     before, was = before.eval(), after.training
     work = _Work(parts, kept)
     calls = [before.get_submodule(name).register_forward_hook(work.remembers(name)) for name in parts]
-    with torch.no_grad():
-        before(*inputs)
-    calls += [after.get_submodule(name).register_forward_pre_hook(work.solves(name)) for name in work.wanted]
     try:
         with torch.no_grad():
+            before(*inputs)
+            calls += [after.get_submodule(name).register_forward_pre_hook(work.solves(name)) for name in work.wanted]
             after.eval()(*inputs)
     finally:
         for call in calls:
@@ -65,9 +64,10 @@ def outputs_left(module: nn.Module, cut: Callable[[nn.Module], None], copied: nn
     with extra("compress"):
         import torch
     names = [name for name, part in module.named_modules() if isinstance(part, _kinds())]
-    weights = {name: dict(copied.named_parameters(remove_duplicate=False))[f"{name}.weight"] for name in names}
+    weights = dict(copied.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for weight in weights.values():
+        for name in names:
+            weight = weights[f"{name}.weight"]
             numbers = torch.arange(len(weight), dtype=weight.dtype, device=weight.device)
             weight.copy_(numbers.reshape(-1, *[1] * (weight.dim() - 1)).expand_as(weight))
     cut(copied)

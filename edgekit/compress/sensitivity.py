@@ -123,10 +123,7 @@ def sensitivities(
             if layer is not None and layer.weight not in seen and _is_planned(layer, model.plan):
                 seen.add(layer.weight)
                 progress("sensitivity", position, len(steps))
-                found += [
-                    _tried(layer, model.plan, bits, _Trial(runs, position, judge, rounds or _nearest))
-                    for bits in widths
-                ]
+                found += [_tried(layer, model.plan, bits, _Trial(runs, position, judge, rounds)) for bits in widths]
             for run in runs:
                 run.advance(position)
     progress("sensitivity", len(steps), len(steps))

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from edgekit.tensors import Array
 
 
-INHERITED = {"empirical": 1.0, "blended": 0.25, "analytic": 0.0}
-"""Which share of the shift that comes in from the layers before is taken out."""
+INHERITED = {"empirical": 1.0, "blended": 0.25}
+"""Which share of the shift that comes in from the layers before is taken out; `analytic` knows of none."""
 
 
 class BiasCorrection(CompressionPass, frozen=True):

@@ -158,8 +158,9 @@ class Quantize(CompressionPass, frozen=True):
         for name, axis in axes.items():
             if name not in self.keep:
                 rule = WeightRule(bits=self.bits, granularity=self.granularity, axis=axis, group=self.group)
-                whole = scaled(found[name], rule, self.weights, is_symmetric=self.symmetric) if name in found else rule
-                rules[name] = whole
+                if name in found:
+                    rule = scaled(found[name], rule, self.weights, is_symmetric=self.symmetric)
+                rules[name] = rule
         return rules
 
 
