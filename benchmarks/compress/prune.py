@@ -115,8 +115,8 @@ def ours(model: Model, case: Case, how: Schedule) -> tuple[Model, float]:
     return Prune(**options).apply(model, silent), time.monotonic() - began
 
 
-OURS: dict[str, object] = {"scope": "global", "importance": "l2", "round_to": 1}
-"""Chosen on the validation pictures, by what the cut leaves before an epoch: 91.0 % of ResNet-56, 89.0 by taylor."""
+OURS: dict[str, object] = {"scope": "global", "importance": "l1", "round_to": 1}
+"""Chosen on 10,000 train pictures that the recovery does not see, four seeds: 93.6 and 94.4 %; l2 93.4 and 94.3."""
 
 
 def theirs(model: Model, case: Case, how: Schedule, losses: tuple) -> tuple[Model, float]:

@@ -9,6 +9,7 @@ from fakes import digits
 
 from edgekit import workload
 from edgekit.compress import evaluate
+from edgekit.compress.passes import prune
 from edgekit.compress.passes.prune import Prune
 from edgekit.compress.reconstruction import largest_output, outputs_left, reconstruct
 from edgekit.model import Data, Split
@@ -44,8 +45,8 @@ def pruned(module, samples, **options):
 @pytest.mark.parametrize("bias", [True, False])
 def test_what_can_be_said_by_the_channels_that_stay_is_said(bias):
     samples = np.random.default_rng(0).normal(size=(32, 3, 6, 6)).astype(np.float32)
-    for is_on, most in ((True, 0.02), (False, np.inf)):
-        wanted, made = pruned(twins(bias=bias), samples, reconstruct=is_on)
+    for solves, most in (("auto", 0.02), ("off", np.inf)):
+        wanted, made = pruned(twins(bias=bias), samples, reconstruct=solves)
         assert made.network.module[0].out_channels == 4
         apart = np.abs(only(made, samples) - wanted).max()
         assert apart < most
@@ -55,11 +56,21 @@ def test_what_can_be_said_by_the_channels_that_stay_is_said(bias):
 def test_a_network_cut_to_half_of_its_channels_still_reads_digits_without_an_epoch():
     model = digits.model()
     found = [
-        evaluate.top1(Prune(ratio=0.5, epochs=0, reconstruct=is_on).apply(model, silent).network, model.data.test)
-        for is_on in (False, True)
+        evaluate.top1(Prune(ratio=0.5, epochs=0, reconstruct=solves).apply(model, silent).network, model.data.test)
+        for solves in ("off", "on")
     ]
     assert found[0] < 0.7
     assert found[1] > 0.85
+
+
+def test_what_trains_keeps_the_weights_it_had_unless_told_otherwise(monkeypatch):
+    calls = []
+    monkeypatch.setattr(prune, "reconstruct", lambda *given: calls.append(given) or 0)
+    model = digits.model()
+    for solves, epochs, times in (("auto", 1, 0), ("on", 1, 1), ("auto", 0, 1), ("off", 0, 0)):
+        calls.clear()
+        Prune(ratio=0.5, epochs=epochs, reconstruct=solves).apply(model, silent)
+        assert len(calls) == times, (solves, epochs)
 
 
 def test_calibration_is_enough_and_labels_are_not_needed():
