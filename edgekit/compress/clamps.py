@@ -28,11 +28,23 @@ def clamps(model: Model) -> dict[str, Bounds]:
     return dict(_torch(model)) if isinstance(model.network, TorchNetwork) else {}
 
 
+def ends(model: Model) -> dict[str, str]:
+    """Return the clamp that each such layer goes into, both by name: what an engine that fuses them makes of it."""
+    if isinstance(model.network, OnnxNetwork):
+        return {node.input[0]: node.output[0] for node in _onnx_clamps(model.network.proto())}
+    return {one.name: clamp.name for one, clamp in _fused(model)} if isinstance(model.network, TorchNetwork) else {}
+
+
 def _torch(model: Model) -> Iterator[tuple[str, Bounds]]:
+    for node, clamp in _fused(model):
+        yield node.name, _bounds(clamp)
+
+
+def _fused(model: Model) -> Iterator[tuple[fx.Node, fx.Node]]:
     for node, _ in graph.weighted(trace(model).module(check_guards=False).graph):
         followers = list(node.users)
         if len(followers) == 1 and graph.operation(followers[0]) in graph.CLAMPS:
-            yield node.name, _bounds(followers[0])
+            yield node, followers[0]
 
 
 def _bounds(node: fx.Node) -> Bounds:
@@ -54,10 +66,7 @@ def _onnx(proto: onnx.ModelProto) -> Iterator[tuple[str, Bounds]]:
     from onnx import numpy_helper
 
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
-    fused = onnx_graph.fused_away(proto.graph)
-    for node in proto.graph.node:
-        if node.op_type not in onnx_graph.CLAMPS or node.input[0] not in fused:
-            continue
+    for node in _onnx_clamps(proto):
         names = [*node.input[1:], "", ""][:2]
         if node.op_type == "Relu":
             yield node.input[0], (0.0, math.inf)
@@ -66,3 +75,8 @@ def _onnx(proto: onnx.ModelProto) -> Iterator[tuple[str, Bounds]]:
             given = {a.name: a.f for a in node.attribute}  # before opset 11
             low, high = (given.get(key) if n is None else n for n, key in zip(found, ("min", "max"), strict=True))
             yield node.input[0], (-math.inf if low is None else low, math.inf if high is None else high)
+
+
+def _onnx_clamps(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    fused = onnx_graph.fused_away(proto.graph)
+    return (node for node in proto.graph.node if node.op_type in onnx_graph.CLAMPS and node.input[0] in fused)

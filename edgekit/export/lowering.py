@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgekit.errors import ExportError
-from edgekit.export import onnx_dynamic, qdq
+from edgekit.export import kernels, onnx_dynamic, qdq
 from edgekit.export.onnx_file import Graph, float_graph, write
-from edgekit.export.onnx_weights import BLOCK_OPSET, Weights, pack, planned_nodes, replace_nodes
+from edgekit.export.onnx_weights import BLOCK_OPSET, Weights, as_product, pack, planned_nodes, replace_nodes
 from edgekit.export.quiet import silence
 from edgekit.export.targets import Artifact
 from edgekit.manifest import Port
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 
 def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: Scheme, progress: Progress) -> Artifact:
     """Write the model as ONNX, as its plan says, and describe the file."""
-    opset = max(int(profile.options.get("opset", 20)), _least_opset(model.plan))
-    graph = float_graph(model, opset)
+    least = _least_opset(model.plan, scheme)
+    graph = float_graph(model, max(int(profile.options.get("opset", 20)), least))
     if model.plan and isinstance(model.network, OnnxNetwork):
-        graph = _raised(graph, max(13, _least_opset(model.plan)))
+        graph = _raised(graph, max(13, least))
     proto, notes = _lowered(graph, model, scheme, progress)
     path.write_bytes(write(proto))
+    if model.plan and scheme.onnxruntime and model.plan.scheme != "float16":
+        notes = (*notes, *_kernel_notes(path, model.name, model.plan, profile))
     return Artifact(
         main=path.name,
         files=(path.name,),
@@ -46,10 +48,21 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
     )
 
 
-def _least_opset(plan: QuantizationPlan | None) -> int:
+def _kernel_notes(path: Path, name: str, plan: QuantizationPlan, profile: DeviceProfile) -> tuple[str, ...]:
+    """Say what ONNX Runtime computes in integers, and stop where a plan asks for that in vain."""
+    found = kernels.found_in(path, plan.weights, has_signed=profile.arch != "x86_64")
+    if plan.scheme == "weight-only":
+        return (found.note(),) if found.integer else ()
+    kernels.refuse_floats(found, name, plan.weights)
+    left = ", ".join(f"{weight} ({operator})" for weight, _, operator in found.floats)
+    return (found.note() + (f"; there is none for {left}" if left else ""),)
+
+
+def _least_opset(plan: QuantizationPlan | None, scheme: Scheme) -> int:
     if plan is None:
         return 0
-    packs = plan.scheme == "weight-only" and any(rule.bits <= 4 for rule in plan.weights.values())
+    can_pack = plan.scheme == "weight-only" or (plan.scheme == "static" and scheme.onnxruntime)
+    packs = can_pack and any(rule.bits <= 4 for rule in plan.weights.values())
     return BLOCK_OPSET if packs or any(r.granularity == "group" for r in plan.weights.values()) else 13
 
 
@@ -79,23 +92,38 @@ def _lowered(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> 
     if plan.scheme == "dynamic":
         return onnx_dynamic.quantize(graph, model, plan)
     proto, note = qdq.quantize(graph, model, scheme, progress)
-    return proto, (note, *_width_note(plan))
+    return proto, (note, *_width_note(plan, scheme))
 
 
-def _width_note(plan: QuantizationPlan) -> tuple[str, ...]:
-    narrow = [name for name, rule in plan.weights.items() if rule.bits < 7 and rule.granularity != "group"]
-    blocks = [name for name, rule in plan.weights.items() if rule.granularity == "group"]
-    notes = [f"{len(narrow)} weights of fewer than 8 bits are stored in 8, as the integer kernels take them"]
-    told = [f"{len(blocks)} weights have a scale a group: they are multiplied in float"]
-    return (*(notes if narrow else []), *(told if blocks else []))
+def _width_note(plan: QuantizationPlan, scheme: Scheme) -> tuple[str, ...]:
+    """Tell how weights of other widths than the kernels' lie in the file."""
+    single = {name: rule.bits for name, rule in plan.weights.items() if rule.granularity != "group"}
+    packed = [name for name, bits in single.items() if bits <= 4 and scheme.onnxruntime]
+    wider = [name for name, bits in single.items() if bits < 7 and name not in packed]
+    told = {
+        f"{len(packed)} weights are stored in 4 bits and widened to the integer kernels' 8 at load": packed,
+        f"{len(wider)} weights of fewer than 8 bits are stored in 8, as the integer kernels take them": wider,
+        f"{len(plan.weights) - len(single)} weights have a scale a group: they are multiplied in float": (
+            len(plan.weights) > len(single)
+        ),
+    }
+    return tuple(note for note, holds in told.items() if holds)
 
 
 def _weight_only(graph: Graph, model: Model, plan: QuantizationPlan) -> onnx.ModelProto:
     proto = type(graph.proto).FromString(graph.proto.SerializeToString())
     weights = Weights(proto)
-    for item in planned_nodes(weights, model, plan):
+    items = {item.node.output[0]: item for item in planned_nodes(weights, model, plan)}
+    nodes: list[onnx.NodeProto] = []
+    for node in proto.graph.node:
+        item = items.get(node.output[0])
+        if item is None:
+            nodes.append(node)
+            continue
+        item, own = as_product(weights, item)
         pack(weights, item)
-    replace_nodes(proto, [*weights.nodes, *proto.graph.node])
+        nodes += own
+    replace_nodes(proto, [*weights.nodes, *nodes])
     weights.drop_unused()
     return proto
 

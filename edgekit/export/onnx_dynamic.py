@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgekit.export.onnx_weights import Planned, Weights, pack, planned_nodes, replace_nodes, storage
+from edgekit.export.onnx_weights import (
+    Planned,
+    Weights,
+    as_product,
+    has_block_kernel,
+    pack,
+    planned_nodes,
+    replace_nodes,
+    storage,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -32,6 +41,11 @@ def quantize(graph: Graph, model: Model, plan: QuantizationPlan) -> tuple[onnx.M
         item = items.get(node.output[0])
         if item is None:
             nodes.append(node)
+            continue
+        item, own = as_product(weights, item)
+        if has_block_kernel(item):
+            pack(weights, item)  # its kernel rounds the input to 8 bits, block by block
+            nodes += own
             continue
         source = node.input[0]
         if source not in rounded:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -128,15 +128,18 @@ def _by_content(
     return []
 
 
-def store(weights: Weights, item: Planned) -> None:
+def store(weights: Weights, item: Planned, *, packed: bool = False) -> None:
     """Let a node read its weight through DequantizeLinear from integers of 8 bits, for engines to fuse.
 
+    ``packed``: integers of up to 4 bits lie in 4 and are cast to 8, which ONNX Runtime computes once, when it loads
+    the file; then it finds the same integers to fuse. Those with scales a group stay in 8: no integer kernel is theirs.
     Groups lie on the axis of the inputs; those of a convolution run through its kernel, so it is stored as a matrix.
 
     Raises:
         ExportError: groups that lie on no axis.
     """
-    _store(weights, item, storage(item.rule, packed=False), is_folded=False)
+    narrow = packed and item.rule.granularity != "group"
+    _store(weights, item, storage(item.rule, packed=narrow), is_folded=False, is_widened=narrow and item.rule.bits <= 4)
 
 
 def pack(weights: Weights, item: Planned) -> None:
@@ -146,19 +149,51 @@ def pack(weights: Weights, item: Planned) -> None:
     on a convolutional network); a cast and a product of constants it computes once. It does have a kernel for
     MatMul with scales a group (MatMulNBits), made from DequantizeLinear.
     """
-    has_kernel = item.node.op_type == "MatMul" and item.rule.granularity == "group" and item.values.ndim == 2
-    _store(weights, item, storage(item.rule, packed=True), is_folded=not has_kernel)
+    _store(weights, item, storage(item.rule, packed=True), is_folded=not has_block_kernel(item))
 
 
-def _store(weights: Weights, item: Planned, kind: np.dtype[Any], *, is_folded: bool) -> None:
+def has_block_kernel(item: Planned) -> bool:
+    """Say whether ONNX Runtime multiplies by the integers of groups as they lie there (MatMulNBits)."""
+    is_matrix = item.node.op_type == "MatMul" and item.values.ndim == 2
+    return is_matrix and item.rule.granularity == "group" and item.rule.bits <= 4
+
+
+def as_product(weights: Weights, item: Planned) -> tuple[Planned, list[onnx.NodeProto]]:
+    """Return a Gemm with scales a group as MatMul, and the Add of its bias: only MatMul has a kernel for 4-bit groups.
+
+    Anything else comes back as it is. The nodes go into the graph in the place of the old one.
+    """
+    import numpy as np
+    from onnx import helper
+
+    node = item.node
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    plain = not given.get("transA") and given.get("alpha", 1.0) == 1 and given.get("beta", 1.0) == 1
+    shared = sum(item.weight in other.input for other in weights.proto.graph.node) > 1
+    if node.op_type != "Gemm" or item.rule.granularity != "group" or item.rule.bits > 4 or not plain or shared:
+        return item, [node]
+    values, rule = item.values, item.rule
+    if given.get("transB"):
+        values, rule = np.ascontiguousarray(values.T), msgspec.structs.replace(rule, axis=1 - rule.axis % 2)
+    out, bias = node.output[0], node.input[2] if len(node.input) > 2 else ""
+    summed = f"{out}_product" if bias else out
+    product = helper.make_node("MatMul", [node.input[0], item.weight], [summed], node.name)
+    sums = [helper.make_node("Add", [summed, bias], [out], f"{node.name}_bias")] if bias else []
+    return replace(item, node=product, rule=rule, values=values), [product, *sums]
+
+
+def _store(weights: Weights, item: Planned, kind: np.dtype[Any], *, is_folded: bool, is_widened: bool = False) -> None:
     name, shape, made = item.weight, item.values.shape, f"{item.weight}_dequantized"
     if made not in {node.output[0] for node in weights.nodes}:
         cut = _layout(item)
+        wide = storage(item.rule, packed=False) if is_widened else kind
         parts = [
             weights.add(f"{name}_quantized", cut.integers.astype(kind)),
             weights.add(f"{name}_scale", cut.scales),
-            weights.add(f"{name}_zero_point", cut.zeros.astype(kind)),
+            weights.add(f"{name}_zero_point", cut.zeros.astype(wide)),
         ]
+        if is_widened:
+            parts[0] = _widened(weights, parts[0], f"{name}_widened", wide)
         flat = cut.integers.shape != shape
         first = f"{made}_matrix" if flat else made
         weights.nodes += _folded(weights, parts, first, cut) if is_folded else _dequantized(parts, first, cut)
@@ -199,6 +234,14 @@ def _layout(item: Planned) -> Layout:
             'use granularity = "channel" for transposed convolutions',
         )
     return Layout(integers.reshape(len(integers), -1), scales, zeros, 1, item.rule.group)
+
+
+def _widened(weights: Weights, source: str, made: str, kind: np.dtype[Any]) -> str:
+    from onnx import helper
+
+    to = helper.np_dtype_to_tensor_dtype(kind)
+    weights.nodes.append(helper.make_node("Cast", [source], [made], f"{made}_node", to=to))
+    return made
 
 
 def _dequantized(parts: list[str], made: str, cut: Layout) -> list[onnx.NodeProto]:

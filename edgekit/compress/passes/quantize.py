@@ -14,6 +14,7 @@ import msgspec
 from edgekit import device_profiles
 from edgekit.compress import graph, onnx_graph
 from edgekit.compress.calibration import Unmasked, runner
+from edgekit.compress.clamps import ends
 from edgekit.compress.layers import layers
 from edgekit.compress.observers import KEPT, Observer, ranges
 from edgekit.compress.passes import CompressionPass
@@ -124,7 +125,9 @@ class Quantize(CompressionPass, frozen=True):
         known = {name: limits for name, limits in found.items() if name not in run.masked}
         if self.cover == "inputs":
             taking = [one for one in layers(model) if one.weight in planned]
-            met = {name for one in taking for name in (one.source, "" if one.kind == "linear" else one.node)}
+            behind = ends(model)
+            made = {behind.get(one.node, one.node) for one in taking if one.kind != "linear"}
+            met = {one.source for one in taking} | made
             known = {name: limits for name, limits in known.items() if name in met}
         return known, len(run.masked)
 

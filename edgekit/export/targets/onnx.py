@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgekit.model import Model
     from edgekit.progress import Progress
 
-_SCHEMES = {"uint8": qdq.UNSIGNED, "int8": qdq.SIGNED}
+_SCHEMES = {"uint8": qdq.UNSIGNED, "int8": qdq.SHIFTED}
 
 
 class OnnxExporter:
