@@ -95,6 +95,21 @@ class Expected(_Part, frozen=True, kw_only=True):
     min_top1_agreement: float
 
 
+class Elsewhere(_Part, frozen=True, kw_only=True):
+    """What this very file answered on another instruction set, beside this machine's answers.
+
+    ``checked``: it ran there, emulated. ``unverified``: it could not; ``reason`` says why, and the device decides.
+    """
+
+    isa: str
+    status: Literal["checked", "unverified"]
+    reason: str = ""
+    samples: int = 0
+    sqnr_db: float | None = None
+    top1_agreement: float | None = None
+    max_abs_error: float | None = None
+
+
 class Variant(_Part, frozen=True, kw_only=True):
     """The model for one hardware class: which format, which files, what it needs, how far it is proved."""
 
@@ -105,6 +120,7 @@ class Variant(_Part, frozen=True, kw_only=True):
     files: tuple[RelativePath, ...]
     parity: Parity
     expected: Expected | None = None
+    elsewhere: Elsewhere | None = None
     inputs: tuple[Port, ...] = ()
     outputs: tuple[Port, ...] = ()
     batch: int = -1

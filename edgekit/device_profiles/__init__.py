@@ -25,7 +25,10 @@ class Detection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One hardware class: its formats in order of preference and how to lower a plan for it."""
+    """One hardware class: its formats in order of preference and how to lower a plan for it.
+
+    ``emulate`` names the processor that stands for the class where its files are checked on a better one.
+    """
 
     name: str
     title: str
@@ -36,6 +39,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     threads: int
     formats: tuple[str, ...]
     options: dict[str, str | int | bool] = {}
+    emulate: str = ""
     detect: Detection | None = None
     source: str
 

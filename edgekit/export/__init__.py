@@ -16,7 +16,7 @@ import msgspec
 from edgekit import bundle as bundles
 from edgekit import plugins
 from edgekit.errors import EdgekitError, UsageError
-from edgekit.export import parity, targets
+from edgekit.export import elsewhere, parity, targets
 from edgekit.export.golden import expected_of, golden_of, reference_of
 from edgekit.manifest import Manifest, Parity, Variant
 from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
@@ -147,8 +147,12 @@ def _export_one(
         variant = _variant(profile, artifact)
         progress(f"parity {profile.name}", 0, 0)
         proof = parity.check(exporter, variant, scratch, reference)
-        expected = expected_of(variant, proof.outputs, scratch) if proof.outputs else None
-        variant = msgspec.structs.replace(variant, parity=proof.parity, expected=expected)
+        variant = msgspec.structs.replace(variant, parity=proof.parity)
+        if proof.outputs:
+            variant = msgspec.structs.replace(variant, expected=expected_of(variant, proof.outputs, scratch))
+            progress(f"parity {profile.name} on its instruction set", 0, 0)
+            asked = elsewhere.ask(profile, variant, proof.outputs, scratch, reference)
+            variant = msgspec.structs.replace(variant, elsewhere=asked)
     except EdgekitError as error:
         return TargetResult(profile.name, profile.format, error=error)
     size = sum((scratch / path).stat().st_size for path in variant.files)

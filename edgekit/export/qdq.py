@@ -45,8 +45,8 @@ CLAMPS = ("Relu", "Clip")
 class Scheme:
     """How one hardware class wants its integers.
 
-    ``onnxruntime``: no other engine reads the file. Weights of 4 bits are stored in 4, for they are widened at load, and
-    layers that stay float are guarded: it makes integers, with one scale a tensor, of float weights behind a pair.
+    ``onnxruntime``: no other engine reads the file. Weights of 4 bits are stored in 4, for they are widened at load,
+    and layers that stay float are guarded: it makes integers, with one scale a tensor, of float weights behind a pair.
     """
 
     activations: str

@@ -26,7 +26,7 @@ from edgekit.runtime.telemetry import percentile
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from edgekit.manifest import Expected, Golden, Parity
+    from edgekit.manifest import Expected, Golden, Parity, Variant
     from edgekit.tensors import Array
 
 MIN_RUNS = 20
@@ -51,9 +51,7 @@ def check(folder: Path, variant: str | None = None, threads: int = 0) -> dict[st
         measured = {"load_ms": 1000 * (time.perf_counter() - started)}
         golden = read_manifest(folder).golden
         if isinstance(session, Session):
-            expected = session.variant.expected
-            outputs = expected.outputs if expected else golden.outputs
-            measured |= _check_tensors(session, folder, msgspec.structs.replace(golden, outputs=outputs))
+            measured |= _check_tensors(session, *golden_arrays(folder, golden, session.variant))
         else:
             measured |= _check_prompts(session, golden)
         measured["rss_mib"] = rss_mib()
@@ -108,11 +106,20 @@ def _verdict(stdout: bytes, stderr: bytes, code: int) -> dict[str, float]:
     return verdict.measured
 
 
-def _check_tensors(session: Session, folder: Path, golden: Golden) -> dict[str, float]:
+def golden_arrays(folder: Path, golden: Golden, variant: Variant) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Read the golden inputs, and what the variant answered to them at export, else what the model did.
+
+    Raises:
+        BundleError: a file holds no array.
+    """
+    outputs = variant.expected.outputs if variant.expected else golden.outputs
+    inputs = {name: _read_npy(folder / path) for name, path in golden.inputs.items()}
+    return inputs, {name: _read_npy(folder / path) for name, path in outputs.items()}
+
+
+def _check_tensors(session: Session, inputs: dict[str, Array], wanted: dict[str, Array]) -> dict[str, float]:
     import numpy as np
 
-    inputs = {name: _read_npy(folder / path) for name, path in golden.inputs.items()}
-    wanted = {name: _read_npy(folder / path) for name, path in golden.outputs.items()}
     if not inputs or not wanted:
         return {}
     count = len(next(iter(inputs.values())))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 from fakes import digits
+from fakes.planted import bright_inputs
 
 from edgekit import workload
 from edgekit.compress import compress, evaluate, recipe
@@ -190,9 +191,7 @@ def test_without_plan_data_or_one_budget_it_says_what_to_do(planned):
 
 
 def test_a_layer_that_got_seven_bits_lest_its_sums_saturate_never_gets_eight():
-    from test_saturation import planted
-
-    model = Quantize(target="x86-64-v3").apply(planted(strong=True), silent)
+    model = Quantize(target="x86-64-v3").apply(bright_inputs(strong=True), silent)
     assert widths(model) == {"0.weight": 7, "2.weight": 8}
     roomy = mixed(model, widths=(8, 4), bits=12)
     assert roomy.plan == model.plan, "8 bits everywhere are what quantize has chosen"
@@ -202,5 +201,5 @@ def test_a_layer_that_got_seven_bits_lest_its_sums_saturate_never_gets_eight():
         "weights_8bit": 4 * 8,
     }
     assert widths(mixed(model, widths=(4,), bits=9)) == {"0.weight": 4, "2.weight": 4}
-    plain = Quantize(bits=7).apply(planted(strong=True), silent)
+    plain = Quantize(bits=7).apply(bright_inputs(strong=True), silent)
     assert set(widths(mixed(plain, widths=(8, 4), bits=12)).values()) == {8}, "seven bits by choice may become eight"

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 from fakes import digits
 
-from edgekit.model import Split
+from edgekit import workload
+from edgekit.model import Data, Split
 
 CHANNEL = 3
 """The channel between ``near.0.first`` and ``near.0.second`` that is made wide."""
@@ -71,3 +72,19 @@ def with_a_saturating_layer():
             return self.inner(self.eye(image))
 
     return replace(model, network=replace(model.network, module=Twice().eval()))
+
+
+def bright_inputs(*, strong):
+    """Return two convolutions with bright inputs; ``strong`` weights are all of one sign, so that pairs add up."""
+    import torch
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        for part, is_strong in ((net[0], strong), (net[2], False)):
+            part.weight.copy_(torch.rand_like(part.weight) * 0.2 + 0.9 if is_strong else torch.randn_like(part.weight))
+            if not is_strong:  # one large weight a channel: the others are small integers
+                part.weight.mul_(0.001)
+                part.weight[:, 0, 0, 0] = 1.0
+    images = np.random.default_rng(0).uniform(0.8, 1.0, (16, 4, 6, 6)).astype(np.float32)
+    return workload.from_module("planted", net.eval(), Data(Split({"image": images})))
