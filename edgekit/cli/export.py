@@ -36,7 +36,9 @@ COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "same to
 )
 @click.option("--name", help="Name of the bundle; default: the model's.")
 @click.option("--version", default="1", show_default=True, help="Version of the bundle.")
-@click.option("--precision", help="fp32 ignores the plan; language models: f32, f16, q8_0, q4_0.")
+@click.option(
+    "--precision", help="fp32 ignores the plan; language models: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0."
+)
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Weights for file.py:build: .safetensors, .pt, .pt2."
 )

@@ -15,8 +15,8 @@ import msgspec
 
 from edgekit import bundle as bundles
 from edgekit import plugins
-from edgekit.errors import EdgekitError, UsageError
-from edgekit.export import elsewhere, parity, targets
+from edgekit.errors import EdgekitError, ParityError, UsageError
+from edgekit.export import elsewhere, locating, parity, targets
 from edgekit.export.golden import expected_of, golden_of, reference_of
 from edgekit.manifest import Manifest, Parity, Variant
 from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
@@ -71,7 +71,7 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
     """Write the model for every profile, compare each file with the model, and seal one bundle in ``folder``.
 
     A target that fails leaves the others; nothing is written if all fail. The same input gives the same digest.
-    ``precision``: ``fp32`` ignores the plan; for language models the tensor type (``f16``, ``q8_0``, ``q4_0``).
+    ``precision``: ``fp32`` ignores the plan; for language models the tensor type (``f16``, ``q8_0``, …).
 
     Raises:
         UsageError: no target, one given twice, a name that is no file name, a folder of something else, no
@@ -146,7 +146,10 @@ def _export_one(
         artifact = exporter.export(model, profile, folder, progress)
         variant = _variant(profile, artifact)
         progress(f"parity {profile.name}", 0, 0)
-        proof = parity.check(exporter, variant, scratch, reference)
+        try:
+            proof = parity.check(exporter, variant, scratch, reference)
+        except ParityError as error:
+            raise _located(error, model, profile, variant) from error
         variant = msgspec.structs.replace(variant, parity=proof.parity)
         if proof.outputs:
             variant = msgspec.structs.replace(variant, expected=expected_of(variant, proof.outputs, scratch))
@@ -157,6 +160,13 @@ def _export_one(
         return TargetResult(profile.name, profile.format, error=error)
     size = sum((scratch / path).stat().st_size for path in variant.files)
     return TargetResult(profile.name, profile.format, variant, size)
+
+
+def _located(error: ParityError, model: Model, profile: DeviceProfile, variant: Variant) -> ParityError:
+    """Say in an error at which layer the file breaks, where that can be found out."""
+    limit = parity.limit_of(variant.precision)
+    broken = locating.first_broken(model, profile, _variant, limit.sqnr_db) if limit else None
+    return ParityError(f"{error.message}; {broken}", error.hint) if broken else error
 
 
 def _variant(profile: DeviceProfile, artifact: Artifact) -> Variant:

@@ -49,6 +49,10 @@ LIMITS = {
     "f32": Limit(60.0, 0.99),
     "f16": Limit(40.0, 0.97),
     "q8_0": Limit(25.0, 0.80),
+    "bf16": Limit(30.0, 0.90),
+    "q5_1": Limit(12.0, 0.30),
+    "q5_0": Limit(12.0, 0.30),
+    "q4_1": Limit(6.0, 0.10),
     "q4_0": Limit(6.0, 0.10),
     "int8": Limit(10.0, 0.85),
     "int8-dynamic": Limit(10.0, 0.85),
@@ -112,6 +116,20 @@ def check(exporter: Exporter, variant: Variant, folder: Path, reference: Referen
     return Proof(_judge(variant, reference, outputs, "evaluated", reason=missing))
 
 
+def computed(exporter: Exporter, variant: Variant, folder: Path, reference: Reference) -> Mapping[str, Array]:
+    """Return what the variant's file answers to the reference's inputs, in its engine or from its bytes; no verdict.
+
+    Raises:
+        MissingExtra, HealthError: the engine is not installed, or refuses the file.
+        ExportError: nothing here computes the format.
+    """
+    if _has_engine(variant, reference):
+        return _run(variant, folder, reference)
+    if isinstance(exporter, Evaluator):
+        return exporter.evaluate(folder / variant.main, reference.inputs.inputs)
+    raise ExportError(f"nothing here computes {variant.format}")
+
+
 def _loads(variant: Variant, folder: Path, reference: Reference) -> Parity:
     """Judge a file that is the model itself: there is nothing to compare it with, but its engine has to take it."""
     told = "the file is the model itself, sealed as it was given"
@@ -141,7 +159,7 @@ def _run(variant: Variant, folder: Path, reference: Reference) -> dict[str, Arra
 def _judge(
     variant: Variant, reference: Reference, outputs: Mapping[str, Array], status: Status, *, reason: str = ""
 ) -> Parity:
-    limit = _limit(variant.precision)
+    limit = limit_of(variant.precision)
     if limit is None:
         raise ExportError(
             f"{variant.name}: nobody knows what a {variant.precision} file must hold",
@@ -167,7 +185,7 @@ def _judge(
     return parity
 
 
-def _limit(precision: str) -> Limit | None:
+def limit_of(precision: str) -> Limit | None:
     """Return what a file must hold; 5 and 6 bits are judged as 4 are, fewer than 4 only by running at all."""
     if precision in LIMITS:
         return LIMITS[precision]

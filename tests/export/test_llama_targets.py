@@ -32,7 +32,10 @@ def only(result):
     return result.rows[0].variant
 
 
-@pytest.mark.parametrize(("precision", "least"), [("f32", 150), ("f16", 55), ("q8_0", 27), ("q4_0", 8)])
+@pytest.mark.parametrize(
+    ("precision", "least"),
+    [("f32", 150), ("f16", 55), ("bf16", 35), ("q8_0", 27), ("q5_1", 15), ("q5_0", 14), ("q4_1", 8), ("q4_0", 8)],
+)
 def test_every_precision_keeps_the_logits(folder, tmp_path, precision, least):
     variant = only(seal(folder, tmp_path / "b", precision))
     assert variant.precision == precision

@@ -1,4 +1,4 @@
-"""GGUF for llama.cpp, from a Hugging Face Llama, in pure Python. Writes F32, F16, Q8_0 and Q4_0; no K-quants."""
+"""GGUF for llama.cpp, from a Hugging Face Llama, in pure Python: floats and the plain types of blocks; no K-quants."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from edgekit.progress import Progress
     from edgekit.tensors import Array
 
-PRECISIONS = ("f32", "f16", "q8_0", "q4_0")
+PRECISIONS = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
+"""What a file may mostly consist of, with llama.cpp's number for it (``llama_ftype``)."""
 BLOCK = 32
 
 
@@ -106,7 +107,7 @@ def _write(
     writer.add_name(name)
     _add_shape(writer, shape)
     _add_vocabulary(writer, words)
-    writer.add_file_type({"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}[precision])
+    writer.add_file_type(PRECISIONS[precision])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     used: Counter[str] = Counter()
     odd: set[int] = set()
@@ -129,13 +130,15 @@ def _write(
 def tensor_type(name: str, shape: tuple[int, ...], precision: str) -> str:
     """Choose how a tensor is stored: vectors F32, rows that blocks do not divide F16, the vocabulary at least Q8_0.
 
-    llama.cpp itself keeps embedding and output above four bits: they decide which token wins.
+    llama.cpp itself keeps embedding and output above four and five bits: they decide which token wins.
     """
     if len(shape) < 2 or precision == "f32":
         return "F32"
+    if precision == "bf16":
+        return "BF16"
     if precision == "f16" or shape[-1] % BLOCK:
         return "F16"
-    if precision == "q4_0" and name in ("token_embd.weight", "output.weight"):
+    if precision != "q8_0" and name in ("token_embd.weight", "output.weight"):
         return "Q8_0"
     return precision.upper()
 
