@@ -77,6 +77,7 @@ class Parity(_Part, frozen=True, kw_only=True):
     status: Literal["checked", "evaluated", "unverified"]
     reason: str = ""
     samples: int = 0
+    batches: tuple[int, ...] = ()
     max_abs_error: float | None = None
     sqnr_db: float | None = None
     top1_agreement: float | None = None

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from edgekit import plugins
 from edgekit.errors import ExportError, HealthError, MissingExtra, ParityError
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from edgekit.tensors import Array
 
 BATCH = 16
+FEW, SMALL = 6, (1, 3)
+"""How many samples are run again in smaller batches where a file takes any size: one, and one that nothing divides."""
 CAP_DB = 200.0
 
 Status = Literal["checked", "evaluated"]
@@ -102,7 +106,9 @@ def check(exporter: Exporter, variant: Variant, folder: Path, reference: Referen
     if _has_engine(variant, reference):
         try:
             outputs = _run(variant, folder, reference)
-            return Proof(_judge(variant, reference, outputs, "checked"), outputs)
+            judged = _judge(variant, reference, outputs, "checked")
+            sizes = _same_in_small_batches(variant, folder, reference, outputs)
+            return Proof(msgspec.structs.replace(judged, batches=sizes), outputs)
         except MissingExtra as error:
             missing = error.message
         except HealthError as error:
@@ -147,13 +153,45 @@ def _has_engine(variant: Variant, reference: Reference) -> bool:
     return reference.contract.task != "text-generation" and variant.format in plugins.names(backends.__name__)
 
 
-def _run(variant: Variant, folder: Path, reference: Reference) -> dict[str, Array]:
+def _same_in_small_batches(
+    variant: Variant, folder: Path, reference: Reference, outputs: Mapping[str, Array]
+) -> tuple[int, ...]:
+    """Run a few samples in small batches, where the file takes any size; return in which sizes it has run.
+
+    Raises:
+        ParityError: their answers lie further from those in large batches than the file may lie from the model, or the
+            engine refuses the size.
+    """
+    if variant.batch != -1:
+        return (variant.batch,)
+    limit = limit_of(variant.precision)
+    few = replace(
+        reference,
+        inputs=reference.inputs.head(FEW),
+        outputs={name: outputs[name][:FEW] for name in reference.outputs},
+        scores=None,
+    )
+    for size in SMALL:
+        try:
+            apart = measure(few, _run(variant, folder, few, size)).sqnr_db
+        except HealthError as error:
+            raise ParityError(f"{variant.main}, in batches of {size}: {error.message}", error.hint) from error
+        if limit is not None and apart < limit.sqnr_db:
+            raise ParityError(
+                f"{variant.main} answers otherwise in batches of {size}: {apart:.1f} dB from its answers in batches of"
+                f" {BATCH} (at least {limit.sqnr_db})",
+                "the network mixes samples of a batch, or the exporter took a batch's size for a constant",
+            )
+    return (*SMALL, min(BATCH, len(reference.inputs)))
+
+
+def _run(variant: Variant, folder: Path, reference: Reference, size: int = BATCH) -> dict[str, Array]:
     with silence():  # LiteRT announces its delegates on stderr
         session = open_variant(folder, variant, reference.contract, EngineOptions(threads=1))
     if not isinstance(session, Session):
         raise HealthError(f"the engine of {variant.format} gives text, the model gives tensors")
     with session:
-        return run_batched(session, reference.inputs, BATCH)
+        return run_batched(session, reference.inputs, size)
 
 
 def _judge(

@@ -91,6 +91,30 @@ def test_a_file_with_other_weights_is_named_with_figures_and_limits(tiny, tmp_pa
         parity.check(exporter, variant("onnx"), tmp_path, reference_of(tiny, "tiny", "1"))
 
 
+def test_a_file_runs_in_several_sizes_of_batch(tiny, tmp_path):
+    exporter = plugins.load(PACKAGE, "onnx", "format")
+    exporter.export(tiny, device_profiles.load("x86-64"), tmp_path, lambda *_: None)
+    proof = parity.check(exporter, variant("onnx"), tmp_path, reference_of(tiny, "tiny", "1"))
+    assert proof.parity.batches == (1, 3, 16)
+
+
+def test_a_file_that_mixes_the_samples_of_a_batch_is_refused(tmp_path):
+    """In batches of 16 it computes what the network does; in smaller ones it cannot."""
+    import torch
+    from fakes.exportable import tiny_model
+
+    class Mixing(torch.nn.Module):
+        def forward(self, image):
+            flat = image.flatten(1)[:, :10]
+            return flat - flat.mean(0, keepdim=True)
+
+    model = tiny_model(Mixing(), count=16)
+    exporter = plugins.load(PACKAGE, "onnx", "format")
+    exporter.export(model, device_profiles.load("x86-64"), tmp_path, lambda *_: None)
+    with pytest.raises(ParityError, match="answers otherwise in batches of 1"):
+        parity.check(exporter, variant("onnx"), tmp_path, reference_of(model, "mixing", "1"))
+
+
 def test_a_file_the_engine_refuses_is_a_parity_error(tiny, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(ParityError, match="refuses"):
