@@ -10,7 +10,6 @@ import click
 from edgekit.cli._terminal import Terminal, command
 
 if TYPE_CHECKING:
-    from edgekit.device_profiles import DeviceProfile
     from edgekit.export import ExportResult, TargetResult
 
 COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "same top-1", "max error")
@@ -28,6 +27,9 @@ COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "same to
 )
 @click.argument("source", required=False)
 @click.option("--target", "targets", multiple=True, help="Hardware class, or a profile.toml of your own. Repeatable.")
+@click.option(
+    "--format", "formats", multiple=True, help="File format, for no hardware class in particular. Repeatable."
+)
 @click.option(
     "-o",
     "--output",
@@ -51,6 +53,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     *,
     source: str | None,
     targets: tuple[str, ...],
+    formats: tuple[str, ...],
     output: Path | None,
     name: str | None,
     version: str,
@@ -65,12 +68,16 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
         return
     from edgekit import bundle as bundles
     from edgekit import device_profiles, workload
+    from edgekit.cli._targets import known_format
     from edgekit.errors import UsageError
     from edgekit.export import export
 
-    if source is None or output is None or not targets:
-        raise UsageError("SOURCE, --target and -o are needed", "edgekit export SOURCE --target x86-64 -o BUNDLE")
+    if source is None or output is None or not (targets or formats):
+        raise UsageError(
+            "SOURCE, --target or --format, and -o are needed", "edgekit export SOURCE --target x86-64 -o BUNDLE"
+        )
     profiles = [device_profiles.load(target) for target in targets]
+    profiles += [device_profiles.of_format(known_format(name)) for name in formats]
     bundles.refuse_foreign(output)
     model = workload.load(source, checkpoint, workload.load_data(data_source) if data_source else None)
     result = export(
@@ -131,27 +138,18 @@ def _document(result: ExportResult, output: Path) -> dict[str, object]:
 
 def _list(terminal: Terminal) -> None:
     from edgekit import device_profiles
+    from edgekit.cli._targets import ability, format_names
 
     profiles = [device_profiles.load(name) for name in device_profiles.names()]
-    rows = [(p.name, p.title, p.format, *_ability(p)) for p in profiles]
+    rows = [(p.name, p.title, p.format, *ability(p)) for p in profiles]
     terminal.table(("target", "hardware", "format", "can be written here", "checked by"), rows)
     keys = ("target", "title", "format", "export", "parity")
-    terminal.result({"targets": [dict(zip(keys, row, strict=True)) for row in rows]})
-
-
-def _ability(profile: DeviceProfile) -> tuple[str, str]:
-    from typing import cast
-
-    from edgekit import plugins
-    from edgekit.cli.doctor import find_extras
-    from edgekit.export import PACKAGE
-    from edgekit.export.targets import Evaluator, Exporter
-    from edgekit.runtime import backends
-
-    exporter = cast("Exporter", plugins.load(PACKAGE, profile.format, "format"))
-    missing = [lack for e in find_extras() if e.name == exporter.extra for lack in e.lacking]
-    if missing:
-        return f"no: {missing[0]}; pip install 'edgekit[{exporter.extra}]'", "-"
-    if isinstance(exporter, Evaluator):
-        return "yes", "evaluation"
-    return "yes", "its engine" if profile.format in plugins.names(backends.__name__) else "nothing"
+    formats = [(name, *ability(device_profiles.of_format(name))) for name in format_names()]
+    terminal.say()
+    terminal.table(("format", "can be written here", "checked by"), formats)
+    terminal.result(
+        {
+            "targets": [dict(zip(keys, row, strict=True)) for row in rows],
+            "formats": [dict(zip(("format", *keys[3:]), row, strict=True)) for row in formats],
+        }
+    )

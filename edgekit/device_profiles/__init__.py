@@ -80,6 +80,20 @@ def load(name: str) -> DeviceProfile:
         ) from error
 
 
+def of_format(name: str) -> DeviceProfile:
+    """Return a profile of no hardware in particular for a file format; its variant is called as the format."""
+    return DeviceProfile(
+        name=name,
+        title=f"any machine that runs {name}",
+        summary="the format's own defaults",
+        arch="any",
+        memory_mb=0,
+        threads=0,
+        formats=(name,),
+        source="",
+    )
+
+
 def detect(root: Path = Path("/"), machine: str | None = None) -> DeviceProfile | None:
     """Name the class of the machine whose file system is ``root``; ``None`` where no profile's signs match."""
     machine = machine or platform.machine()

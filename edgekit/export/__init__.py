@@ -15,7 +15,7 @@ import msgspec
 
 from edgekit import bundle as bundles
 from edgekit import plugins
-from edgekit.errors import EdgekitError, ParityError, UsageError
+from edgekit.errors import EdgekitError, ExportError, ParityError, UsageError
 from edgekit.export import elsewhere, locating, parity, targets
 from edgekit.export.golden import expected_of, golden_of, reference_of
 from edgekit.manifest import Manifest, Parity, Variant
@@ -145,6 +145,7 @@ def _export_one(
         exporter = cast("Exporter", plugins.load(PACKAGE, profile.format, "format"))
         artifact = exporter.export(model, profile, folder, progress)
         variant = _variant(profile, artifact)
+        _refuse_too_large(profile, variant, scratch)
         progress(f"parity {profile.name}", 0, 0)
         try:
             proof = parity.check(exporter, variant, scratch, reference)
@@ -160,6 +161,15 @@ def _export_one(
         return TargetResult(profile.name, profile.format, error=error)
     size = sum((scratch / path).stat().st_size for path in variant.files)
     return TargetResult(profile.name, profile.format, variant, size)
+
+
+def _refuse_too_large(profile: DeviceProfile, variant: Variant, scratch: Path) -> None:
+    size = sum((scratch / path).stat().st_size for path in variant.files)
+    if profile.memory_mb and size > profile.memory_mb * 2**20:
+        raise ExportError(
+            f"{variant.main} has {size / 2**20:.0f} MiB, and {profile.name} has {profile.memory_mb} MiB of memory",
+            "quantize it to fewer bits, or choose a larger class (edgekit devices list)",
+        )
 
 
 def _located(error: ParityError, model: Model, profile: DeviceProfile, variant: Variant) -> ParityError:

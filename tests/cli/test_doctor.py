@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from edgekit import device_profiles
 from edgekit.cli import cli
-from edgekit.cli.doctor import ENABLES, Extra, Package, find_extras
+from edgekit.cli._extras import ENABLES, Extra, Package, find_extras
 from edgekit.device_profiles import machine
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -27,6 +28,12 @@ def test_doctor_ends_well_and_names_the_machine_in_both_forms():
     text = CliRunner().invoke(cli, ["doctor"])
     assert text.exit_code == 0
     assert document["machine"]["cpu"] in text.stdout
+
+
+def test_doctor_says_of_every_target_whether_it_can_be_written_here():
+    document = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)
+    assert [row["target"] for row in document["targets"]] == device_profiles.names()
+    assert {row["export"] for row in document["targets"]} == {"yes"}
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):

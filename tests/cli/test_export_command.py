@@ -68,7 +68,7 @@ def test_all_failures_write_nothing(saved, tmp_path):
     [
         (["nowhere", "--target", "x86-64"], "is no model"),
         (["SAVED", "--target", "x86_64"], "did you mean x86-64"),
-        (["SAVED"], "SOURCE, --target and -o are needed"),
+        (["SAVED"], "SOURCE, --target or --format, and -o are needed"),
         (["SAVED", "--target", "x86-64", "--precision", "int3"], "cannot be exported as int3"),
         (["missing.onnx", "--target", "x86-64"], "no ONNX file"),
         (["SAVED", "--target", "x86-64", "--data", "missing.npz"], "no data at missing.npz"),
@@ -100,6 +100,37 @@ def test_list_names_every_target_and_whether_it_can_be_written_here():
     assert list(rows) == device_profiles.names()
     assert rows["iphone-15"]["parity"] == "evaluation"
     assert rows["x86-64"]["export"] == "yes"
+
+
+def test_a_format_is_enough_where_no_hardware_class_is_meant(saved, tmp_path):
+    code, out, err = edgekit("export", saved, "--format", "onnx", "--format", "coreml", "-o", tmp_path / "b", "--json")
+    assert code == 0, err
+    assert [row["variant"]["name"] for row in json.loads(out)["targets"]] == ["onnx", "coreml"]
+    assert (tmp_path / "b" / "onnx" / "model.onnx").is_file()
+    code, _, err = edgekit("export", saved, "--format", "onx", "-o", tmp_path / "c")
+    assert code == 2
+    assert "onnx" in err
+    listed = json.loads(edgekit("export", "--list", "--json")[1])["formats"]
+    assert {row["format"] for row in listed} >= {"onnx", "coreml", "tflite", "tensorrt", "gguf"}
+
+
+def test_a_file_larger_than_the_memory_of_its_class_is_refused(saved, tmp_path):
+    from edgekit import device_profiles
+    from edgekit.errors import ExportError
+    from edgekit.export import _refuse_too_large
+    from edgekit.manifest import Parity, Variant
+
+    text = device_profiles._files()["x86-64"].read_text()
+    (tmp_path / "tiny-pc.toml").write_text(text.replace("memory_mb = 8192", "memory_mb = 1"))
+    (tmp_path / "none.toml").write_text(text.replace("memory_mb = 8192", "memory_mb = 0"))
+    large = tmp_path / "model.onnx"
+    large.write_bytes(b"0" * (2**20 + 1))
+    variant = Variant(
+        name="a", format="onnx", precision="fp32", main=large.name, files=(large.name,), parity=Parity(status="checked")
+    )
+    with pytest.raises(ExportError, match="has 1 MiB, and tiny-pc has 1 MiB of memory"):
+        _refuse_too_large(device_profiles.load(str(tmp_path / "tiny-pc.toml")), variant, tmp_path)
+    _refuse_too_large(device_profiles.load(str(tmp_path / "none.toml")), variant, tmp_path)
 
 
 def test_inspect_shows_tensors_variants_files_and_digest(exported):
