@@ -16,6 +16,7 @@ ENABLES = {
     "gguf": "run language models with llama.cpp",
     "tensorrt": "run TensorRT engines on NVIDIA Jetson and servers",
     "coreml": "read and check Core ML programs",
+    "openvino": "write and run OpenVINO's IR, for Intel CPUs, GPUs and NPUs",
     "compress": "quantize, prune and distil on the workstation",
     "export": "write ONNX, LiteRT, Core ML and GGUF",
     "fleet": "publish releases, roll them out, embedded broker",
