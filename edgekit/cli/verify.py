@@ -82,9 +82,10 @@ def _verified(folder: Path, opened: Bundle, variant: Variant, isas: list[Isa]) -
     if variant.expected is None:
         return unverified("the file never ran where it was exported, so there is nothing to compare with", places)
     rows: list[tuple[Variant, Elsewhere, bool]] = []
+    contract = contract_of(manifest, opened.digest)
     for place in places:
         try:
-            found = emulation.answers(folder, variant, contract_of(manifest, opened.digest), inputs, place)
+            found = emulation.answers(folder, variant, contract, inputs=inputs, isa=place)
         except EdgekitError as error:
             rows += [(v, told, place is not None) for v, told, _ in unverified(error.message, [place])]
             continue

@@ -155,7 +155,7 @@ def _export_one(
         if proof.outputs:
             variant = msgspec.structs.replace(variant, expected=expected_of(variant, proof.outputs, scratch))
             progress(f"parity {profile.name} on its instruction set", 0, 0)
-            asked = elsewhere.ask(profile, variant, proof.outputs, scratch, reference)
+            asked = elsewhere.ask(profile, variant, proof.outputs, folder=scratch, reference=reference)
             variant = msgspec.structs.replace(variant, elsewhere=asked)
     except EdgekitError as error:
         return TargetResult(profile.name, profile.format, error=error)

@@ -25,7 +25,7 @@ DECIDES = "not verified on this instruction set; the device's own trial decides"
 
 
 def ask(
-    profile: DeviceProfile, variant: Variant, outputs: Mapping[str, Array], folder: Path, reference: Reference
+    profile: DeviceProfile, variant: Variant, outputs: Mapping[str, Array], *, folder: Path, reference: Reference
 ) -> Elsewhere | None:
     """Compare what a file answered here with what it answers on the profile's processor; ``None``: there is no other.
 
@@ -44,7 +44,7 @@ def ask(
     native = {name: array[:GOLDEN_SAMPLES] for name, array in outputs.items()}
     samples = reference.inputs.head(GOLDEN_SAMPLES).inputs
     try:
-        found = emulation.answers(folder, variant, reference.contract, samples, isa)
+        found = emulation.answers(folder, variant, reference.contract, inputs=samples, isa=isa)
     except HealthError as error:
         raise ParityError(f"{variant.name}: {error.message}", error.hint) from error
     figures = emulation.figures_of(isa.name, found, native)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.errors import ExportError
 from edgekit.plugins import extra
+from edgekit.runtime.backends.onnx import engine_errors
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -88,7 +89,7 @@ def optimized(path: Path, *, has_signed: bool = False) -> onnx.ModelProto:
         options.optimized_model_filepath = str(Path(folder, "optimized.onnx"))
         try:
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its own classes share no base but this
+        except engine_errors() as error:
             raise ExportError(
                 f"ONNX Runtime {onnxruntime.__version__} refuses {path.name}: {str(error).splitlines()[0][:300]}",
                 "export with --precision fp32 to see whether the plan or the network is at fault",

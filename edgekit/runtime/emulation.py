@@ -75,7 +75,7 @@ def lacking() -> str:
 
 
 def answers(
-    folder: Path, variant: Variant, contract: Contract, inputs: Mapping[str, Array], isa: Isa | None = None
+    folder: Path, variant: Variant, contract: Contract, *, inputs: Mapping[str, Array], isa: Isa | None = None
 ) -> dict[str, Array]:
     """Run a variant, whose files lie under ``folder``, sample by sample in a process of its own; ``None``: natively.
 

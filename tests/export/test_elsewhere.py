@@ -63,7 +63,7 @@ def test_verify_runs_a_bundle_on_another_instruction_set(emulated, tmp_path):
 
 
 def test_another_architecture_is_said_not_to_be_verified(tmp_path, monkeypatch):
-    monkeypatch.setattr(emulation, "answers", lambda *_: pytest.fail("nothing runs"))
+    monkeypatch.setattr(emulation, "answers", lambda *_, **__: pytest.fail("nothing runs"))
     done = sealed(tmp_path / "b", "raspberry-pi-5")
     found = done.rows[0].variant.elsewhere
     assert (found.isa, found.status) == ("aarch64", "unverified")
@@ -80,7 +80,7 @@ def test_without_an_emulator_the_manifest_says_so(tmp_path, monkeypatch):
 
 def test_a_processor_like_the_target_needs_no_emulation(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.Machine, "integer_dot_product", "")
-    monkeypatch.setattr(emulation, "answers", lambda *_: pytest.fail("nothing runs"))
+    monkeypatch.setattr(emulation, "answers", lambda *_, **__: pytest.fail("nothing runs"))
     assert sealed(tmp_path / "b", "x86-64-v3").rows[0].variant.elsewhere is None
 
 
@@ -106,7 +106,7 @@ def test_what_cannot_run_says_why(tmp_path, monkeypatch):
     if emulation.lacking().startswith("QEMU"):
         assert emulation.INSTALL in emulation.lacking()
     with pytest.raises(HealthError):
-        emulation.answers(Path(tmp_path), variant(), None, {}, emulation.isa_named("haswell"))
+        emulation.answers(Path(tmp_path), variant(), None, inputs={}, isa=emulation.isa_named("haswell"))
     done = CliRunner().invoke(COMMAND, [str(tmp_path), "--isa", "pentium"])
     assert done.exit_code == 2
 
@@ -120,7 +120,10 @@ def test_a_file_that_its_engine_refuses_is_no_success(tmp_path):
     path.write_bytes(b"no model")
     with pytest.raises(HealthError, match="does not run on this machine"):
         emulation.answers(
-            tmp_path / "b", made.manifest.variants[0], contract_of(made.manifest, ""), {"x": np.zeros((1, 4, 6, 6))}
+            tmp_path / "b",
+            made.manifest.variants[0],
+            contract_of(made.manifest, ""),
+            inputs={"x": np.zeros((1, 4, 6, 6))},
         )
 
 
@@ -129,4 +132,4 @@ def test_ask_is_silent_for_floats(tmp_path):
     floats = Variant(
         name="a", format="onnx", precision="fp32", main="a/m", files=("a/m",), parity=Parity(status="checked")
     )
-    assert elsewhere.ask(profile, floats, {}, tmp_path, None) is None
+    assert elsewhere.ask(profile, floats, {}, folder=tmp_path, reference=None) is None
