@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-    from edgekit.plan import WeightRule
+    from edgekit.export.onnx_weights import Planned
 
 INTEGER = frozenset({
     "QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat",
@@ -41,7 +41,8 @@ _MOVES = ("DequantizeLinear", "Reshape", "Transpose", "Cast", "Mul", "Sub", "Gat
 class Kernels:
     """How many convolutions and matrix products run as integer kernels, of how many.
 
-    ``floats``: the planned weights whose product runs in float all the same, with the node and its operator.
+    ``floats``: the planned weights, by their names in the file, whose product runs in float all the same, with the node
+    and its operator.
     """
 
     integer: int
@@ -97,15 +98,17 @@ def optimized(path: Path, *, has_signed: bool = False) -> onnx.ModelProto:
         return onnx.load(options.optimized_model_filepath)
 
 
-def refuse_floats(kernels: Kernels, name: str, rules: Mapping[str, WeightRule]) -> None:
-    """Stop where a plan of integers would be computed in float; ``rules`` are those of the planned weights.
+def refuse_floats(kernels: Kernels, name: str, planned: Mapping[str, Planned]) -> None:
+    """Stop where a plan of integers would be computed in float; ``planned`` are the weights by their names in the file.
 
     Raises:
         ExportError: a layer that has an integer kernel runs without it, or no layer has one; names the node.
     """
-    lost = [one for one in kernels.floats if one[2] not in WITHOUT_KERNEL and rules[one[0]].granularity != "group"]
+    lost = [one for one in kernels.floats if one[2] not in WITHOUT_KERNEL]
+    lost = [one for one in lost if planned[one[0]].rule.granularity != "group"]
     if lost or (kernels.floats and not kernels.integer):
         weight, node, operator = (lost or kernels.floats)[0]
+        weight = planned[weight].name
         raise ExportError(
             f"{name}: {weight!r} is planned in integers, and ONNX Runtime would compute node {node!r} ({operator}) in"
             " float",

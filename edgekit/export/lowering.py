@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from edgekit.errors import ExportError
 from edgekit.export import kernels, onnx_dynamic, qdq
 from edgekit.export.onnx_file import Graph, float_graph, write
-from edgekit.export.onnx_weights import BLOCK_OPSET, Weights, as_product, pack, planned_nodes, replace_nodes
+from edgekit.export.onnx_weights import BLOCK_OPSET, Planned, Weights, as_product, pack, planned_nodes, replace_nodes
 from edgekit.export.quiet import silence
 from edgekit.export.targets import Artifact
 from edgekit.manifest import Port
@@ -15,6 +15,7 @@ from edgekit.model import OnnxNetwork
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import onnx
@@ -35,7 +36,8 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
     proto, notes = _lowered(graph, model, scheme, progress)
     path.write_bytes(write(proto))
     if model.plan and scheme.onnxruntime and model.plan.scheme != "float16":
-        notes = (*notes, *_kernel_notes(path, model.name, model.plan, profile))
+        planned = {item.weight: item for item in planned_nodes(Weights(graph.proto), model, model.plan)}
+        notes = (*notes, *_kernel_notes(path, model, planned, profile))
     return Artifact(
         main=path.name,
         files=(path.name,),
@@ -48,13 +50,13 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
     )
 
 
-def _kernel_notes(path: Path, name: str, plan: QuantizationPlan, profile: DeviceProfile) -> tuple[str, ...]:
+def _kernel_notes(path: Path, model: Model, planned: Mapping[str, Planned], profile: DeviceProfile) -> tuple[str, ...]:
     """Say what ONNX Runtime computes in integers, and stop where a plan asks for that in vain."""
-    found = kernels.found_in(path, plan.weights, has_signed=profile.arch != "x86_64")
-    if plan.scheme == "weight-only":
+    found = kernels.found_in(path, planned, has_signed=profile.arch != "x86_64")
+    if model.plan is not None and model.plan.scheme == "weight-only":
         return (found.note(),) if found.integer else ()
-    kernels.refuse_floats(found, name, plan.weights)
-    left = ", ".join(f"{weight} ({operator})" for weight, _, operator in found.floats)
+    kernels.refuse_floats(found, model.name, planned)
+    left = ", ".join(f"{planned[weight].name} ({operator})" for weight, _, operator in found.floats)
     return (found.note() + (f"; there is none for {left}" if left else ""),)
 
 
