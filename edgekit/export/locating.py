@@ -145,7 +145,7 @@ def _operator(node: torch.fx.Node) -> str:
 
 def _is_batch(node: torch.fx.Node) -> bool:
     value = node.meta.get("val")
-    shape = getattr(value, "shape", ())
+    shape = tuple(getattr(value, "shape", ()))
     if value is None or len(shape) < 2 or not value.dtype.is_floating_point:
         return False
     return not isinstance(shape[0], int) and all(isinstance(n, int) for n in shape[1:])
