@@ -110,6 +110,12 @@ class Elsewhere(_Part, frozen=True, kw_only=True):
     top1_agreement: float | None = None
     max_abs_error: float | None = None
 
+    def __str__(self) -> str:
+        if self.status == "unverified":
+            return f"on {self.isa}: unverified: {self.reason}"
+        same = "" if self.top1_agreement is None else f", same top-1 {self.top1_agreement:.3f}"
+        return f"on {self.isa}: {self.sqnr_db:.1f} dB from its answers where it was exported{same}"
+
 
 class Variant(_Part, frozen=True, kw_only=True):
     """The model for one hardware class: which format, which files, what it needs, how far it is proved."""

@@ -93,6 +93,8 @@ def _report(terminal: Terminal, result: ExportResult, output: Path) -> None:
             terminal.say(f"{row.target}: {note}")
         if row.variant and row.variant.parity.status != "checked":
             terminal.say(f"{row.target}: {row.variant.parity.status}: {row.variant.parity.reason}")
+        if row.variant and row.variant.elsewhere:
+            terminal.say(f"{row.target}: {row.variant.elsewhere}")
         if row.error:
             terminal.warn(f"{row.target}: {row.error.message}" + (f" ({row.error.hint})" if row.error.hint else ""))
     if result.bundle:

@@ -38,6 +38,8 @@ def _tell(terminal: Terminal, opened: Bundle) -> None:
     for variant in manifest.variants:
         for line in (*variant.notes, *filter(None, [variant.parity.reason])):
             terminal.say(f"{variant.name}: {line}")
+        if variant.elsewhere:
+            terminal.say(f"{variant.name}: {variant.elsewhere}")
     terminal.say("\nfiles")
     for line in _tree(manifest.files):
         terminal.say(f"  {line}")

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from fakes.planted import bright_inputs
 
 from edgekit import bundle, device_profiles
+from edgekit.cli import cli
 from edgekit.cli.verify import COMMAND
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.device_profiles import machine
@@ -68,6 +69,8 @@ def test_another_architecture_is_said_not_to_be_verified(tmp_path, monkeypatch):
     found = done.rows[0].variant.elsewhere
     assert (found.isa, found.status) == ("aarch64", "unverified")
     assert "the device's own trial decides" in found.reason
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")]).output
+    assert "raspberry-pi-5: on aarch64: unverified: exported on" in shown
 
 
 def test_without_an_emulator_the_manifest_says_so(tmp_path, monkeypatch):
@@ -96,6 +99,8 @@ def test_the_limits_are_those_that_devices_are_granted():
         assert emulation.holds(told, limits) is holds
     native = {"scores": np.array([[1.0, 2.0], [4.0, 3.0]], np.float32)}
     told = emulation.figures_of("x", {"scores": native["scores"][:, ::-1]}, native)
+    assert str(told).startswith("on x: ")
+    assert str(told).endswith("same top-1 0.000")
     assert (told.samples, told.top1_agreement, told.max_abs_error) == (2, 0.0, 1.0)
 
 
