@@ -21,8 +21,7 @@ COLUMNS = ("variant", "where", "status", "SQNR dB", "same top-1", "max error", "
 @command(
     name="verify",
     short_help="Run a bundle's files again, also on another instruction set.",
-    help="""Run the golden samples of BUNDLE through its files on this machine, and compare with what they gave when
-    they were exported.
+    help="""Run the golden samples of BUNDLE through its files again, and compare with what they gave at export.
 
     With --isa, run them as well on another processor, emulated by QEMU's user mode, and compare its answers with this
     machine's: int8 on x86 without 8-bit dot products may saturate. The exit code is 6 where one lies too far off, and

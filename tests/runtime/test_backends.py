@@ -43,6 +43,14 @@ def _write_tflite(folder):
     return bundles.variant("any", "tflite", "model.tflite", batch=2, **_ports("args_0", "output_0"))
 
 
+def _write_openvino(folder):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO writes the file of this test")
+    (folder / "source.onnx").write_bytes(bundles.gemm_onnx(WEIGHTS))
+    openvino.save_model(openvino.convert_model(str(folder / "source.onnx")), folder / "model.xml")
+    (folder / "source.onnx").unlink()
+    return bundles.variant("any", "openvino", "model.xml", **_ports("x", "y"))
+
+
 def _write_null(folder):
     content = {"outputs": CONTRACT.outputs, "value": 7.0}
     (folder / "model.json").write_bytes(msgspec.json.encode(content))
@@ -56,7 +64,13 @@ def _ports(x, y):
     }
 
 
-WRITERS = {"onnx": _write_onnx, "tensorrt": _write_tensorrt, "tflite": _write_tflite, "null": _write_null}
+WRITERS = {
+    "onnx": _write_onnx,
+    "openvino": _write_openvino,
+    "tensorrt": _write_tensorrt,
+    "tflite": _write_tflite,
+    "null": _write_null,
+}
 
 
 @pytest.fixture(scope="module", params=TENSOR_BACKENDS)
