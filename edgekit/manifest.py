@@ -132,6 +132,7 @@ class Variant(_Part, frozen=True, kw_only=True):
     outputs: tuple[Port, ...] = ()
     batch: int = -1
     requires: dict[str, str] = {}
+    operators: dict[str, int] = {}
     notes: tuple[str, ...] = ()
 
     @property
@@ -170,6 +171,8 @@ class Manifest(_Part, frozen=True, kw_only=True):
     variants: Annotated[tuple[Variant, ...], msgspec.Meta(min_length=1)]
     golden: Golden = msgspec.field(default_factory=Golden)
     lineage: tuple[Step, ...] = ()
+    license: str = ""
+    documents: dict[str, RelativePath] = {}
     files: Annotated[tuple[FileEntry, ...], msgspec.Meta(max_length=10_000)]
 
     def variant(self, name: str) -> Variant:
@@ -184,11 +187,12 @@ class Manifest(_Part, frozen=True, kw_only=True):
         raise UnknownName("variant", name, [v.name for v in self.variants])
 
     def files_of(self, variant: str | None) -> tuple[FileEntry, ...]:
-        """List the files a device of that class needs: its own and those no variant claims; all for ``None``."""
+        """List the files a device of that class needs: its own and the golden ones; all for ``None``."""
         if variant is None:
             return self.files
         mine = self.variant(variant).claims
         others = {path for v in self.variants for path in v.claims} - mine
+        others |= set(self.documents.values())
         return tuple(entry for entry in self.files if entry.path not in others)
 
 
@@ -230,7 +234,8 @@ def _check(manifest: Manifest) -> None:
         raise BundleError("the manifest lists a file twice")
     golden = manifest.golden
     used = {path for v in manifest.variants for path in (v.main, *v.claims)}
-    missing = (used | set(golden.inputs.values()) | set(golden.outputs.values())) - set(listed)
+    used |= {*golden.inputs.values(), *golden.outputs.values(), *manifest.documents.values()}
+    missing = used - set(listed)
     if missing:
         raise BundleError(f"the manifest uses {min(missing)!r} but does not list it")
     for variant in manifest.variants:

@@ -218,7 +218,11 @@ class GgufFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What flows from load through compress to export. ``network`` holds float weights; ``plan`` says their bits."""
+    """What flows from load through compress to export. ``network`` holds float weights; ``plan`` says their bits.
+
+    ``documents``: what was written about this very model, by name, to travel with it. ``license``: an SPDX
+    expression, empty where nobody said.
+    """
 
     name: str
     task: Task
@@ -228,6 +232,8 @@ class Model:
     data: Data | None = None
     plan: QuantizationPlan | None = None
     lineage: tuple[Step, ...] = field(default=())
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+    license: str = ""
 
     @property
     def precision(self) -> str:

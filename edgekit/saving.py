@@ -196,6 +196,11 @@ def load_saved(folder: Path, data: Data | None) -> Model:
         data=data,
         plan=plan,
         lineage=saved.lineage,
+        documents={
+            name: (folder / file).read_bytes()
+            for name, file in ((CARD, CARD), (f"model.{BOM}", BOM))
+            if (folder / file).is_file()
+        },
     )
 
 

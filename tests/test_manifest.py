@@ -199,8 +199,9 @@ def test_an_unknown_variant_offers_the_nearest():
 
 
 def test_shared_and_unclaimed_files_belong_to_every_variant():
-    paths = ("one", "two", "shared", "golden.npy")
+    paths = ("one", "two", "shared", "golden.npy", "card.md")
     value = manifest(
+        documents={"card": "card.md"},
         files=tuple(entry(p) for p in paths),
         variants=(
             variant("a", "one", files=("one", "shared")),

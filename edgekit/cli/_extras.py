@@ -15,6 +15,7 @@ ENABLES = {
     "tflite": "run LiteRT bundles",
     "gguf": "run language models with llama.cpp",
     "tensorrt": "run TensorRT engines on NVIDIA Jetson and servers",
+    "tensorrt-rtx": "parse and build TensorRT's files at export, without a GPU",
     "coreml": "read and check Core ML programs",
     "openvino": "write and run OpenVINO's IR, for Intel CPUs, GPUs and NPUs",
     "compress": "quantize, prune and distil on the workstation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "same to
 @click.option(
     "--precision", help="fp32 ignores the plan; language models: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0."
 )
+@click.option("--license", "spdx", default="", help="SPDX licence expression of the model, as Apache-2.0.")
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Weights for file.py:build: .safetensors, .pt, .pt2."
 )
@@ -58,6 +60,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     name: str | None,
     version: str,
     precision: str | None,
+    spdx: str,
     checkpoint: Path | None,
     data_source: str | None,
     list_only: bool,
@@ -70,7 +73,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     from edgekit import device_profiles, workload
     from edgekit.cli._targets import known_format
     from edgekit.errors import UsageError
-    from edgekit.export import export
+    from edgekit.export import documents, export
 
     if source is None or output is None or not (targets or formats):
         raise UsageError(
@@ -79,9 +82,16 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     profiles = [device_profiles.load(target) for target in targets]
     profiles += [device_profiles.of_format(known_format(name)) for name in formats]
     bundles.refuse_foreign(output)
+    documents.check_license(spdx)
     model = workload.load(source, checkpoint, workload.load_data(data_source) if data_source else None)
     result = export(
-        model, profiles, output, version=version, name=name, precision=precision, progress=terminal.progress
+        replace(model, license=spdx),
+        profiles,
+        output,
+        version=version,
+        name=name,
+        precision=precision,
+        progress=terminal.progress,
     )
     _report(terminal, result, output)
 

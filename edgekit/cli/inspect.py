@@ -12,6 +12,9 @@ from edgekit.cli._terminal import Terminal, command
 if TYPE_CHECKING:
     from edgekit.bundle import Bundle
     from edgekit.manifest import FileEntry, Manifest, Parity, Step
+    from edgekit.plan import WeightRule
+
+PLAN = "plan.json"
 
 
 @command(name="inspect", short_help="Check a bundle's bytes and show what is in it.")
@@ -31,7 +34,8 @@ def _tell(terminal: Terminal, opened: Bundle) -> None:
     manifest = opened.manifest
     terminal.say(f"{manifest.name} {manifest.version}  ({manifest.task})")
     terminal.say(f"digest  {opened.digest}")
-    terminal.say(f"size    {_size(opened.size)} in {len(manifest.files)} files, every byte checked\n")
+    terminal.say(f"size    {_size(opened.size)} in {len(manifest.files)} files, every byte checked")
+    terminal.say(f"licence {manifest.license or 'not told'}\n")
     _tell_tensors(terminal, manifest)
     columns = ("variant", "format", "precision", "size", "batch", "parity", "SQNR dB", "same top-1", "main file")
     terminal.table(columns, [_variant_cells(manifest, name) for name in [v.name for v in manifest.variants]])
@@ -40,12 +44,44 @@ def _tell(terminal: Terminal, opened: Bundle) -> None:
             terminal.say(f"{variant.name}: {line}")
         if variant.elsewhere:
             terminal.say(f"{variant.name}: {variant.elsewhere}")
+        if variant.operators:
+            terminal.say(f"{variant.name}: operators {_most_first(variant.operators)}")
+    _tell_weights(terminal, opened)
     terminal.say("\nfiles")
     for line in _tree(manifest.files):
         terminal.say(f"  {line}")
     terminal.say("\nlineage" if manifest.lineage else "\nlineage: none recorded")
     for number, step in enumerate(manifest.lineage, 1):
         terminal.say(f"  {number}. {_step(step)}")
+
+
+def _most_first(operators: dict[str, int]) -> str:
+    ordered = sorted(operators.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {name}" for name, count in ordered)
+
+
+def _tell_weights(terminal: Terminal, opened: Bundle) -> None:
+    """Show the planned bits of every weight, where the plan travels in the bundle (devices do not fetch it)."""
+    import msgspec
+
+    from edgekit.errors import BundleError
+    from edgekit.plan import QuantizationPlan
+
+    path = opened.manifest.documents.get(PLAN)
+    if path is None or not opened.path(path).is_file():
+        return
+    try:
+        plan = msgspec.json.decode(opened.path(path).read_bytes(), type=QuantizationPlan)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"{path} is no quantization plan: {error}", "export the bundle again") from error
+    terminal.say(f"\nplan    {plan.precision}, {plan.scheme}, {len(plan.activations)} activations with a range")
+    rows = [(name, str(rule.bits), _scales(rule)) for name, rule in plan.weights.items()]
+    if rows:
+        terminal.table(("weight", "bits", "scales"), rows)
+
+
+def _scales(rule: WeightRule) -> str:
+    return {"channel": "one a channel", "tensor": "one", "group": f"one for {rule.group} neighbours"}[rule.granularity]
 
 
 def _tell_tensors(terminal: Terminal, manifest: Manifest) -> None:

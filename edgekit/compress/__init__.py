@@ -45,6 +45,7 @@ def compress(  # noqa: PLR0913  # three positional; the rest are keywords with a
     Raises:
         CompressionError: a pass does not fit the model or its data.
     """
+    model = replace(model, documents={})  # they tell of the model as it was
     teacher = teacher_of(model, recipe)
     judged = functools.partial(figures, reference=model, metric=metric, teacher=teacher)
     # the figures of a pass hang on the teacher, though it stands before the distillation

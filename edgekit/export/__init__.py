@@ -16,8 +16,8 @@ import msgspec
 from edgekit import bundle as bundles
 from edgekit import plugins
 from edgekit.errors import EdgekitError, ExportError, ParityError, UsageError
-from edgekit.export import elsewhere, locating, parity, targets
-from edgekit.export.golden import expected_of, golden_of, reference_of
+from edgekit.export import documents, elsewhere, locating, parity, targets
+from edgekit.export.golden import expected_of, golden_count, golden_of, reference_of
 from edgekit.manifest import Manifest, Parity, Variant
 from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
 from edgekit.progress import Progress, silent
@@ -74,9 +74,10 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
     ``precision``: ``fp32`` ignores the plan; for language models the tensor type (``f16``, ``q8_0``, …).
 
     Raises:
-        UsageError: no target, one given twice, a name that is no file name, a folder of something else, no
-            calibration data, or a precision the model has no plan for.
+        UsageError: no target, one given twice, a name that is no file name, a licence that is no SPDX expression, a
+            folder of something else, no calibration data, or a precision the model has no plan for.
     """
+    documents.check_license(model.license)
     _refuse_names(name or model.name, version, [profile.name for profile in profiles])
     bundles.refuse_foreign(folder)
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as source:
@@ -153,7 +154,9 @@ def _export_one(
             raise _located(error, model, profile, variant) from error
         variant = msgspec.structs.replace(variant, parity=proof.parity)
         if proof.outputs:
-            variant = msgspec.structs.replace(variant, expected=expected_of(variant, proof.outputs, scratch))
+            variant = msgspec.structs.replace(
+                variant, expected=expected_of(variant, proof.outputs, scratch, golden_count(reference))
+            )
             progress(f"parity {profile.name} on its instruction set", 0, 0)
             asked = elsewhere.ask(profile, variant, proof.outputs, folder=scratch, reference=reference)
             variant = msgspec.structs.replace(variant, elsewhere=asked)
@@ -191,6 +194,7 @@ def _variant(profile: DeviceProfile, artifact: Artifact) -> Variant:
         outputs=artifact.outputs,
         batch=artifact.batch,
         requires=dict(sorted(artifact.requires.items())),
+        operators=dict(sorted(artifact.operators.items())),
         notes=artifact.notes,
     )
 
@@ -210,9 +214,13 @@ def _seal(model: Model, reference: Reference, rows: Sequence[TargetResult], *, s
         variants=variants,
         golden=golden,
         lineage=model.lineage,
+        license=documents.check_license(model.license),
         files=(),
     )
-    return bundles.seal(folder, draft, {**sources, **golden_files})
+    found = documents.documents_of(model, draft, {**sources, **golden_files})
+    named = {documents.PATHS[document]: content for document, content in found.items()}
+    draft = msgspec.structs.replace(draft, documents={document: documents.PATHS[document] for document in found})
+    return bundles.seal(folder, draft, {**sources, **golden_files, **named})
 
 
 def _stored_once(variants: Sequence[Variant], scratch: Path) -> tuple[tuple[Variant, ...], dict[str, Path]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.device_profiles import machine
 from edgekit.errors import HealthError, ParityError
-from edgekit.export.golden import GOLDEN_SAMPLES
+from edgekit.export.golden import golden_count
 from edgekit.manifest import Elsewhere
 from edgekit.runtime import emulation
 
@@ -41,8 +41,9 @@ def ask(
     isa = emulation.isa_named(profile.emulate)
     if emulation.lacking():
         return Elsewhere(isa=isa.name, status="unverified", reason=f"{emulation.lacking()}; {DECIDES}")
-    native = {name: array[:GOLDEN_SAMPLES] for name, array in outputs.items()}
-    samples = reference.inputs.head(GOLDEN_SAMPLES).inputs
+    count = golden_count(reference)
+    native = {name: array[:count] for name, array in outputs.items()}
+    samples = reference.inputs.head(count).inputs
     try:
         found = emulation.answers(folder, variant, reference.contract, inputs=samples, isa=isa)
     except HealthError as error:

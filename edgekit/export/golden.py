@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from edgekit.tensors import Array, TensorSpec
 
 GOLDEN_SAMPLES = 8
+GOLDEN_BYTES = 8 << 20
+"""Golden inputs and outputs together stay below this, but for one sample: every device fetches them."""
 PARITY_SAMPLES = 64
 PROMPTS = ("Once upon a time", "The quick brown fox")
 PROMPT_TOKENS = 16
@@ -104,10 +106,11 @@ def golden_of(reference: Reference, variants: Sequence[Variant], folder: Path) -
     """Return the bundle's golden part and its files; language models get prompts that every variant answers alike."""
     if reference.contract.task == "text-generation":
         return Golden(prompts=_prompts(reference.contract, variants, folder)), {}
-    samples = reference.inputs.head(GOLDEN_SAMPLES).inputs
+    count = golden_count(reference)
+    samples = reference.inputs.head(count).inputs
     golden = Golden(inputs=_paths("golden/inputs", samples), outputs=_paths("golden/outputs", reference.outputs))
     files = {path: _npy(samples[name]) for name, path in golden.inputs.items()}
-    files |= {path: _npy(reference.outputs[name][:GOLDEN_SAMPLES]) for name, path in golden.outputs.items()}
+    files |= {path: _npy(reference.outputs[name][:count]) for name, path in golden.outputs.items()}
     return golden, files
 
 
@@ -119,8 +122,14 @@ def _paths(folder: str, names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def expected_of(variant: Variant, outputs: Mapping[str, Array], folder: Path) -> Expected:
-    """Write what the file answered to the golden inputs, for devices to compare with; return where it lies.
+def golden_count(reference: Reference) -> int:
+    """Return how many samples become golden: eight, fewer where they are large, at least one."""
+    total = sum(array.nbytes for array in (*reference.inputs.inputs.values(), *reference.outputs.values()))
+    return max(1, min(GOLDEN_SAMPLES, GOLDEN_BYTES * len(reference.inputs) // max(1, total)))
+
+
+def expected_of(variant: Variant, outputs: Mapping[str, Array], folder: Path, count: int) -> Expected:
+    """Write what the file answered to the ``count`` golden inputs, for devices to compare with; return where it lies.
 
     Integer kernels agree across machines but for the last bit of a rounding; the limit leaves room for a few of those
     and none for saturation, which costs more than 20 dB.
@@ -128,7 +137,7 @@ def expected_of(variant: Variant, outputs: Mapping[str, Array], folder: Path) ->
     paths = _paths(f"golden/expected/{variant.name}", outputs)
     (folder / "golden" / "expected" / variant.name).mkdir(parents=True)
     for name, path in paths.items():
-        (folder / path).write_bytes(_npy(outputs[name][:GOLDEN_SAMPLES]))
+        (folder / path).write_bytes(_npy(outputs[name][:count]))
     sqnr = 25.0 if variant.precision.startswith(("int", "w", "mixed")) else 40.0
     return Expected(outputs=paths, min_sqnr_db=sqnr, min_top1_agreement=0.85)
 

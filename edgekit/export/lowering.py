@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from edgekit.errors import ExportError
@@ -45,6 +46,7 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
         inputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.inputs),
         outputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.outputs),
         batch=graph.batch,
+        operators=Counter(node.op_type for node in proto.graph.node),
         notes=notes,
         requires={"onnxruntime": ">=1.20", "opset": str(max(o.version for o in proto.opset_import if not o.domain))},
     )

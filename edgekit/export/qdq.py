@@ -197,7 +197,8 @@ def _insert(weights: Weights, ranges: Mapping[str, Range], scheme: Scheme) -> No
             nodes += _pair(weights, value.name, f"{value.name}_dequantized", limits=ranges[value.name], scheme=scheme)
     for node in proto.graph.node:
         node.input[:] = [f"{n}_dequantized" if n in ranges and n not in shown else n for n in node.input]
-        _quantize_numbers(weights, node, scheme, nodes)
+        if not scheme.symmetric:  # TensorRT builds no network with a number in integers, and multiplies it anyway
+            _quantize_numbers(weights, node, scheme, nodes)
         made = [name for name in node.output if name in ranges]
         node.output[:] = [f"{n}_float" if n in ranges and n in shown else n for n in node.output]
         nodes.append(node)

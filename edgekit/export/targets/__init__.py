@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Artifact:
     """What an exporter wrote: paths relative to its folder, the file's own ports, what it needs to run.
 
-    ``batch`` is the only batch size the file takes, -1 for any.
+    ``batch`` is the only batch size the file takes, -1 for any. ``operators``: how many of each the file has.
     """
 
     main: str
@@ -33,6 +33,7 @@ class Artifact:
     outputs: tuple[Port, ...] = ()
     batch: int = -1
     requires: Mapping[str, str] = field(default_factory=dict)
+    operators: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

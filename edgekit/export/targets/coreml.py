@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
@@ -64,6 +65,7 @@ class CoremlExporter:
             outputs=tuple(_port(spec) for spec in model.outputs),
             batch=1,
             requires={"ios": f">={ios}"},
+            operators=_operators(program),
             notes=_notes(model.plan, ios),
         )
 
@@ -74,6 +76,11 @@ class CoremlExporter:
             NotImplementedError: it holds an operator that the interpreter lacks; names it.
         """
         return mil.run(main.parent, inputs)
+
+
+def _operators(program: Any) -> Counter[str]:  # noqa: ANN401  # coremltools is untyped
+    main = program._mil_program.functions["main"]  # noqa: SLF001  # there is no other way to its operators
+    return Counter(operator.op_type for operator in main.operations if operator.op_type != "const")
 
 
 def _notes(plan: QuantizationPlan | None, ios: int) -> tuple[str, ...]:

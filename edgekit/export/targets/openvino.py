@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import xml.etree.ElementTree as ET
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,8 @@ class OpenvinoExporter:
                     "replace that operator, or export to onnx, which OpenVINO reads as well",
                 ) from error
         _forget_this_run(folder / MAIN)
-        return replace(artifact, main=MAIN, files=(WEIGHTS, MAIN), requires={"openvino_ir": "11"})
+        operators = Counter(operator.get_type_name() for operator in made.get_ordered_ops())
+        return replace(artifact, main=MAIN, files=(WEIGHTS, MAIN), operators=operators, requires={"openvino_ir": "11"})
 
 
 def _name(made: Any, outputs: list[str]) -> None:  # noqa: ANN401  # openvino's model has no types here

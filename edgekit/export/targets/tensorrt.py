@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgekit.errors import ExportError
-from edgekit.export import lowering, qdq
+from edgekit.export import lowering, qdq, rtx
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ NOTE = "the TensorRT engine is built on the device from this file; until then ON
 
 
 class TensorrtExporter:
-    """Writes one ``model.onnx`` with explicit quantization. Reads ``options.opset``."""
+    """Writes one ``model.onnx`` with explicit quantization. Reads ``options.opset`` and ``options.gate`` (true)."""
 
     extra = "export"
 
@@ -28,12 +28,15 @@ class TensorrtExporter:
         """Write the file for one hardware class.
 
         Raises:
-            ExportError: an operator has no ONNX form, or the plan is none that TensorRT takes.
+            ExportError: an operator has no ONNX form, or TensorRT takes the plan or the file not; names the node.
             MissingExtra: torch, onnx, onnxscript or onnxruntime is not installed.
         """
         _refuse(model)
-        artifact = lowering.write_artifact(model, profile, folder / "model.onnx", scheme=qdq.SIGNED, progress=progress)
-        return replace(artifact, notes=(*artifact.notes, NOTE))
+        path = folder / "model.onnx"
+        artifact = lowering.write_artifact(model, profile, path, scheme=qdq.SIGNED, progress=progress)
+        progress("parse and build with TensorRT-RTX", 0, 0)
+        gate = (rtx.note_of(path),) if profile.options.get("gate", True) else ()
+        return replace(artifact, notes=(*artifact.notes, NOTE, *gate))
 
 
 def _refuse(model: Model) -> None:
