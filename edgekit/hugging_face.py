@@ -47,9 +47,9 @@ def is_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def is_llama(folder: Path) -> bool:
-    """Say whether the folder holds what GGUF is written from, as far as its config tells."""
-    return (_architecture(folder) or "LlamaForCausalLM") == "LlamaForCausalLM"
+def speaks(folder: Path) -> bool:
+    """Say whether the folder's network continues text, as far as its config tells: GGUF is written from some such."""
+    return (_architecture(folder) or CAUSAL).endswith("ForCausalLM")
 
 
 def is_causal(folder: Path) -> bool:

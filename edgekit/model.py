@@ -184,7 +184,7 @@ def _onnx_session(path: Path, changed_ns: int, content: bytes | None) -> onnxrun
 
 @dataclass(frozen=True)
 class LlamaFolder:
-    """A Hugging Face folder of a Llama-family language model; exported to GGUF."""
+    """A Hugging Face folder of a language model; exported to GGUF where `export.families` knows its architecture."""
 
     path: Path
 

@@ -35,8 +35,8 @@ __all__ = ["huggingface_folder", "load", "load_data", "named_object", "refuse_fo
 def load(source: str, checkpoint: Path | None = None, data: Data | None = None) -> Model:
     """Read a model from ``file.py:build``, ``package.module:build``, ``.pt2``, ``.onnx``, ``.gguf``, or a folder.
 
-    A Hugging Face folder becomes a PyTorch network where there is data that says its inputs; a Llama's stays a folder
-    without.
+    A Hugging Face folder becomes a PyTorch network where there is data that says its inputs; that of a language model
+    stays a folder without.
 
     Raises:
         UsageError: nothing there, not readable, or the checkpoint does not fit the network.
@@ -251,7 +251,7 @@ def _load_hugging_face(folder: Path, data: Data | None) -> Model:
         digest = hashlib.sha256(b"".join(_sha256(path).encode() for path in sorted(folder.glob("*.safetensors"))))
         steps = (Step(name="load", options={"source": name, "checkpoint": digest.hexdigest()}),)
         return _described(name, hugging_face.network(folder, data.calibration), data, steps)
-    if hugging_face.is_llama(folder):
+    if hugging_face.speaks(folder):
         return Model(name=name, task="text-generation", network=LlamaFolder(folder), lineage=steps)
     raise UsageError(f"{name} needs data to learn its input shapes", "give --data data.toml with its tokenizer")
 

@@ -22,8 +22,8 @@ COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "same to
     help="""Write a model for hardware classes, compare every file with the model, and seal one bundle.
 
     SOURCE is a folder that `edgekit compress` wrote, file.py:build or package.module:build, an .onnx file, a
-    Hugging Face folder of a Llama, or a .gguf file. A target that fails leaves the others; the exit code is that of
-    the first failure.
+    Hugging Face folder of a language model, or a .gguf file. A target that fails leaves the others; the exit code is
+    that of the first failure.
     """,
 )
 @click.argument("source", required=False)

@@ -1,4 +1,4 @@
-"""GGUF for llama.cpp, from a Hugging Face Llama, in pure Python: floats and the plain types of blocks; no K-quants."""
+"""GGUF for llama.cpp, from a Hugging Face folder, in pure Python: floats and the plain types of blocks; no K-quants."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import llama, vocabulary
+from edgekit.export import families, llama, vocabulary
 from edgekit.export.targets import Artifact
 from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
 from edgekit.plugins import extra
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgekit.device_profiles import DeviceProfile
-    from edgekit.export.llama import Shape
+    from edgekit.export.families import Shape
     from edgekit.export.targets import Exporter
     from edgekit.export.vocabulary import Vocabulary
     from edgekit.progress import Progress
@@ -37,7 +37,7 @@ class GgufExporter:
         """Write the file.
 
         Raises:
-            ExportError: no Llama folder, a tensor or tokenizer that llama.cpp's Llama has no place for.
+            ExportError: no such folder, a tensor or tokenizer that llama.cpp has no place for.
             UsageError: an unknown precision, or a damaged folder.
             MissingExtra: gguf, torch or safetensors is not installed.
         """
@@ -56,7 +56,7 @@ class GgufExporter:
         if precision not in PRECISIONS:
             raise UsageError(f"GGUF is not written as {precision!r}", f"choose {', '.join(PRECISIONS)}")
         source = model.network.path
-        shape = llama.read_shape(source)
+        shape = families.read_shape(source)
         words = vocabulary.read(source, shape.vocabulary)
         path = folder / "model.gguf"
         types = _write(path, source, (model.name, precision), (shape, words), progress=progress)
@@ -103,9 +103,9 @@ def _write(
         import gguf
     name, precision = title
     shape, words = parts
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, shape.family.arch)
     writer.add_name(name)
-    _add_shape(writer, shape)
+    families.add_shape(writer, shape)
     _add_vocabulary(writer, words)
     writer.add_file_type(PRECISIONS[precision])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -141,21 +141,6 @@ def tensor_type(name: str, shape: tuple[int, ...], precision: str) -> str:
     if precision != "q8_0" and name in ("token_embd.weight", "output.weight"):
         return "Q8_0"
     return precision.upper()
-
-
-def _add_shape(writer: Any, shape: Shape) -> None:  # noqa: ANN401  # gguf's writer is untyped here
-    writer.add_vocab_size(shape.vocabulary)
-    writer.add_context_length(shape.context)
-    writer.add_embedding_length(shape.width)
-    writer.add_block_count(shape.layers)
-    writer.add_feed_forward_length(shape.feed_forward)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_size)
-    writer.add_value_length(shape.head_size)
-    writer.add_rope_dimension_count(shape.head_size)
-    writer.add_layer_norm_rms_eps(shape.epsilon)
-    writer.add_rope_freq_base(shape.theta)
 
 
 def _add_vocabulary(writer: Any, words: Vocabulary) -> None:  # noqa: ANN401  # gguf's writer is untyped here
