@@ -46,7 +46,7 @@ class QuantizationPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     are rounded to 8 bits by the range they have at that moment. ``weight-only``: activations stay float.
     ``float16``: everything is a half, and nothing else is planned. ``cover``: whether a static plan makes integers of
     every activation, or of those alone that meet a weight (`inputs`). ONNX files
-    follow it; LiteRT and Core ML measure ranges of their own.
+    follow it; LiteRT measures what the plan lacks, Core ML has no integer activations.
     """
 
     bits: int

@@ -44,10 +44,32 @@ class Recipe:
             manager.add_dynamic_config(num_bits=self.bits, **common)
         else:
             manager.add_static_config(activation_num_bits=8, weight_num_bits=self.bits, **common)
+        if self.bits < 8:
+            self._widen_depthwise(manager, common)
         engine.load_quantization_recipe(manager.get_quantization_recipe())
         if self.scheme == "static":
             for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
                 engine.update_quantization_recipe(regex=".*", operation_name=end, algorithm_key="no_quantize")
+
+    def _widen_depthwise(self, manager: Any, common: dict[str, Any]) -> None:  # noqa: ANN401  # the quantizer is untyped
+        """Store depthwise weights in 8 bits: there is no 4-bit kernel, and the quantizer would leave them in float.
+
+        Their scales are not shown by steps, which the quantizer looks for along the first axis only.
+        """
+        from ai_edge_quantizer import qtyping
+        from ai_edge_quantizer.algorithm_manager import AlgorithmName
+
+        own = {
+            **common,
+            "operation_name": qtyping.TFLOperationName.DEPTHWISE_CONV_2D,
+            "algorithm_key": AlgorithmName.MIN_MAX_UNIFORM_QUANT,
+        }
+        if self.scheme == "weight-only":
+            manager.add_weight_only_config(num_bits=8, **own)
+        elif self.scheme == "dynamic":
+            manager.add_dynamic_config(num_bits=8, **own)
+        else:
+            manager.add_static_config(activation_num_bits=8, weight_num_bits=8, **own)
 
 
 def of(model: Model) -> Recipe | None:
@@ -134,7 +156,6 @@ def notes(model: Model) -> tuple[str, ...]:
     narrow = [name for name, rule in plan.weights.items() if rule.bits <= 4] if _width(plan) == 8 else []
     left = _left_out(model)
     told = {
-        "activation ranges are LiteRT's own min-max over the calibration data": plan.scheme == "static",
         f"{len(whole)} weights are per channel here, per tensor in the plan": bool(whole),
         f"{len(narrow)} weights of 4 bits are stored in 8, beside others that need them": bool(narrow),
         f"{len(left)} weights that the plan leaves in float are quantized by LiteRT, too": bool(left),

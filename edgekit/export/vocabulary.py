@@ -24,7 +24,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MAX_TOKEN_BYTES = 1024
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>\Z")
 
-PRE_TOKENIZERS = {r"\p{N}{1,3}": "llama-bpe", "Digits": "smollm"}
+PRE_TOKENIZERS = {r"\p{N}{1,3}": "llama-bpe", r"|\p{N}|": "qwen2", "Digits": "smollm"}
 """llama.cpp's name of a byte-level pre-tokenizer, by what its description in tokenizer.json holds."""
 
 
@@ -56,7 +56,7 @@ def read(folder: Path, size: int) -> Vocabulary:
     found = _read_any(folder)
     if len(found.tokens) > size:
         raise ExportError(f"the tokenizer has {len(found.tokens)} tokens, the network {size}", "is it another model's?")
-    return _described(_filled(found, size), folder)
+    return _described(_with_added(_filled(found, size), folder), folder)
 
 
 def _read_any(folder: Path) -> Vocabulary:
@@ -81,6 +81,26 @@ def _filled(vocabulary: Vocabulary, size: int) -> Vocabulary:
         types=vocabulary.types + (UNUSED,) * len(padding),
         scores=vocabulary.scores + (-1e4,) * len(padding) if vocabulary.scores else (),
     )
+
+
+def _with_added(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
+    """Take the tokens that tokenizer_config.json adds to a tokenizer: marks of turns, and words of the user's own."""
+    added = _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    tokens, types = list(vocabulary.tokens), list(vocabulary.types)
+    try:
+        for number, token in sorted((int(key), value) for key, value in added.items()):
+            if number >= len(tokens):
+                raise ExportError(
+                    f"{folder} adds token {number}, the network has {len(tokens)}", "is it another model's?"
+                )
+            tokens[number] = str(token["content"])
+            if types[number] != UNKNOWN:
+                types[number] = CONTROL if token.get("special") else USER_DEFINED
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(
+            f"{folder / 'tokenizer_config.json'} is damaged: {error!r}", "fetch the model again"
+        ) from error
+    return replace(vocabulary, tokens=tuple(tokens), types=tuple(types))
 
 
 def _described(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
@@ -139,10 +159,13 @@ def _spm_types(tokens: Sequence[str]) -> tuple[int, ...]:
 
 def _read_sentencepiece(path: Path) -> Vocabulary:
     with extra("export"):
-        from sentencepiece import SentencePieceProcessor
+        from google.protobuf.message import DecodeError
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    described = sentencepiece_model_pb2.ModelProto()
     try:
         processor = SentencePieceProcessor(model_proto=path.read_bytes())
-    except (RuntimeError, OSError) as error:
+        described.ParseFromString(path.read_bytes())
+    except (RuntimeError, OSError, DecodeError) as error:
         raise UsageError(f"{path} is no SentencePiece model: {error}", "fetch the model again") from error
     numbers = range(processor.vocab_size())
     tokens = tuple(processor.id_to_piece(n) for n in numbers)
@@ -153,6 +176,7 @@ def _read_sentencepiece(path: Path) -> Vocabulary:
         tuple(float(processor.get_score(n)) for n in numbers),
         bos=processor.bos_id(),
         eos=processor.eos_id(),
+        add_space_prefix=described.normalizer_spec.add_dummy_prefix,
     )
 
 
@@ -185,7 +209,7 @@ def _read_json(path: Path) -> Vocabulary:
     scores = tuple(
         -float(ranks.get(token, 0 if kind != NORMAL else len(pairs))) for token, kind in zip(tokens, types, strict=True)
     )
-    return Vocabulary("llama", tokens, types, scores)
+    return Vocabulary("llama", tokens, types, scores, add_space_prefix=_puts_a_space_first(document))
 
 
 def _numbered(vocab: dict[str, int], added: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -196,6 +220,12 @@ def _numbered(vocab: dict[str, int], added: list[dict[str, Any]]) -> tuple[tuple
     names = tuple(tokens[number] for number in range(len(tokens)))
     kinds = _spm_types(names)
     return names, tuple(special.get(n, kind) if kind != UNKNOWN else kind for n, kind in enumerate(kinds))
+
+
+def _puts_a_space_first(document: dict[str, Any]) -> bool:
+    """Tell whether text gets a space before its first word: Llama's normalizer prepends one, Gemma's does not."""
+    cut = msgspec.json.encode([document.get("normalizer"), document.get("pre_tokenizer")]).decode()
+    return '"Prepend"' in cut or ('"Metaspace"' in cut and '"prepend_scheme":"never"' not in cut)
 
 
 def _pre_tokenizer(path: Path, document: dict[str, Any]) -> str:

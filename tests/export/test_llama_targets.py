@@ -254,6 +254,16 @@ def test_a_chat_template_in_a_file_of_its_own_is_found(tmp_path):
     [
         ({"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}, "smollm"),
         ({"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}{1,3}"}}, "llama-bpe"),
+        (
+            {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"Regex": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"}},
+                    {"type": "ByteLevel"},
+                ],
+            },
+            "qwen2",
+        ),
     ],
 )
 def test_the_way_text_is_cut_is_known_by_its_description(tmp_path, pre, name):
@@ -309,3 +319,45 @@ def test_a_file_that_llama_cpp_refuses_is_not_sealed_although_its_bytes_compute(
     error = seal(folder, tmp_path / "b").rows[0].error
     assert isinstance(error, ParityError)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_whether_text_begins_with_a_space_is_taken_from_the_sentencepiece_model(tmp_path, first):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time there was a little girl\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, byte_fallback=True, model_type="bpe",
+        hard_vocab_limit=False, minloglevel=2, add_dummy_prefix=first,
+    )  # fmt: skip
+    assert vocabulary.read(tmp_path, 300).add_space_prefix is first
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre", "first"),
+    [
+        ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace"}]}, None, True),
+        ({"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, None, False),
+        (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}, True),
+        (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}, False),
+    ],
+)
+def test_whether_text_begins_with_a_space_is_taken_from_tokenizer_json(tmp_path, normalizer, pre, first):
+    vocab = {"<unk>": 0, "<0x0A>": 1, "a": 2}
+    model = {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": []}
+    write_json(tmp_path, model=model, added_tokens=[], normalizer=normalizer, pre_tokenizer=pre)
+    assert vocabulary.read(tmp_path, 3).add_space_prefix is first
+
+
+def test_tokens_that_the_settings_add_are_taken_with_their_kind(tmp_path):
+    write_json(tmp_path)
+    added = {"4": {"content": "<|user|>", "special": True}, "5": {"content": "word", "special": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    words = vocabulary.read(tmp_path, 7)
+    assert words.tokens[3:] == ("<|end|>", "<|user|>", "word", "[PAD6]")
+    assert words.types[4:] == (vocabulary.CONTROL, vocabulary.USER_DEFINED, vocabulary.UNUSED)
+    with pytest.raises(ExportError, match="adds token 5, the network has 5"):
+        vocabulary.read(tmp_path, 5)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"x": {}}}))
+    with pytest.raises(UsageError, match="damaged"):
+        vocabulary.read(tmp_path, 7)

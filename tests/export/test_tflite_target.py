@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import msgspec
 import numpy as np
 import pytest
 from fakes.exportable import tiny_model, with_plan
@@ -13,11 +14,11 @@ from edgekit.compress import compress, recipe
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.simulation import planned_network
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import PACKAGE, export
+from edgekit.export import PACKAGE, export, litert_file, litert_recipe
 from edgekit.export.quiet import silence
 from edgekit.export.targets import tflite
 from edgekit.model import Data, OnnxNetwork, Split
-from edgekit.plan import QuantizationPlan
+from edgekit.plan import QuantizationPlan, Range
 from edgekit.progress import silent
 
 EXPORTER = plugins.load(PACKAGE, "tflite", "format")
@@ -50,11 +51,15 @@ def test_a_plan_makes_bytes_inside_and_leaves_floats_outside(tiny_int8, tmp_path
     assert sum(d["dtype"] is np.int8 for d in interpreter.get_tensor_details()) > 8
 
 
-def test_ranges_are_the_extremes_of_all_samples_not_a_moving_average(tiny_int8, tmp_path):
+def test_ranges_that_the_plan_lacks_are_the_extremes_of_all_samples_not_a_moving_average(tiny_int8, tmp_path):
     images = np.full((20, 3, 8, 8), 0.5, np.float32)
     images[7, 0, 0, 0] = 4.0  # one sample of twenty; a moving average with weight 0.05 would keep 0.7 of it
     split = dataclasses.replace(tiny_int8.data.calibration, inputs={"image": images}, labels=None)
-    model = dataclasses.replace(tiny_int8, data=dataclasses.replace(tiny_int8.data, calibration=split))
+    model = dataclasses.replace(
+        tiny_int8,
+        data=dataclasses.replace(tiny_int8.data, calibration=split),
+        plan=msgspec.structs.replace(tiny_int8.plan, activations={}),
+    )
     interpreter = details(tmp_path / write(model, tmp_path).main)
     scales = [d["quantization"][0] for d in interpreter.get_tensor_details() if d["shape"].tolist() == [1, 8, 8, 3]]
     assert max(scales) == pytest.approx(4.0 / 255, rel=1e-3)
@@ -90,7 +95,7 @@ def test_a_weight_only_plan_shrinks_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "floor"),
     [
-        ({"activations": "none", "bits": 4, "weights": "mse"}, 90),
+        ({"activations": "none", "bits": 4, "weights": "mse"}, 75),
         ({"activations": "none", "bits": 8, "weights": "mse"}, 90),
         ({"activations": "dynamic"}, 45),
         ({"bits": 4, "weights": "mse"}, 40),
@@ -178,3 +183,55 @@ def test_token_numbers_of_64_bits_are_narrowed_on_the_way_into_the_file(tmp_path
     (row,) = export(model, [device_profiles.load("pixel-8")], tmp_path / "b").rows
     assert row.error is None, row.error.message
     assert (row.variant.inputs[0].dtype, row.variant.parity.status) == ("int32", "checked")
+
+
+def kinds(path):
+    """List each layer of a file with the type of its weights."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    types = {number: name for name, number in vars(schema.TensorType).items() if not name.startswith("_")}
+    codes = {number: name for name, number in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    tensors = model.subgraphs[0].tensors
+    named = [(codes[model.operatorCodes[one.opcodeIndex].builtinCode], one) for one in model.subgraphs[0].operators]
+    widened = {one.outputs[0]: one.inputs[0] for kind, one in named if kind == "DEQUANTIZE"}
+    return [
+        (kind, types[tensors[widened.get(one.inputs[1], one.inputs[1])].type])
+        for kind, one in named
+        if kind in litert_file.WEIGHTED
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic", "weight-only"])
+def test_depthwise_layers_of_four_bits_are_stored_in_eight_not_left_in_float(tiny, tmp_path, scheme):
+    model = with_plan(tiny, bits=4)
+    model = dataclasses.replace(model, plan=msgspec.structs.replace(model.plan, scheme=scheme))
+    artifact = write(model, tmp_path)
+    assert kinds(tmp_path / artifact.main) == [
+        ("CONV_2D", "INT4"), ("DEPTHWISE_CONV_2D", "INT8"), ("CONV_2D", "INT4"), ("FULLY_CONNECTED", "INT4"),
+    ]  # fmt: skip
+    assert any(note.startswith("1 depthwise layers of 4 bits are stored in 8") for note in artifact.notes)
+    assert artifact.operators["DEPTHWISE_CONV_2D"] == 1
+
+
+def test_layers_that_stay_in_float_are_told(tiny, tmp_path):
+    found = litert_file.read((tmp_path / write(tiny, tmp_path).main).read_bytes())
+    assert (found.integer, found.floats) == (0, ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D", "FULLY_CONNECTED"))
+    half = dataclasses.replace(found, integer=4)
+    assert half.note() == "4 of 8 layers keep float weights (2 CONV_2D, 1 DEPTHWISE_CONV_2D, 1 FULLY_CONNECTED)"
+    with pytest.raises(ExportError, match="leaves every layer of tiny in float"):
+        tflite._told(tiny, litert_recipe.Recipe("static", 8, shows_scales=True), found)
+
+
+def test_the_ranges_of_the_plan_are_those_of_the_file(tiny_int8, tmp_path):
+    found = {name: Range(3 * limits.low, 3 * limits.high) for name, limits in tiny_int8.plan.activations.items()}
+    wide = dataclasses.replace(tiny_int8, plan=msgspec.structs.replace(tiny_int8.plan, activations=found))
+    scales = []
+    for place, model in (("a", tiny_int8), ("b", wide)):
+        (tmp_path / place).mkdir()
+        artifact = write(model, tmp_path / place)
+        assert "activation ranges: 8 from the plan, 1 measured on the data" in artifact.notes
+        details_of = details(tmp_path / place / artifact.main).get_tensor_details()
+        scales.append({d["name"]: d["quantization"][0] for d in details_of if d["dtype"] is np.int8})
+    ratios = [scales[1][name] / scale for name, scale in scales[0].items() if scale]
+    assert sum(ratio == pytest.approx(3, rel=1e-3) for ratio in ratios) >= 6

@@ -1,6 +1,6 @@
 """LiteRT flatbuffers: pictures channel-last, batch 1, a plan with float inputs and outputs.
 
-LiteRT's tensors do not keep the plan's names, so ranges are measured on the calibration data.
+LiteRT's tensors do not keep the plan's names: they are known by what they hold, and measured where no node holds it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import litert_recipe
+from edgekit.export import litert_file, litert_ranges, litert_recipe
 from edgekit.export.quiet import silence
 from edgekit.export.refusal import REFUSALS, reason
 from edgekit.export.targets import Artifact, Exporter
@@ -20,11 +20,12 @@ from edgekit.model import Model, TorchNetwork
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
     from edgekit.device_profiles import DeviceProfile
+    from edgekit.plan import Range
     from edgekit.progress import Progress
     from edgekit.tensors import Array, TensorSpec
 
@@ -52,18 +53,23 @@ class TfliteExporter:
         ports = tuple(_port(spec, f"args_{i}") for i, spec in enumerate(model.inputs))
         path = folder / "model.tflite"
         recipe = litert_recipe.of(model)
-        path.write_bytes(_convert(model, litert_recipe.on_the_grid(model, model.network), ports))
+        network = litert_recipe.on_the_grid(model, model.network)
+        path.write_bytes(_convert(model, network, ports))
         notes = litert_recipe.notes(model)
         if recipe is not None:
+            ranges, told = _ranges(path, replace(model, network=network), recipe, ports=ports, progress=progress)
+            notes = (*notes, *told)
             try:
-                content = _quantize(path, model, recipe, ports=ports, progress=progress)
+                content = _quantize(path, recipe, ranges)
             except (ValueError, RuntimeError):  # what the quantizer raises where it cannot recover a scale
-                content = _quantize(path, model, replace(recipe, shows_scales=True), ports=ports, progress=progress)
+                content = _quantize(path, replace(recipe, shows_scales=True), ranges)
                 notes = (
                     *notes,
                     "LiteRT could not be shown the plan's scales: weights are rounded again, to its own",
                 )
             path.write_bytes(content)
+        found = litert_file.read(path.read_bytes())
+        notes = (*notes, *_told(model, recipe, found))
         outputs = (Port(name=s.name, key=f"output_{i}", dtype=s.dtype) for i, s in enumerate(model.outputs))
         return Artifact(
             main=path.name,
@@ -72,9 +78,24 @@ class TfliteExporter:
             inputs=ports,
             outputs=tuple(outputs),
             batch=1,
+            operators=found.operators,
             requires={"ai-edge-litert": ">=2.1"},
             notes=notes,
         )
+
+
+def _told(model: Model, recipe: litert_recipe.Recipe | None, found: litert_file.Found) -> tuple[str, ...]:
+    """Say what of a plan the file does otherwise, and stop where nothing of it is left."""
+    if recipe is None:
+        return ()
+    if found.floats and not found.integer:
+        raise ExportError(
+            f"LiteRT's quantizer leaves every layer of {model.name} in float ({', '.join(sorted(set(found.floats)))})",
+            "use another precision, or export to onnx",
+        )
+    depthwise = found.operators["DEPTHWISE_CONV_2D"] if recipe.bits < 8 else 0
+    wide = f"{depthwise} depthwise layers of {recipe.bits} bits are stored in 8: LiteRT has no narrower kernel for them"
+    return tuple(note for note in (found.note(), wide if depthwise else "") if note)
 
 
 def _port(spec: TensorSpec, key: str) -> Port:
@@ -129,28 +150,51 @@ def _frozen(module: torch.nn.Module) -> torch.nn.Module:
     return Model()
 
 
-def _quantize(
-    path: Path, model: Model, recipe: litert_recipe.Recipe, *, ports: Sequence[Port], progress: Progress
-) -> bytes:
-    if model.plan is None or model.data is None:
-        raise UsageError(f"{model.name} has no quantization plan", "compress it first: edgekit compress")
+def _engine(path: Path, recipe: litert_recipe.Recipe) -> Any:  # noqa: ANN401  # the quantizer is untyped
     with extra("export"), silence():
         from ai_edge_quantizer import quantizer
     with silence():
         engine = quantizer.Quantizer(str(path))
         recipe.choose(engine, recover=not recipe.shows_scales)
-    ranges: dict[str, Any] = {}
-    if model.plan.scheme == "static":
-        samples = model.data.calibration
-        for number, sample in enumerate(samples.batches(1)):
-            progress("calibrate LiteRT", number + 1, len(samples))
-            named = {p.key: _as_stored(sample.inputs[p.name], p) for p in ports}
-            with silence():
-                found = engine.calibrate({SIGNATURE: [named]}, num_threads=1)
-            ranges = _wider(ranges, found)
+    return engine
+
+
+def _quantize(path: Path, recipe: litert_recipe.Recipe, ranges: Mapping[str, Any]) -> bytes:
+    engine = _engine(path, recipe)
     with silence(), tempfile.TemporaryDirectory() as scratch:
-        engine.quantize(ranges or None).export_model(f"{scratch}/model.tflite", overwrite=True)
+        engine.quantize(dict(ranges) or None).export_model(f"{scratch}/model.tflite", overwrite=True)
         return Path(scratch, "model.tflite").read_bytes()
+
+
+def _ranges(
+    path: Path, model: Model, recipe: litert_recipe.Recipe, *, ports: Sequence[Port], progress: Progress
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the quantizer's statistics by tensor, and a note: the plan's range, else the extremes of all samples.
+
+    One sample is enough to learn the tensors' names where the plan has them all.
+    """
+    import numpy as np
+
+    if model.data is None or recipe.scheme != "static":
+        return {}, ()
+    samples = model.data.calibration
+    engine = _engine(path, replace(recipe, shows_scales=True))  # weights do not matter here
+    planned: dict[str, Range] = {}
+    ranges: dict[str, Any] = {}
+    for number, sample in enumerate(samples.batches(1)):
+        progress("calibrate LiteRT", number + 1, len(samples))
+        stored = {p.key: _as_stored(sample.inputs[p.name], p) for p in ports}
+        planned = planned or litert_ranges.carried(path, model, stored)
+        with silence():
+            found = engine.calibrate({SIGNATURE: [stored]}, num_threads=1)
+        ranges = _wider(ranges, found)
+        if ranges.keys() <= planned.keys():
+            break
+    mine = ranges.keys() & planned.keys()
+    for name in mine:
+        for end, value in (("min", planned[name].low), ("max", planned[name].high)):
+            ranges[name][end] = np.full_like(ranges[name][end], value)
+    return ranges, (f"activation ranges: {len(mine)} from the plan, {len(ranges) - len(mine)} measured on the data",)
 
 
 def _wider(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
