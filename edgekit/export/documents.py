@@ -58,7 +58,7 @@ def documents_of(model: Model, draft: Manifest, sources: Mapping[str, Path | byt
 
 
 def _card(model: Model, draft: Manifest, sources: Mapping[str, Path | bytes]) -> bytes:
-    own = model.documents.get(CARD, b"").decode()
+    own = model.documents.get(CARD, b"").decode(errors="replace")
     lines = [own.rstrip() if own else _plain_card(draft), "## Files of this bundle", _table(draft, sources)]
     if draft.license:
         lines.append(f"Licence: {draft.license}.")
