@@ -11,6 +11,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
+FILE = "plan.json"
+"""What the plan is called where it is a file of its own."""
+
 Granularity = Literal["channel", "tensor", "group"]
 Scheme = Literal["static", "dynamic", "weight-only", "float16"]
 Cover = Literal["all", "inputs"]

@@ -14,6 +14,7 @@ from edgekit.durable import new_folder
 from edgekit.errors import UsageError
 from edgekit.manifest import ImagePreprocess, Step
 from edgekit.model import Data, Model, OnnxNetwork, Split, Task, TorchNetwork
+from edgekit.plan import FILE as PLAN
 from edgekit.plan import QuantizationPlan
 from edgekit.plugins import extra
 from edgekit.sources import first_line
@@ -102,7 +103,7 @@ def write(model: Model, folder: Path) -> None:
     )
     (folder / "model.json").write_bytes(msgspec.json.format(msgspec.json.encode(description)))
     if model.plan:
-        (folder / "plan.json").write_bytes(msgspec.json.format(msgspec.json.encode(model.plan)))
+        (folder / PLAN).write_bytes(msgspec.json.format(msgspec.json.encode(model.plan)))
     if data:
         np.savez(folder / "samples.npz", **data.calibration.head(MAX_SAMPLES).inputs)  # type: ignore[arg-type]  # NumPy types allow_pickle into **kwds
     _write_network(model, folder)
@@ -180,7 +181,7 @@ def load_saved(folder: Path, data: Data | None) -> Model:
         import numpy as np
     try:
         saved = msgspec.json.decode((folder / "model.json").read_bytes(), type=Saved)
-        plan_file = folder / "plan.json"
+        plan_file = folder / PLAN
         plan = msgspec.json.decode(plan_file.read_bytes(), type=QuantizationPlan) if plan_file.exists() else None
         if data is None and (folder / "samples.npz").exists():
             with np.load(folder / "samples.npz", allow_pickle=False) as arrays:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from edgekit.manifest import FileEntry, Manifest, Parity, Step
     from edgekit.plan import WeightRule
 
-PLAN = "plan.json"
-
 
 @command(name="inspect", short_help="Check a bundle's bytes and show what is in it.")
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -65,9 +63,9 @@ def _tell_weights(terminal: Terminal, opened: Bundle) -> None:
     import msgspec
 
     from edgekit.errors import BundleError
-    from edgekit.plan import QuantizationPlan
+    from edgekit.plan import FILE, QuantizationPlan
 
-    path = opened.manifest.documents.get(PLAN)
+    path = opened.manifest.documents.get(FILE)
     if path is None or not opened.path(path).is_file():
         return
     try:

@@ -214,7 +214,7 @@ def _seal(model: Model, reference: Reference, rows: Sequence[TargetResult], *, s
         variants=variants,
         golden=golden,
         lineage=model.lineage,
-        license=documents.check_license(model.license),
+        license=model.license,
         files=(),
     )
     found = documents.documents_of(model, draft, {**sources, **golden_files})

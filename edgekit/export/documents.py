@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 import edgekit
+from edgekit import plan
 from edgekit.bundle import hash_file
 from edgekit.errors import UsageError
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from edgekit.manifest import Manifest, Variant
     from edgekit.model import Model
 
-CARD, BOM, PLAN, MODEL_BOM = "MODEL_CARD.md", "bom.cdx.json", "plan.json", "model.bom.cdx.json"
-PATHS = {name: f"documents/{name}" for name in (CARD, BOM, PLAN, MODEL_BOM)}
+CARD, BOM, MODEL_BOM = "MODEL_CARD.md", "bom.cdx.json", "model.bom.cdx.json"
+PATHS = {name: f"documents/{name}" for name in (CARD, BOM, plan.FILE, MODEL_BOM)}
 OPEN = "> **TO BE FILLED IN BY THE OWNER:** "
 EXPRESSION = re.compile(r"[A-Za-z0-9.+()-]+(?: (?:AND|OR|WITH) [A-Za-z0-9.+()-]+)*")
 
@@ -49,7 +50,7 @@ def documents_of(model: Model, draft: Manifest, sources: Mapping[str, Path | byt
     """
     found = {CARD: _card(model, draft, sources)}
     if model.plan:
-        found[PLAN] = msgspec.json.format(msgspec.json.encode(model.plan)) + b"\n"
+        found[plan.FILE] = msgspec.json.format(msgspec.json.encode(model.plan)) + b"\n"
     if MODEL_BOM in model.documents:
         found[MODEL_BOM] = model.documents[MODEL_BOM]
     listed = {**sources, **{PATHS[name]: content for name, content in found.items()}}

@@ -8,8 +8,8 @@ from typing import Any
 
 from edgekit.plugins import extra
 
-WEIGHTED = {"CONV_2D": 1, "DEPTHWISE_CONV_2D": 1, "FULLY_CONNECTED": 1, "TRANSPOSE_CONV": 1, "BATCH_MATMUL": 1}
-"""Operators that multiply with weights, and which of their inputs those are."""
+WEIGHTED = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "BATCH_MATMUL"}
+"""Operators that multiply with weights: their second input."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read(content: bytes) -> Found:
     codes = [kinds[max(code.builtinCode, code.deprecatedBuiltinCode)] for code in model.operatorCodes]
     operators = [(codes[operator.opcodeIndex], operator) for operator in graph.operators]
     constant = {n for n, tensor in enumerate(graph.tensors) if _is_stored(model, tensor)}
-    weights = [(kind, operator.inputs[WEIGHTED[kind]]) for kind, operator in operators if kind in WEIGHTED]
+    weights = [(kind, operator.inputs[1]) for kind, operator in operators if kind in WEIGHTED]
     floats = [
         kind
         for kind, place in weights

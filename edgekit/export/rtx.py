@@ -74,9 +74,10 @@ def note_of(path: Path) -> str:
         )
     with silence():
         engine = builder.build_serialized_network(network, _settings(builder, network))
-    if engine is None and complaints.of_the_file():
+    if engine is None and (complaints.of_the_file() or not complaints.told):
+        why = next(iter(complaints.of_the_file()), "it does not say why")
         raise ExportError(
-            f"TensorRT builds no engine of {path.name}: {complaints.of_the_file()[0][:300]}",
+            f"TensorRT builds no engine of {path.name}: {why[:300]}",
             "leave that layer in float (keep), or export to onnx; options.gate = false in a profile of your own lets it"
             " pass",
         )
@@ -90,8 +91,13 @@ def _refused(parser: Any) -> str:  # noqa: ANN401  # tensorrt_rtx has no types
     told = []
     for error in errors[:3]:
         why = [one for one in error.desc().splitlines() if not _says_nothing(one)]
-        told.append(f"{error.node_operator()} {error.node_name()!r} ({why[0][:200] if why else 'no such operator'})")
+        told.append(f"{error.node_operator()} {error.node_name()!r} ({why[0][:200] if why else _unsaid(error.desc())})")
     return ", ".join(told) + (f" and {len(errors) - 3} more" if len(errors) > 3 else "")
+
+
+def _unsaid(text: str) -> str:
+    """Return the reason where no line of it is about the file: ``false`` is what the check of an operator came to."""
+    return "no such operator" if text.strip() == "false" else text.strip()[:200]
 
 
 def _says_nothing(line: str) -> bool:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from edgekit.model import Model
     from edgekit.progress import Progress
 
-NOTE = "the TensorRT engine is built on the device from this file; until then ONNX Runtime serves it"
+NOTE = (
+    "ONNX Runtime builds the TensorRT engine of this file on the device; without TensorRT it computes the file itself"
+)
 
 
 class TensorrtExporter:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
     from edgekit.device_profiles import DeviceProfile
-    from edgekit.plan import Range
     from edgekit.progress import Progress
     from edgekit.tensors import Array, TensorSpec
 
@@ -179,12 +178,12 @@ def _ranges(
         return {}, ()
     samples = model.data.calibration
     engine = _engine(path, replace(recipe, shows_scales=True))  # weights do not matter here
-    planned: dict[str, Range] = {}
+    first = samples.head(1).inputs
+    planned = litert_ranges.carried(path, model, {p.key: _as_stored(first[p.name], p) for p in ports})
     ranges: dict[str, Any] = {}
     for number, sample in enumerate(samples.batches(1)):
         progress("calibrate LiteRT", number + 1, len(samples))
         stored = {p.key: _as_stored(sample.inputs[p.name], p) for p in ports}
-        planned = planned or litert_ranges.carried(path, model, stored)
         with silence():
             found = engine.calibrate({SIGNATURE: [stored]}, num_threads=1)
         ranges = _wider(ranges, found)
