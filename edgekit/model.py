@@ -15,7 +15,7 @@ from edgekit.errors import CompressionError, InputError, UsageError
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import onnx
@@ -163,7 +163,7 @@ class OnnxNetwork:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute the outputs for a batch."""
         session = _onnx_session(self.path, self.path.stat().st_mtime_ns if self.content is None else 0, self.content)
-        names = [o.name for o in session.get_outputs()]
+        names = [o.name for o in scores_first(session.get_outputs())]
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
     def proto(self) -> onnx.ModelProto:
@@ -171,6 +171,11 @@ class OnnxNetwork:
         with extra("onnx"):
             import onnx
         return onnx.load(str(self.path)) if self.content is None else onnx.load_from_string(self.content)
+
+
+def scores_first(values: Sequence[onnxruntime.NodeArg]) -> list[onnxruntime.NodeArg]:
+    """Put floats before integers, else keep the file's order: classifiers of scikit-learn name the class first."""
+    return sorted(values, key=lambda value: "float" not in str(value.type) and "double" not in str(value.type))
 
 
 @functools.lru_cache(maxsize=2)

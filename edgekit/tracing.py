@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,9 @@ def trace(model: Model) -> torch.export.ExportedProgram:
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
         shapes = (shapes,)  # type: ignore[assignment]  # *args are one entry, a tuple of its own
     try:
-        traced = torch.export.export(module, example, dynamic_shapes=shapes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # recurrent layers keep a list of their weights, of which torch warns
+            traced = torch.export.export(module, example, dynamic_shapes=shapes)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise CompressionError(
             f"{model.name} cannot be traced to a graph: {first_line(error)}",

@@ -17,7 +17,7 @@ from edgekit.datasets import load_data, refuse_unfit
 from edgekit.errors import UsageError
 from edgekit.hugging_face import write as huggingface_folder
 from edgekit.manifest import Step
-from edgekit.model import Data, GgufFile, LlamaFolder, Model, OnnxNetwork, Split, Task, TorchNetwork
+from edgekit.model import Data, GgufFile, LlamaFolder, Model, OnnxNetwork, Split, Task, TorchNetwork, scores_first
 from edgekit.plugins import extra
 from edgekit.saving import load_saved, refuse_foreign, save, whole_onnx
 from edgekit.sources import call, first_line, named_object
@@ -208,7 +208,7 @@ def _load_onnx(path: Path, data: Data | None) -> Model:
         network=OnnxNetwork(path),
         data=data,
         inputs=tuple(_onnx_spec(i) for i in session.get_inputs()),
-        outputs=tuple(_onnx_spec(o) for o in session.get_outputs()),
+        outputs=tuple(_onnx_spec(o) for o in scores_first(session.get_outputs())),
         lineage=(
             Step(
                 name="load", options={"source": path.name, "checkpoint": hashlib.sha256(whole_onnx(path)).hexdigest()}

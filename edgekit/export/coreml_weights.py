@@ -82,8 +82,9 @@ def _wanted(
 ) -> dict[str, _Weight]:
     if not isinstance(model.network, TorchNetwork):
         return {}
-    parameters = dict(model.network.module.named_parameters())
-    names = {parameter: node for node, parameter in graph.graph_signature.inputs_to_parameters.items()}
+    parameters = dict(model.network.module.named_parameters(remove_duplicate=False))
+    nodes = {id(parameters[p]): node for node, p in graph.graph_signature.inputs_to_parameters.items()}
+    names = {parameter: nodes.get(id(tensor), "") for parameter, tensor in parameters.items()}  # tied ones share one
     constants = {op.name for op in program._mil_program.functions["main"].find_ops(op_type="const")}  # noqa: SLF001  # the only way to the names
     wanted = {}
     for parameter, rule in plan.weights.items():

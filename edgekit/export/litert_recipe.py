@@ -114,7 +114,8 @@ def _width(plan: QuantizationPlan) -> int:
 def _shows_scales(model: Model, plan: QuantizationPlan, bits: int) -> bool:
     import numpy as np
 
-    parameters = dict(model.network.module.named_parameters()) if isinstance(model.network, TorchNetwork) else {}
+    module = model.network.module if isinstance(model.network, TorchNetwork) else None
+    parameters = dict(module.named_parameters(remove_duplicate=False)) if module else {}
     for name, rule in plan.weights.items():
         weight = parameters[name].detach().numpy()
         own = WeightRule(bits=bits, granularity="channel", axis=rule.axis)

@@ -96,6 +96,8 @@ def planned_nodes(weights: Weights, model: Model, plan: QuantizationPlan) -> lis
     taken = {n.input[1] for n in nodes} & plan.weights.keys()
     lost = {name: p for name, p in _parameters(model).items() if name in plan.weights and name not in taken}
     found = []
+    if lost:
+        _turn(weights, nodes)
     for node in nodes:
         value = node.input[1]
         if value in plan.weights and value in weights.stored:
@@ -107,10 +109,30 @@ def planned_nodes(weights: Weights, model: Model, plan: QuantizationPlan) -> lis
     return found
 
 
+def _turn(weights: Weights, nodes: list[onnx.NodeProto]) -> None:
+    """Let products read turned constants where the graph turns them, as it does with a table that is read elsewhere."""
+    import numpy as np
+    from onnx import helper
+
+    turns = {
+        n.output[0]: n for n in weights.proto.graph.node if n.op_type == "Transpose" and n.input[0] in weights.stored
+    }
+    for node in nodes:
+        turn = turns.get(node.input[1])
+        if turn is not None:
+            order = next((helper.get_attribute_value(a) for a in turn.attribute if a.name == "perm"), None)
+            turned = np.ascontiguousarray(weights.array(turn.input[0]).transpose(order))
+            node.input[1] = weights.add(f"{turn.input[0]}_turned", turned)
+    read = {name for node in weights.proto.graph.node for name in node.input}
+    for made, turn in turns.items():
+        if made not in read:
+            weights.proto.graph.node.remove(turn)
+
+
 def _parameters(model: Model) -> dict[str, Array]:
     if not isinstance(model.network, TorchNetwork):
         return {}
-    return {name: p.detach().numpy() for name, p in model.network.module.named_parameters()}
+    return {name: p.detach().numpy() for name, p in model.network.module.named_parameters(remove_duplicate=False)}
 
 
 def _by_content(

@@ -241,7 +241,10 @@ def _way_out(reference: Reference) -> str:
 
 @dataclass(frozen=True)
 class Figures:
-    """How far outputs lie from the reference; the worst output counts. ``top1`` only where there are scores."""
+    """How far outputs lie from the reference; the worst output counts.
+
+    ``top1``: the share of equal best classes, or equal integers; ``None`` where there are neither.
+    """
 
     max_abs_error: float
     sqnr_db: float
@@ -255,16 +258,19 @@ def measure(reference: Reference, outputs: Mapping[str, Array]) -> Figures:
     """
     import numpy as np
 
-    errors, sqnrs = [], []
+    errors, sqnrs, same = [], [CAP_DB], []
     for name, want in reference.outputs.items():
+        if want.dtype.kind in "iub":
+            same.append(float((np.asarray(outputs[name]) == want).mean()))
+            continue
         error = np.asarray(outputs[name], np.float64) - want
         errors.append(float(np.abs(error).max()))
         sqnrs.append(_sqnr(float(np.square(want, dtype=np.float64).sum()), float(np.square(error).sum())))
-    top1 = None
     if reference.scores is not None:
         want, got = reference.outputs[reference.scores], outputs[reference.scores]
-        top1 = round(float((want.argmax(-1) == got.argmax(-1)).mean()), 4)
-    return Figures(float(f"{max(errors):.4g}"), round(min(sqnrs), 2), top1)
+        same.append(float((want.argmax(-1) == got.argmax(-1)).mean()))
+    top1 = round(min(same), 4) if same else None
+    return Figures(float(f"{max(errors, default=0.0):.4g}"), round(min(sqnrs), 2), top1)
 
 
 def _sqnr(signal: float, noise: float) -> float:

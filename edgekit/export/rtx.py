@@ -24,6 +24,10 @@ OF_THE_MACHINE = ("cudaError", "Cuda Runtime", "CUDA driver", "CUDA initializati
 """What TensorRT complains of where there is no GPU: nothing of the file."""
 
 
+UNKNOWN = "Plugin not found"
+"""What the parser says of an operator that it has not: it looks for a plugin of that name last."""
+
+
 @dataclass
 class _Complaints:
     """What the builder logged as errors, in its own words, first to last."""
@@ -90,14 +94,14 @@ def _refused(parser: Any) -> str:  # noqa: ANN401  # tensorrt_rtx has no types
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
     told = []
     for error in errors[:3]:
-        why = [one for one in error.desc().splitlines() if not _says_nothing(one)]
+        why = [one for one in error.desc().splitlines() if not _says_nothing(one) and UNKNOWN not in one]
         told.append(f"{error.node_operator()} {error.node_name()!r} ({why[0][:200] if why else _unsaid(error.desc())})")
     return ", ".join(told) + (f" and {len(errors) - 3} more" if len(errors) > 3 else "")
 
 
 def _unsaid(text: str) -> str:
     """Return the reason where no line of it is about the file: ``false`` is what the check of an operator came to."""
-    return "no such operator" if text.strip() == "false" else text.strip()[:200]
+    return "no such operator" if text.strip() == "false" or UNKNOWN in text else text.strip()[:200]
 
 
 def _says_nothing(line: str) -> bool:

@@ -13,7 +13,7 @@ from edgekit import device_profiles, grid, plugins
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.simulation import planned_network
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import PACKAGE, mil
+from edgekit.export import PACKAGE, mil, mil_operators
 from edgekit.model import OnnxNetwork
 from edgekit.plan import QuantizationPlan
 from edgekit.progress import silent
@@ -173,18 +173,65 @@ def networks():
             ]
             return torch.cat(scores, 1)
 
-    squashed = (nn.Conv2d(3, 4, 3), nn.GELU(), nn.SiLU(), nn.Hardsigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    class Indexed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 4)
+
+        def forward(self, image):
+            looked = self.table((image[:, 0, ::2, 1:6] * 4).to(torch.int32)).mean((1, 2))
+            stacked = torch.stack([image[:, 0], image[:, 2]], 1)[:, :, 1:3].sum((2, 3))
+            chosen = torch.index_select(image, 2, torch.tensor([6, 0, 3])).amax((2, 3))
+            tiled = image.mean((2, 3)).repeat(1, 2)
+            return torch.cat([looked, stacked, chosen, tiled, image.argmax(3).float().mean(2)], 1)
+
+    class Elementary(nn.Module):
+        def forward(self, image):
+            x = image + 0.1
+            found = [x.abs().rsqrt(), x.exp() - x.log(), x.sqrt() ** 1.5, x.square(), torch.erf(x), x.sin() + x.cos()]
+            found += [1 / (x + 3), torch.floor(3 * x), nn.functional.elu(x - 0.5), nn.functional.softplus(x)]
+            found += [nn.functional.leaky_relu(x - 0.5, 0.1), torch.maximum(x, 1 - x), torch.minimum(x, 1 - x)]
+            return torch.cat([one.mean((2, 3)) for one in found], 1)
+
+    class Compared(nn.Module):
+        def forward(self, image):
+            x, y = image, 1 - image
+            low = torch.logical_or(torch.logical_not(x >= 0.7), x <= 0.2)
+            near = torch.where(low, 2 * x, -y) + torch.where(torch.logical_and(x > y, x < 0.9), x, y)
+            same = torch.where(torch.floor(4 * x) == torch.floor(4 * y), x, 3 * y)
+            other = torch.where(torch.floor(4 * x) != torch.floor(4 * y), x, 3 * y)
+            return torch.cat([near.amin(3).mean(2), same.mean((2, 3)), other.mean((2, 3))], 1)
+
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.lstm = nn.GRU(8, 6, batch_first=True), nn.LSTM(6, 5, batch_first=True)
+
+        def forward(self, image):
+            return self.lstm(self.gru(image[:, 0])[0])[0][:, -1]
+
+    grown = (nn.InstanceNorm2d(3, affine=True), nn.Upsample(scale_factor=2), nn.ConvTranspose2d(3, 4, 3, 2, 1))
+    squashed = (nn.Conv2d(3, 4, 3), nn.GELU(), nn.SiLU(), nn.Hardsigmoid(), nn.Hardswish())
     return {
-        "activations": nn.Sequential(*squashed),
+        "activations": nn.Sequential(*squashed, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         "pooling": nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.MaxPool2d(2), nn.Flatten()),
         "uneven average": nn.Sequential(nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.Flatten()),
         "batch norm": nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(-1)),
         "attention": Attention(),
         "mixed": Mixed(),
+        "indexed": Indexed(),
+        "elementary": Elementary(),
+        "compared": Compared(),
+        "recurrent": Read(),
+        "grown": nn.Sequential(*grown, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     }
 
 
-@pytest.mark.parametrize("name", ["activations", "pooling", "uneven average", "batch norm", "attention", "mixed"])
+NAMES = ["activations", "pooling", "uneven average", "batch norm", "attention", "mixed"]
+NAMES += ["indexed", "elementary", "compared", "recurrent", "grown"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_interpreter_computes_what_pytorch_computes(name, tmp_path):
     got, want = computed(tiny_model(networks()[name]), tmp_path, precision="fp32")
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
@@ -214,5 +261,5 @@ def test_padding_follows_numpy(pad, options, want):
         if options.get("mode") == "reflect"
         else {"constant_values": options.get("constant_val", 0)}
     )
-    got = mil._pad({"x": torch.from_numpy(x), "pad": pad, **options}).numpy()
+    got = mil_operators._pad({"x": torch.from_numpy(x), "pad": pad, **options}).numpy()
     np.testing.assert_array_equal(got, np.pad(x, pairs, **kind))

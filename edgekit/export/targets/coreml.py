@@ -100,10 +100,31 @@ def _graph(model: Model, network: TorchNetwork) -> torch.export.ExportedProgram:
     example = tuple(torch.as_tensor(one[name]) for name in network.input_names)
     try:
         with silence():
-            graph: torch.export.ExportedProgram = torch.export.export(network.module, example).run_decompositions({})
+            program = torch.export.export(network.module, example)
+            graph: torch.export.ExportedProgram = program.run_decompositions(_recurrent())
+            _skip_aliases(graph)
     except REFUSALS as error:
         raise ExportError(f"{model.name} cannot be traced to a graph: {reason(error)}") from error
     return graph
+
+
+def _skip_aliases(program: torch.export.ExportedProgram) -> None:
+    """Let who reads an alias read what it names: coremltools has no such operator."""
+    import torch
+
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.alias.default and all(user.op != "output" for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+
+
+def _recurrent() -> dict[Any, Any]:
+    """Return how recurrent layers are written out step by step; coremltools reads no torch.export graph with them."""
+    import torch
+    from torch._decomp import get_decompositions
+
+    aten = torch.ops.aten
+    return dict(get_decompositions([aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input]))
 
 
 def _convert(model: Model, graph: torch.export.ExportedProgram, ios: int, *, half: bool) -> Any:  # noqa: ANN401  # coremltools is untyped

@@ -39,6 +39,7 @@ class OpenvinoExporter:
         """
         with extra("openvino"), silence():
             import openvino
+            from openvino._pyopenvino import OpConversionFailure  # public nowhere; OpenVINO's errors share no class
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, "model.onnx")
             artifact = lowering.write_artifact(model, profile, path, scheme=SCHEME, progress=progress)
@@ -47,14 +48,20 @@ class OpenvinoExporter:
                     made = openvino.convert_model(str(path))
                     _name(made, [spec.name for spec in model.outputs])
                     openvino.save_model(made, folder / MAIN, compress_to_fp16=False)
-            except REFUSALS as error:
+            except (*REFUSALS, OpConversionFailure) as error:
                 raise ExportError(
-                    f"{model.name} has no OpenVINO form: {reason(error)}",
+                    f"{model.name} has no OpenVINO form: {_reason(error)}",
                     "replace that operator, or export to onnx, which OpenVINO reads as well",
                 ) from error
         _forget_this_run(folder / MAIN)
         operators = Counter(operator.get_type_name() for operator in made.get_ordered_ops())
         return replace(artifact, main=MAIN, files=(WEIGHTS, MAIN), operators=operators, requires={"openvino_ir": "11"})
+
+
+def _reason(error: BaseException) -> str:
+    """Return the line that names the operators, which OpenVINO writes last."""
+    told = [line.removeprefix("-- ") for line in str(error).splitlines() if "No conversion rule found" in line]
+    return told[0][:300] if told else reason(error)
 
 
 def _name(made: Any, outputs: list[str]) -> None:  # noqa: ANN401  # openvino's model has no types here
