@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from edgekit.export import TargetResult
     from edgekit.model import Model
 
+HERE = Path(__file__).resolve().parent
 MODELS: dict[str, tuple[str, Callable[[Path], Model]]] = {
     "residual": ("residual CNN", lambda _: _zoo.residual()),
     "depthwise": ("depthwise CNN, SE, hard-swish", lambda _: _zoo.depthwise()),
@@ -52,8 +53,12 @@ RECIPES = {
     "int4": (("w4a8-gptq", ""), ("w4-channel-gptq", "w")),
 }
 """By column: recipes in the order in which they are tried, and how a cell is marked that took one."""
-OUTLIERS = {"int8": "int8-smooth"}
-"""What transformers take instead."""
+INSTEAD = {
+    ("llama", "int8"): "int8-smooth",
+    ("minilm", "int8"): str(HERE / "recipes/minilm-int8.toml"),
+    ("minilm", "w4a8-gptq"): str(HERE / "recipes/minilm-w4a8.toml"),
+}
+"""What transformers take in place of a recipe."""
 TYPES = {"fp32": "f32", "int8": "q8_0", "int4": "q4_0"}
 """What llama.cpp calls the columns."""
 REFUSED: dict[tuple[str, str, str], str] = {
@@ -143,7 +148,7 @@ def cells_of(name: str, scratch: Path) -> list[Cell]:
         found: dict[str, Cell] = {}
         for number, (named, mark) in enumerate(recipes):
             left = [form for form in left if not _is_written(found.get(form))]
-            chosen = OUTLIERS.get(named, named) if name in ("minilm", "llama") else named
+            chosen = INSTEAD.get((name, named), named)
             print(f"{name} {column} {chosen or 'float'}: {', '.join(left)}", file=sys.stderr, flush=True)
             for form, cell in _tried(model, chosen, left, scratch / f"{column}{number}").items():
                 first = found.get(form)

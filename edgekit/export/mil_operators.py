@@ -268,6 +268,7 @@ OPERATORS: dict[str, Operator] = {
     "pow": _pair("pow"),
     "real_div": lambda v: v["x"] / v["y"],
     "reduce_argmax": lambda v: v["x"].argmax(v["axis"], keepdim=v["keep_dims"]),
+    "reduce_l2_norm": lambda v: v["x"].norm(dim=v["axes"], keepdim=v["keep_dims"]),
     "reduce_max": lambda v: v["x"].amax(v["axes"], keepdim=v["keep_dims"]),
     "reduce_mean": lambda v: v["x"].mean(v["axes"], keepdim=v["keep_dims"]),
     "reduce_min": lambda v: v["x"].amin(v["axes"], keepdim=v["keep_dims"]),

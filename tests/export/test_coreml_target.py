@@ -189,7 +189,13 @@ def networks():
         def forward(self, image):
             x = image + 0.1
             found = [x.abs().rsqrt(), x.exp() - x.log(), x.sqrt() ** 1.5, x.square(), torch.erf(x), x.sin() + x.cos()]
-            found += [1 / (x + 3), torch.floor(3 * x), nn.functional.elu(x - 0.5), nn.functional.softplus(x)]
+            found += [
+                nn.functional.normalize(x, dim=1),
+                1 / (x + 3),
+                torch.floor(3 * x),
+                nn.functional.elu(x - 0.5),
+                nn.functional.softplus(x),
+            ]
             found += [nn.functional.leaky_relu(x - 0.5, 0.1), torch.maximum(x, 1 - x), torch.minimum(x, 1 - x)]
             return torch.cat([one.mean((2, 3)) for one in found], 1)
 
