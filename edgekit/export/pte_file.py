@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 ROUNDING = ("quantize_", "dequantize_", "choose_qparams")
 IMPLICIT = "IS_IMPLICIT_Q_DQ_TAG"
 """The mark on rounding nodes that became part of an integer kernel."""
+VOLUME = 5
+"""Axes of what a 3-D convolution gives."""
 INSIDE = "xnnpack."
 WAY_OUT = "replace that operator, or use another target"
 
@@ -39,7 +42,7 @@ class Lowered:
         total = sum(computing.values())
         told = f"XNNPACK runs {total - sum(outside.values())} of {total} operators"
         listed = ", ".join(f"{count} {name}" for name, count in sorted(outside.items()))
-        return f"{told}; portable kernels run {listed}" if outside else told
+        return f"{told}; ExecuTorch's own kernels run {listed}" if outside else told
 
 
 def lower(program: torch.export.ExportedProgram, name: str) -> Lowered:
@@ -51,14 +54,16 @@ def lower(program: torch.export.ExportedProgram, name: str) -> Lowered:
     """
     with extra("executorch"), silence():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import error as own
         from executorch.exir import to_edge_transform_and_lower
+        from torch._export.verifier import SpecViolationError
     try:
         with silence():
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             graph = edge.exported_program().graph_module
-            _refuse_rounding_outside(graph)
+            _refuse_outside(graph)
             written = edge.to_executorch()
-    except REFUSALS as error:
+    except (*REFUSALS, SpecViolationError, own.ExportError, own.InternalError) as error:
         raise _refusal(program, name, error) from error
     _refuse_without_kernel(written.executorch_program, program, name)
     outside = Counter(_name(node) for node in _calls(graph))
@@ -86,7 +91,8 @@ def _name(node: fx.Node) -> str:
     return "" if schema is None else str(schema.name).rpartition("::")[2]
 
 
-def _refuse_rounding_outside(graph: fx.GraphModule) -> None:
+def _refuse_outside(graph: fx.GraphModule) -> None:
+    """Refuse what would be computed otherwise than planned outside of XNNPACK, or not at all."""
     for node in graph.graph.nodes:
         if _name(node).startswith(ROUNDING):
             reader = next(iter(node.users), node)
@@ -95,13 +101,15 @@ def _refuse_rounding_outside(graph: fx.GraphModule) -> None:
                 "integers would be computed in float",
                 "leave its weight out with keep, or use another target",
             )
+        if _name(node) == "convolution" and node.meta["val"].dim() == VOLUME:
+            raise ExportError(f"ExecuTorch has no kernel for {module_path(node)}, a 3-D convolution", WAY_OUT)
 
 
 def _refusal(program: torch.export.ExportedProgram, name: str, error: BaseException) -> ExportError:
     """Name the operators that the message names, and the modules that they come from."""
     told = str(error)
     kinds = {_plain(node) for node in program.graph.nodes} - {""}
-    places = _places(program, {kind for kind in kinds if kind in told})
+    places = _places(program, {kind for kind in kinds if re.search(rf"aten(\.|::){kind}\b", told)})
     return ExportError(f"{name} has no ExecuTorch form{places}: {reason(error)}", WAY_OUT)
 
 

@@ -33,10 +33,12 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Written:
-    """What became of the plan: how many weights are stored in 4 bits, and which of them in 8 although planned in 4."""
+    """What became of the plan: how many weights are stored in 4 bits, how many in 8 although 4 were planned, how many
+    have a scale a group, and how many activations are integers.
+    """
 
     narrow: int = 0
-    widened: tuple[str, ...] = ()
+    widened: int = 0
     grouped: int = 0
     integers: int = 0
 
@@ -55,10 +57,8 @@ def write(module: fx.GraphModule, plan: QuantizationPlan, names: Mapping[str, st
     is_static = plan.scheme == "static"
     ranges = xnnpack_values.ranges(graph, plan, names) if is_static else {}
     grids = {node: _shifted(limits) for node, limits in ranges.items()}
-    told = [
-        _store_weight(module, node, plan.weights[name], grids[argument(node, 0)].scale if is_static else 0.0)
-        for node, name in layers.items()
-    ]
+    scales = {node: grids[xnnpack_values.source(node, set(layers))].scale for node in layers if is_static}
+    told = [_store_weight(module, node, plan.weights[name], scales.get(node, 0.0)) for node, name in layers.items()]
     for node, own in grids.items():
         _round(graph, node, own, grids)
     if not is_static:
@@ -67,10 +67,13 @@ def write(module: fx.GraphModule, plan: QuantizationPlan, names: Mapping[str, st
     _drop_unused(module, set(layers.values()))
     graph.lint()
     module.recompile()
-    widened = tuple(name for (node, name), bits in zip(layers.items(), told, strict=True)
-                    if plan.weights[name].bits <= 4 < bits)  # fmt: skip
-    grouped = sum(plan.weights[name].granularity == "group" for name in layers.values())
-    return Written(sum(bits == 4 for bits in told), widened, grouped, len(grids))
+    rules = [plan.weights[name] for name in layers.values()]
+    return Written(
+        narrow=sum(bits == 4 for bits in told),
+        widened=sum(rule.bits <= 4 < bits for rule, bits in zip(rules, told, strict=True)),
+        grouped=sum(rule.granularity == "group" for rule in rules),
+        integers=len(grids),
+    )
 
 
 def _register() -> None:

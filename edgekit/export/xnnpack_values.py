@@ -27,6 +27,7 @@ MOVING = (
 """What only moves or clamps integers: XNNPACK wants one scale on both sides of it."""
 
 PAIRS = ("add", "sub", "mul")
+PADS = ("pad", "constant_pad_nd")
 
 
 def planned(graph: fx.Graph, plan: QuantizationPlan) -> Iterator[tuple[fx.Node, str]]:
@@ -53,11 +54,12 @@ def ranges(graph: fx.Graph, plan: QuantizationPlan, names: Mapping[str, str]) ->
     layers = {node for node, _ in planned(graph, plan)}
     found: dict[fx.Node, Range] = {}
     for node in graph.nodes:
-        if not is_float(node) or node.op not in ("placeholder", "call_function") or is_fused_away(node, layers):
+        is_value = is_float(node) and node.op in ("placeholder", "call_function")
+        if not is_value or is_fused_away(node, layers) or is_joined_pad(node, layers):
             continue
-        own, source = known.get(node.name), argument(node, 0)
-        if operator(node) in MOVING and source in found:
-            found[node] = found[source]
+        own, moved = known.get(node.name), argument(node, 0)
+        if operator(node) in MOVING and moved in found:
+            found[node] = found[moved]
         elif own is not None and _meets_kernel(node, layers):
             found[node] = own
     _refuse_lacking(layers, found, plan)
@@ -70,6 +72,23 @@ def is_fused_away(node: fx.Node, layers: set[fx.Node]) -> bool:
     if after is None or operator(after) not in CLAMPS:
         return False
     return node in layers or (operator(node) == "add" and operator(after) == "relu" and _is_pair(node))
+
+
+def is_joined_pad(node: fx.Node, layers: set[fx.Node]) -> bool:
+    """Say whether a node puts zeros around pictures for one planned convolution: XNNPACK does that to the integers."""
+    if operator(node) not in PADS or not set(node.users) <= layers or len(node.users) != 1:
+        return False
+    reader, amounts = next(iter(node.users)), argument(node, 1)
+    spatial = 2 * (argument(node, 0).meta["val"].dim() - 2)
+    zeros = not argument(node, 2) or argument(node, 2) == "constant"
+    is_plain = zeros and not argument(node, 3) and not node.kwargs and min(amounts) >= 0 and not any(amounts[spatial:])
+    return is_plain and operator(reader) in ("conv1d", "conv2d") and argument(reader, 0) is node
+
+
+def source(layer: fx.Node, layers: set[fx.Node]) -> fx.Node:
+    """Return the node whose integers a planned layer reads."""
+    given: fx.Node = argument(layer, 0)
+    return argument(given, 0) if is_joined_pad(given, layers) else given
 
 
 def _weight(node: fx.Node) -> str:
@@ -96,7 +115,8 @@ def _meets_kernel(node: fx.Node, layers: set[fx.Node]) -> bool:
 
 
 def _has_kernel(node: fx.Node, layers: set[fx.Node]) -> bool:
-    return node in layers or _is_pair(node) or is_mean_of_pictures(node) or operator(node) == "cat"
+    is_kernel = node in layers or _is_pair(node) or is_mean_of_pictures(node) or operator(node) == "cat"
+    return is_kernel or is_joined_pad(node, layers)
 
 
 def _is_pair(node: fx.Node) -> bool:
@@ -108,8 +128,8 @@ def _is_pair(node: fx.Node) -> bool:
 
 def _refuse_lacking(layers: set[fx.Node], found: Mapping[fx.Node, Range], plan: QuantizationPlan) -> None:
     for node in layers:
-        source, end = argument(node, 0), next(iter(node.users)) if is_fused_away(node, layers) else node
-        side = "input" if source not in found else "output" if end not in found else ""
+        end = next(iter(node.users)) if is_fused_away(node, layers) else node
+        side = "input" if source(node, layers) not in found else "output" if end not in found else ""
         if side:
             way = 'cover = "all", or ' if plan.cover == "inputs" else ""
             raise ExportError(

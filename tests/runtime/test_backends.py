@@ -234,7 +234,10 @@ def test_tensorrt_backend_says_where_it_really_runs(tmp_path):
         assert ("no TensorRT" in session.engine) == on_cpu
 
 
-@pytest.mark.parametrize(("name", "missing"), [("onnx", "onnxruntime"), ("tflite", "ai_edge_litert.interpreter")])
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("onnx", "onnxruntime"), ("tflite", "ai_edge_litert.interpreter"), ("executorch", "executorch.runtime")],
+)
 def test_missing_engine_names_the_pip_command(name, missing, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, missing, None)
     (tmp_path / "file").write_bytes(b"x")

@@ -1,6 +1,6 @@
 """ExecuTorch programs for XNNPACK: batch 1, the plan's own numbers, float inputs and outputs.
 
-What XNNPACK does not take runs in ExecuTorch's portable kernels, in float; a note says how much.
+What XNNPACK does not take runs in ExecuTorch's own kernels, in float; a note says how much.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _refuse(model: Model) -> None:
 def _notes(written: Written) -> tuple[str, ...]:
     told = {
         f"{written.narrow} weights are stored in 4 bits": written.narrow,
-        f"{len(written.widened)} weights of 4 bits are stored in 8: XNNPACK has 4-bit kernels for linear layers "
+        f"{written.widened} weights of 4 bits are stored in 8: XNNPACK has 4-bit kernels for linear layers "
         "of even width": written.widened,
         f"{written.grouped} weights have their scales rounded to bfloat16, as XNNPACK keeps those of groups": (
             written.grouped
