@@ -73,7 +73,7 @@ def _refuse(model: Model) -> None:
         )
     if scheme == "float16":
         raise ExportError(
-            f"{model.name} is planned as 16-bit floats, which are not lowered to ExecuTorch yet",
+            f"{model.name} is planned as 16-bit floats, which this target does not write",
             "export with --precision fp32, or quantize to int8",
         )
 
@@ -100,7 +100,8 @@ def _program(model: Model) -> tuple[torch.export.ExportedProgram, Written]:
     one = model.data.calibration.head(1).inputs
     example = tuple(torch.as_tensor(one[spec.name]) for spec in model.inputs)
     try:
-        traced = trace(model)
+        with silence():
+            traced = trace(model)
     except CompressionError as error:
         raise ExportError(error.message, error.hint) from error
     module = traced.module(check_guards=False)

@@ -43,14 +43,13 @@ class ExecutorchEngine:
         import numpy as np
         import torch
 
-        # the runtime reads the memory as it lies, and torch warns of arrays that may not be written
-        given = [
-            torch.from_numpy(np.require(inputs[key], requirements=("C", "W"))) for key in sorted(inputs, key=_place)
-        ]
+        keys = sorted(inputs, key=_place)
         with _PROCESS:
             if self._method is None:
                 raise UsageError("this ExecuTorch engine is closed", "load the bundle again")
             try:
+                # it reads memory as it lies, and torch warns of arrays that may not be written
+                given = [torch.from_numpy(np.require(inputs[key], requirements=("C", "W"))) for key in keys]
                 found = self._method.execute(given)
             except (RuntimeError, ValueError, TypeError) as error:
                 raise HealthError(f"ExecuTorch failed: {error}") from error
