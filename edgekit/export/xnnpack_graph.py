@@ -33,10 +33,14 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Written:
-    """What became of the plan: how many weights are stored in 4 bits, how many in 8 although 4 were planned, how many
-    have a scale a group, and how many activations are integers.
+    """What became of the plan.
+
+    How many of all layers have integer kernels, how many weights are stored in 4 bits, how many in 8 although 4 were
+    planned, how many have a scale a group, and how many activations are integers.
     """
 
+    layers: int = 0
+    total: int = 0
     narrow: int = 0
     widened: int = 0
     grouped: int = 0
@@ -69,6 +73,8 @@ def write(module: fx.GraphModule, plan: QuantizationPlan, names: Mapping[str, st
     module.recompile()
     rules = [plan.weights[name] for name in layers.values()]
     return Written(
+        layers=len(layers),
+        total=sum(operator(node) in xnnpack_values.WEIGHTED for node in graph.nodes),
         narrow=sum(bits == 4 for bits in told),
         widened=sum(rule.bits <= 4 < bits for rule, bits in zip(rules, told, strict=True)),
         grouped=sum(rule.granularity == "group" for rule in rules),

@@ -128,8 +128,11 @@ def test_convolutions_of_four_bits_are_stored_in_eight_and_the_file_says_so(tiny
     _, written = executorch._program(Quantize(bits=4).apply(tiny, silent))
     assert (written.narrow, written.widened) == (1, 3)
     notes = executorch._notes(written)
-    assert notes[0] == "1 weights are stored in 4 bits"
-    assert notes[1].startswith("3 weights of 4 bits are stored in 8: XNNPACK has 4-bit kernels for linear layers")
+    assert notes[:2] == (
+        "4 of 4 convolutions and linear layers run as integer kernels",
+        "1 weights are stored in 4 bits",
+    )
+    assert notes[2].startswith("3 weights of 4 bits are stored in 8: XNNPACK has 4-bit kernels for linear layers")
 
 
 def test_two_runs_give_the_same_bytes_and_say_nothing(wide, tmp_path, capfd):

@@ -80,6 +80,7 @@ def _refuse(model: Model) -> None:
 
 def _notes(written: Written) -> tuple[str, ...]:
     told = {
+        f"{written.layers} of {written.total} convolutions and linear layers run as integer kernels": written.layers,
         f"{written.narrow} weights are stored in 4 bits": written.narrow,
         f"{written.widened} weights of 4 bits are stored in 8: XNNPACK has 4-bit kernels for linear layers "
         "of even width": written.widened,
