@@ -16,13 +16,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Send stdout, stderr, warnings and log lines of the block to nowhere, also those that C++ writes.
-
-    What an import sets up for all logging in between leaves again: it would write to the nowhere that is closed.
-    """
+    """Send stdout, stderr, warnings and log lines of the block to nowhere, also those that C++ writes."""
     sys.stdout.flush()
     sys.stderr.flush()
-    level, handlers = logging.root.manager.disable, list(logging.root.handlers)
+    level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     kept = (os.dup(1), os.dup(2))
     try:
@@ -39,5 +36,4 @@ def silence() -> Iterator[None]:
         for number, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, number)
             os.close(copy)
-        logging.root.handlers[:] = handlers
         logging.disable(level)
