@@ -110,6 +110,21 @@ def with_scales(rule: WeightRule, scales: Array, zeros: Array | None = None) -> 
     )
 
 
+def with_room(weight: Array, rule: WeightRule, bias: Array, input_scale: float) -> WeightRule:
+    """Return the rule with scales so large that the layer's bias fits into 32 bits at the scale of its sums.
+
+    Only a channel whose weights are next to nothing beside its bias, as dead ones are, has its scale changed.
+    """
+    import numpy as np
+
+    scales = scales_of(weight, rule)
+    least = np.abs(bias.astype(np.float64)) / (input_scale * 2**30)
+    least = least.reshape(scales.shape) if scales.size == least.size else least.max()
+    if (scales >= least).all():
+        return rule
+    return with_scales(rule, np.maximum(scales, least), zeros_of(weight, rule) if rule.zeros else None)
+
+
 def quantized(weight: Array, rule: WeightRule) -> Array:
     """Return the integers that a weight is stored as, int32, in its own shape."""
     import numpy as np

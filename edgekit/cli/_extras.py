@@ -18,6 +18,7 @@ ENABLES = {
     "tensorrt-rtx": "parse and build TensorRT's files at export, without a GPU",
     "coreml": "read and check Core ML programs",
     "openvino": "write and run OpenVINO's IR, for Intel CPUs, GPUs and NPUs",
+    "executorch": "write and run ExecuTorch programs for XNNPACK, as Android apps take them; brings PyTorch",
     "compress": "quantize, prune and distil on the workstation",
     "export": "write ONNX, LiteRT, Core ML and GGUF",
     "fleet": "publish releases, roll them out, embedded broker",

@@ -92,8 +92,8 @@ def quantize(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> 
         source = item.node.input[0]
         if scheme.quantize_bias and source in ranges and _has_bias(weights, item):
             input_scale = grid.activation_grid(ranges[source]).scale
-            roomy = _with_room(item, weights.array(item.node.input[2]), input_scale)
-            store(weights, roomy, packed=scheme.onnxruntime)
+            rule = grid.with_room(item.values, item.rule, weights.array(item.node.input[2]), input_scale)
+            store(weights, replace(item, rule=rule), packed=scheme.onnxruntime)
             _store_bias(weights, item, input_scale)
         else:
             store(weights, item, packed=scheme.onnxruntime)
@@ -150,22 +150,6 @@ def _has_bias(weights: Weights, item: Planned) -> bool:
     node = item.node
     stored = len(node.input) > 2 and node.input[2] in weights.stored
     return stored and item.rule.granularity != "group" and weights.array(node.input[2]).ndim == 1
-
-
-def _with_room(item: Planned, bias: Array, input_scale: float) -> Planned:
-    """Return the layer with scales so large that its bias fits into 32 bits.
-
-    Only a channel whose weights are next to nothing beside its bias, as dead ones are, has its scale changed.
-    """
-    import numpy as np
-
-    scales = grid.scales_of(item.values, item.rule)
-    least = np.abs(bias.astype(np.float64)) / (input_scale * 2**30)
-    least = least.reshape(scales.shape) if scales.size == least.size else least.max()
-    if (scales >= least).all():
-        return item
-    zeros = grid.zeros_of(item.values, item.rule) if item.rule.zeros else None
-    return replace(item, rule=grid.with_scales(item.rule, np.maximum(scales, least), zeros))
 
 
 def _store_bias(weights: Weights, item: Planned, input_scale: float) -> None:

@@ -1,4 +1,4 @@
-"""Runs bundles on the device: `load` gives a session. Never imports torch, nor an engine before it is needed."""
+"""Runs bundles on the device: `load` gives a session. Imports no engine before it is needed, nor torch."""
 
 from edgekit.runtime.opening import load, open_variant
 from edgekit.runtime.session import Contract, Session, TextSession

@@ -51,6 +51,19 @@ def _write_openvino(folder):
     return bundles.variant("any", "openvino", "model.xml", **_ports("x", "y"))
 
 
+def _write_executorch(folder):
+    torch = pytest.importorskip("torch", reason="torch writes the ExecuTorch program of this test")
+    exir = pytest.importorskip("executorch.exir", reason="executorch writes the program of this test")
+    partitioner = pytest.importorskip("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    layer = torch.nn.Linear(3, 4, bias=False).eval()
+    with torch.no_grad():
+        layer.weight.copy_(torch.as_tensor(WEIGHTS.T))
+    program = torch.export.export(layer, (torch.zeros(2, 3),))
+    lowered = exir.to_edge_transform_and_lower(program, partitioner=[partitioner.XnnpackPartitioner()])
+    (folder / "model.pte").write_bytes(lowered.to_executorch().buffer)
+    return bundles.variant("any", "executorch", "model.pte", batch=2, **_ports("input_0", "output_0"))
+
+
 def _write_null(folder):
     content = {"outputs": CONTRACT.outputs, "value": 7.0}
     (folder / "model.json").write_bytes(msgspec.json.encode(content))
@@ -65,6 +78,7 @@ def _ports(x, y):
 
 
 WRITERS = {
+    "executorch": _write_executorch,
     "onnx": _write_onnx,
     "openvino": _write_openvino,
     "tensorrt": _write_tensorrt,
@@ -220,7 +234,10 @@ def test_tensorrt_backend_says_where_it_really_runs(tmp_path):
         assert ("no TensorRT" in session.engine) == on_cpu
 
 
-@pytest.mark.parametrize(("name", "missing"), [("onnx", "onnxruntime"), ("tflite", "ai_edge_litert.interpreter")])
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("onnx", "onnxruntime"), ("tflite", "ai_edge_litert.interpreter"), ("executorch", "executorch.runtime")],
+)
 def test_missing_engine_names_the_pip_command(name, missing, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, missing, None)
     (tmp_path / "file").write_bytes(b"x")

@@ -1,6 +1,7 @@
 """One file an engine: its file name is the format it runs. Knows what every engine must do; knows none.
 
-Never imports torch, and an engine's package only inside the function that opens it.
+Never imports torch, but for the one engine that is made of it (docs/adr/0010), and an engine's package only inside the
+function that opens it.
 """
 
 from __future__ import annotations
