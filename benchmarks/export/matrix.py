@@ -69,6 +69,7 @@ REFUSED: dict[tuple[str, str, str], str] = {
     ("sklearn", "*", "int4"): "the model has no weight that can be quantized",
     ("sklearn", "coreml", "fp32"): "the model is no PyTorch network",
     ("sklearn", "tflite", "fp32"): "the model is no PyTorch network",
+    ("sklearn", "executorch", "fp32"): "the model is no PyTorch network",
     ("sklearn", "openvino", "fp32"): "the model has no OpenVINO form: No conversion rule found for operations",
     ("sklearn", "tensorrt", "fp32"): "TensorRT does not take model.onnx: Scaler 'Scaler' (no such operator)",
 }
