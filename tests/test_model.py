@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit.errors import InputError, UsageError
-from edgekit.model import LlamaFolder, Model, OnnxNetwork, Split, run_batched
+from edgekit.model import Data, LlamaFolder, Model, OnnxNetwork, Split, run_batched
 
 
 @given(st.integers(1, 40), st.integers(1, 50))
@@ -82,3 +82,25 @@ def test_a_llama_folder_computes_logits(tmp_path):
     outputs = LlamaFolder(tmp_path).run({"input_ids": np.array([[1, 2, 3]])})
     assert outputs["logits"].shape == (1, 3, 20)
     assert np.isfinite(outputs["logits"]).all()
+
+
+def test_scores_come_before_the_label_that_a_classifier_names_first(tmp_path):
+    from edgekit import workload
+    from edgekit.compress.evaluate import top1
+
+    onnx = pytest.importorskip("onnx")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    rows = helper.make_tensor_value_info("rows", kinds.FLOAT, ["n", 3])
+    label = helper.make_tensor_value_info("label", kinds.INT64, ["n"])
+    scores = helper.make_tensor_value_info("scores", kinds.FLOAT, ["n", 3])
+    nodes = [
+        helper.make_node("Identity", ["rows"], ["scores"]),
+        helper.make_node("ArgMax", ["rows"], ["label"], axis=1, keepdims=0),
+    ]
+    graph = helper.make_graph(nodes, "g", [rows], [label, scores])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    picked = Split({"rows": np.eye(3, dtype=np.float32)}, np.array([0, 1, 0]))
+    model = workload.load(str(tmp_path / "m.onnx"), None, Data(picked))
+    assert [spec.name for spec in model.outputs] == ["scores", "label"]
+    assert top1(model.network, picked) == pytest.approx(2 / 3)

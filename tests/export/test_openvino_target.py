@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from edgekit import device_profiles, load, plugins, workload
@@ -10,6 +11,7 @@ from edgekit.compress.passes.quantize import Quantize
 from edgekit.errors import ExportError, HealthError, UsageError
 from edgekit.export import PACKAGE, export
 from edgekit.export.onnx_file import float_graph
+from edgekit.model import Data, Split
 from edgekit.progress import silent
 from edgekit.runtime.backends import EngineOptions
 
@@ -102,6 +104,22 @@ def test_what_openvino_cannot_hold_says_why(monkeypatch, tiny, tmp_path):
     monkeypatch.setattr(openvino, "convert_model", refuse)
     with pytest.raises(ExportError, match=r"has no OpenVINO form: Not supported.*Strange"):
         plugins.load(PACKAGE, "openvino", "format").export(tiny, device_profiles.load(TARGET), tmp_path, silent)
+
+
+def test_an_operator_that_openvino_lacks_is_named_and_the_other_target_is_written(tmp_path):
+    from onnx import TensorProto, helper
+
+    rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["n", 4])
+    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", 4])
+    node = helper.make_node("Scaler", ["rows"], ["scores"], domain="ai.onnx.ml", offset=[1.0] * 4, scale=[2.0] * 4)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.onnx.ml", 3)]
+    graph = helper.make_graph([node], "g", [rows], [scores])
+    path = tmp_path / "scaler.onnx"
+    path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString())
+    model = workload.load(str(path), None, Data(Split({"rows": np.random.default_rng(0).random((8, 4), np.float32)})))
+    result = export(model, [device_profiles.load(name) for name in (TARGET, "x86-64")], tmp_path / "bundle")
+    assert [row.variant is not None for row in result.rows] == [False, True]
+    assert "No conversion rule found for operations: ai.onnx.ml.Scaler" in result.first_error.message
 
 
 def test_the_profile_is_told():

@@ -77,6 +77,12 @@ def test_top1_counts_the_rows_whose_best_class_stayed():
     assert measure(reference({"y": want}, "y"), {"y": got}).top1 == 0.75
 
 
+def test_integers_are_compared_one_by_one():
+    labels = np.array([3, 1, 4, 1])
+    figures = measure(reference({"label": labels}), {"label": np.array([3, 1, 4, 2])})
+    assert (figures.sqnr_db, figures.top1, figures.max_abs_error) == (200.0, 0.75, 0.0)
+
+
 def test_a_file_with_other_weights_is_named_with_figures_and_limits(tiny, tmp_path):
     import onnx
     from onnx import numpy_helper
