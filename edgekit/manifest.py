@@ -120,8 +120,8 @@ class Elsewhere(_Part, frozen=True, kw_only=True):
 class EngineBuild(_Part, frozen=True, kw_only=True):
     """How a device builds an engine of its own of a variant's file, where its format has that.
 
-    ``workspace_mb`` bounds the builder's scratch memory, 0 leaves it open. ``dla_core`` -1 uses the GPU alone; on a DLA,
-    ``gpu_fallback`` lets the GPU take the layers that it lacks. Batches above ``max_batch`` are computed in pieces.
+    ``workspace_mb`` bounds the builder's scratch memory, 0 leaves it open. ``dla_core`` -1 uses the GPU alone; on a
+    DLA ``gpu_fallback`` lets the GPU take the layers that it lacks. Batches above ``max_batch`` are computed in pieces.
     ``fp16`` lets layers in float run in half.
     """
 

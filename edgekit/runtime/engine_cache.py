@@ -85,7 +85,7 @@ class EngineCache:
 
     def timing(self, key: Key) -> Path:
         """Return the file of measured kernels, which every model on this GPU, driver and builder shares."""
-        words = "\n".join((key.gpu, key.driver, key.builder))
+        words = f"{key.gpu}\n{key.driver}\n{key.builder}"
         return self._shared / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.timing"
 
     @contextmanager

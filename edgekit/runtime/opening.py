@@ -111,7 +111,9 @@ def open_variant(
 
 def _own_engine(folder: Path, manifest: Manifest, variant: Variant, engines: Path) -> OwnEngine:
     """Gather what a device's own engine of a variant depends on, and by what it is judged."""
-    hashes = "".join(sorted(f"{entry.path} {entry.sha256}\n" for entry in manifest.files if entry.path in variant.files))
+    hashes = "".join(
+        sorted(f"{entry.path} {entry.sha256}\n" for entry in manifest.files if entry.path in variant.files)
+    )
 
     def samples() -> dict[str, Array]:
         from edgekit.runtime.acceptance import golden_arrays

@@ -13,6 +13,7 @@ from edgekit.errors import BundleError, EdgekitError, HealthError, MissingExtra,
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from edgekit.bundle import Bundle
     from edgekit.ota.device.agent import Vitals

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class OwnEngine:
     """What it takes to build an engine of this device's own: where it is kept, under which model, how it is built.
 
-    ``digest`` names the variant's files. ``samples`` gives inputs by the file's own names, on which the new engine has to
-    answer as the engine that serves meanwhile does, by at least ``min_sqnr_db`` and ``min_top1_agreement``.
+    ``digest`` names the variant's files. ``samples`` gives inputs by the file's own names, on which the new engine has
+    to answer as the engine that serves meanwhile does, by at least ``min_sqnr_db`` and ``min_top1_agreement``.
     """
 
     folder: Path

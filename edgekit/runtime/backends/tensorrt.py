@@ -38,7 +38,7 @@ class TensorRtBackend:
         present = onnxruntime.get_available_providers()
         first = open_with(main, options, [name for name in PREFERRED if name in present])
         if options.own is None:
-            first.engine += " (TensorRT: not asked for)"
+            first.engine += " (no TensorRT engine was asked for)"
             return first
         from edgekit.runtime import tensorrt_tools
         from edgekit.runtime.tensorrt_ready import Ready
