@@ -117,6 +117,21 @@ class Elsewhere(_Part, frozen=True, kw_only=True):
         return f"on {self.isa}: {self.sqnr_db:.1f} dB from its answers where it was exported{same}"
 
 
+class EngineBuild(_Part, frozen=True, kw_only=True):
+    """How a device builds an engine of its own of a variant's file, where its format has that.
+
+    ``workspace_mb`` bounds the builder's scratch memory, 0 leaves it open. ``dla_core`` -1 uses the GPU alone; on a
+    DLA ``gpu_fallback`` lets the GPU take the layers that it lacks. Batches above ``max_batch`` are computed in pieces.
+    ``fp16`` lets layers in float run in half.
+    """
+
+    workspace_mb: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 0
+    dla_core: Annotated[int, msgspec.Meta(ge=-1, le=15)] = -1
+    gpu_fallback: bool = True
+    max_batch: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 16
+    fp16: bool = False
+
+
 class Variant(_Part, frozen=True, kw_only=True):
     """The model for one hardware class: which format, which files, what it needs, how far it is proved."""
 
@@ -128,6 +143,7 @@ class Variant(_Part, frozen=True, kw_only=True):
     parity: Parity
     expected: Expected | None = None
     elsewhere: Elsewhere | None = None
+    engine: EngineBuild | None = None
     inputs: tuple[Port, ...] = ()
     outputs: tuple[Port, ...] = ()
     batch: int = -1

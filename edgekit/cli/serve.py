@@ -22,11 +22,17 @@ if TYPE_CHECKING:
     "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 takes a free one."
 )
 @click.option("--threads", default=0, type=click.IntRange(min=0), help="Threads of the engine; 0: one a core.")
+@click.option(
+    "--engines",
+    type=click.Path(path_type=Path),
+    help="Folder of engines built on this device, TensorRT's. [default: ~/.cache/edgekit/engines]",
+)
 def COMMAND(  # noqa: N802  # the name under which the command line finds it
     terminal: Terminal,
     bundle: Path,
     variant: str | None,
     threads: int,
+    engines: Path | None,
     **listening: Any,  # noqa: ANN401  # address and port, as click typed them
 ) -> None:
     """Serve BUNDLE over HTTP until SIGINT or SIGTERM, then answer what is in flight and stop.
@@ -36,13 +42,13 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
     """
     import signal
 
-    from edgekit.runtime import load
+    from edgekit.runtime import engine_cache, load
     from edgekit.runtime.host import Host
     from edgekit.runtime.server import serve
 
     # The server drains on either signal and then raises it again: both end as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    host = Host(load(bundle, variant=variant, threads=threads))
+    host = Host(load(bundle, variant=variant, threads=threads, engines=engines or engine_cache.default_folder()))
     try:
         serve(host, **listening, on_ready=lambda url: _announce(terminal, host, url))
     except KeyboardInterrupt:

@@ -196,6 +196,7 @@ def _variant(profile: DeviceProfile, artifact: Artifact) -> Variant:
         requires=dict(sorted(artifact.requires.items())),
         operators=dict(sorted(artifact.operators.items())),
         notes=artifact.notes,
+        engine=artifact.engine,
     )
 
 

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from edgekit import bundle, device_profiles, plugins
 from edgekit import manifest as manifests
 from edgekit.errors import BundleError, MissingExtra, UsageError
+from edgekit.manifest import EngineBuild
 from edgekit.plugins import extra
-from edgekit.runtime import backends
-from edgekit.runtime.backends import EngineOptions
+from edgekit.runtime import backends, ports
+from edgekit.runtime.backends import EngineOptions, OwnEngine
 from edgekit.runtime.session import Contract, Session, TextSession
 
 if TYPE_CHECKING:
     from edgekit.manifest import Manifest, Variant
     from edgekit.runtime.backends import Backend, Engine, TextEngine
+    from edgekit.tensors import Array
 
 PACKAGE = backends.__name__
 
 
-def load(path: str | Path, *, variant: str | None = None, threads: int = 0) -> Session | TextSession:
+def load(
+    path: str | Path, *, variant: str | None = None, threads: int = 0, engines: Path | None = None
+) -> Session | TextSession:
     """Open a bundle, check its bytes, and return a warm session.
 
     The variant is the named one; else the one of the detected hardware class; else the first whose engine is
-    installed. ``threads`` 0 means one a core.
+    installed. ``threads`` 0 means one a core. ``engines``: the folder of engines that this device builds for itself
+    while the model serves already (TensorRT); ``None`` builds and uses none.
 
     Raises:
         UsageError: no bundle there, or nothing in it can run here.
@@ -39,9 +45,9 @@ def load(path: str | Path, *, variant: str | None = None, threads: int = 0) -> S
     for candidate, choice in candidates(folder, manifest, variant):
         checked = bundle.read(folder, candidate.name)
         try:
-            return open_variant(
-                folder, candidate, contract_of(checked.manifest, checked.digest), EngineOptions(threads), choice=choice
-            )
+            contract = contract_of(checked.manifest, checked.digest)
+            own = None if engines is None else _own_engine(folder, checked.manifest, candidate, engines)
+            return open_variant(folder, candidate, contract, EngineOptions(threads, own=own), choice=choice)
         except MissingExtra as error:
             missing = missing or error
     if missing:
@@ -101,6 +107,31 @@ def open_variant(
         session = Session(cast("Engine", engine), variant, contract, choice)
     session.warm()
     return session
+
+
+def _own_engine(folder: Path, manifest: Manifest, variant: Variant, engines: Path) -> OwnEngine:
+    """Gather what a device's own engine of a variant depends on, and by what it is judged."""
+    hashes = "".join(
+        sorted(f"{entry.path} {entry.sha256}\n" for entry in manifest.files if entry.path in variant.files)
+    )
+
+    def samples() -> dict[str, Array]:
+        from edgekit.runtime.acceptance import golden_arrays
+
+        inputs, _ = golden_arrays(folder, manifest.golden, variant)
+        given = inputs or ports.zeros(manifest.inputs, batch=max(1, variant.batch))
+        return ports.to_file(given, ports.ports_for(manifest.inputs, variant.inputs))
+
+    wanted = variant.expected
+    return OwnEngine(
+        folder=engines,
+        model=manifest.name,
+        digest=hashlib.sha256(hashes.encode()).hexdigest(),
+        how=variant.engine or EngineBuild(),
+        samples=samples,
+        min_sqnr_db=wanted.min_sqnr_db if wanted else 25.0,
+        min_top1_agreement=wanted.min_top1_agreement if wanted else 0.85,
+    )
 
 
 def contract_of(manifest: Manifest, digest: str) -> Contract:

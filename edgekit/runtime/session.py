@@ -45,7 +45,7 @@ class Session:
         self.contract = contract
         self.variant = variant
         self.choice = choice
-        self.engine = engine.engine
+        self._ran = engine.engine
         self._engine: Engine | None = engine
         self._inputs = ports.ports_for(contract.inputs, variant.inputs)
         self._outputs = ports.ports_for(contract.outputs, variant.outputs)
@@ -54,6 +54,12 @@ class Session:
     def digest(self) -> str:
         """SHA-256 of the bundle's manifest."""
         return self.contract.digest
+
+    @property
+    def engine(self) -> str:
+        """Name and version of what runs now, after closing of what ran; an engine may replace itself."""
+        engine = self._engine
+        return self._ran if engine is None else engine.engine
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute the outputs for a batch: arrays by public name, samples on the first axis.
@@ -118,6 +124,7 @@ class Session:
 
     def close(self) -> None:
         """Free the engine; runs in flight finish, later ones are errors. A second call does nothing."""
+        self._ran = self.engine
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()

@@ -228,10 +228,7 @@ def test_output_of_another_shape_than_the_manifest_says_is_a_health_error(tmp_pa
 
 def test_tensorrt_backend_says_where_it_really_runs(tmp_path):
     with open_variant(tmp_path, _write_tensorrt(tmp_path), CONTRACT) as session:
-        import onnxruntime
-
-        on_cpu = set(onnxruntime.get_available_providers()).isdisjoint({"TensorrtExecutionProvider"})
-        assert ("no TensorRT" in session.engine) == on_cpu
+        assert "no TensorRT" in session.engine
 
 
 @pytest.mark.parametrize(

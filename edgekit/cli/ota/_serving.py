@@ -13,6 +13,7 @@ from edgekit.errors import BundleError, EdgekitError, HealthError, MissingExtra,
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from edgekit.bundle import Bundle
     from edgekit.ota.device.agent import Vitals
@@ -32,10 +33,11 @@ class HostServing:
     something is installed.
     """
 
-    def __init__(self, profile: str, port: int | None = None, threads: int = 0) -> None:
+    def __init__(self, profile: str, port: int | None = None, threads: int = 0, engines: Path | None = None) -> None:
         self.profile = profile
         self.port = port
         self.threads = threads
+        self.engines = engines
         self.tell: Callable[[str], None] = lambda _: None
         self.host: Host | None = None
         self.server: Running | None = None
@@ -129,10 +131,12 @@ class HostServing:
         return Vitals(requests=requests, errors=max(errors, 0), p95_ms=now.p95_ms, rss_mib=rss_mib())
 
     def _load(self, bundle: Bundle) -> Session | TextSession:
+        from edgekit.runtime import engine_cache
         from edgekit.runtime.opening import load
 
         try:
-            return load(bundle.folder, variant=self.profile, threads=self.threads)
+            engines = self.engines or engine_cache.default_folder()
+            return load(bundle.folder, variant=self.profile, threads=self.threads, engines=engines)
         except (UsageError, BundleError, MissingExtra) as error:
             raise HealthError(f"the bundle does not load: {error.message}", error.hint) from error
 

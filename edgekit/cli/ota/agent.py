@@ -57,7 +57,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
     _warn_of_class(terminal, target)
     _provision(state, root)
     _check_port(port)
-    serving = HostServing(target, port, threads)
+    serving = HostServing(target, port, threads, state / "engines")
     serving.tell = terminal.say
     member = Device(name=device, profile=target, state=state, serving=serving)
     try:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgekit.device_profiles import DeviceProfile
-    from edgekit.manifest import Port
+    from edgekit.manifest import EngineBuild, Port
     from edgekit.model import Model
     from edgekit.progress import Progress
     from edgekit.tensors import Array
@@ -24,6 +24,7 @@ class Artifact:
     """What an exporter wrote: paths relative to its folder, the file's own ports, what it needs to run.
 
     ``batch`` is the only batch size the file takes, -1 for any. ``operators``: how many of each the file has.
+    ``engine``: how a device builds an engine of its own of the file.
     """
 
     main: str
@@ -35,6 +36,7 @@ class Artifact:
     requires: Mapping[str, str] = field(default_factory=dict)
     operators: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    engine: EngineBuild | None = None
 
 
 class Exporter(Protocol):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from edgekit.errors import ExportError
 from edgekit.export import lowering, qdq, rtx
+from edgekit.manifest import EngineBuild
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,12 +20,16 @@ if TYPE_CHECKING:
     from edgekit.progress import Progress
 
 NOTE = (
-    "ONNX Runtime builds the TensorRT engine of this file on the device; without TensorRT it computes the file itself"
+    "the device builds the TensorRT engine of this file itself, while ONNX Runtime computes the file; without TensorRT"
+    " that goes on"
 )
 
 
 class TensorrtExporter:
-    """Writes one ``model.onnx`` with explicit quantization. Reads ``options.opset`` and ``options.gate`` (true)."""
+    """Writes one ``model.onnx`` with explicit quantization.
+
+    Reads ``options.opset``, ``options.gate`` (true), and the fields of `EngineBuild` (``max_batch``, ``dla_core``, …).
+    """
 
     extra = "export"
 
@@ -34,11 +41,24 @@ class TensorrtExporter:
             MissingExtra: torch, onnx, onnxscript or onnxruntime is not installed.
         """
         _refuse(model)
+        engine = _engine_of(profile)
         path = folder / "model.onnx"
         artifact = lowering.write_artifact(model, profile, path, scheme=qdq.SIGNED, progress=progress)
         progress("parse and build with TensorRT-RTX", 0, 0)
         gate = (rtx.note_of(path),) if profile.options.get("gate", True) else ()
-        return replace(artifact, notes=(*artifact.notes, NOTE, *gate))
+        return replace(artifact, notes=(*artifact.notes, NOTE, *gate), engine=engine)
+
+
+def _engine_of(profile: DeviceProfile) -> EngineBuild:
+    """Take from a profile how its devices build their engines."""
+    given = {name: profile.options[name] for name in EngineBuild.__struct_fields__ if name in profile.options}
+    try:
+        return msgspec.convert(given, EngineBuild)
+    except msgspec.ValidationError as error:
+        raise ExportError(
+            f"{profile.name} cannot build an engine so: {error}",
+            f"options of the profile are {', '.join(EngineBuild.__struct_fields__)}",
+        ) from error
 
 
 def _refuse(model: Model) -> None:

@@ -12,25 +12,49 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from edgekit.manifest import EngineBuild
     from edgekit.tensors import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnEngine:
+    """What it takes to build an engine of this device's own: where it is kept, under which model, how it is built.
+
+    ``digest`` names the variant's files. ``samples`` gives inputs by the file's own names, on which the new engine has
+    to answer as the engine that serves meanwhile does, by at least ``min_sqnr_db`` and ``min_top1_agreement``.
+    """
+
+    folder: Path
+    model: str
+    digest: str
+    how: EngineBuild
+    samples: Callable[[], Mapping[str, Array]]
+    min_sqnr_db: float
+    min_top1_agreement: float
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What every engine is told: how many threads it may use (0: as many as there are cores)."""
+    """What every engine is told: how many threads it may use (0: as many as there are cores).
+
+    ``own``: build an engine on this device, where the format has that; ``None``: never.
+    """
 
     threads: int = 0
     context: int = 2048
+    own: OwnEngine | None = None
 
 
 class Engine(Protocol):
     """A loaded tensor model. Names and layouts are the file's own; `Session` maps the public ones."""
 
-    engine: str
-    """Name and version of what runs, as ``onnxruntime 1.31.1 CPUExecutionProvider``."""
+    @property
+    def engine(self) -> str:
+        """Name and version of what runs now, as ``onnxruntime 1.31.1 CPUExecutionProvider``."""
+        ...
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute one batch; safe to call from several threads at once."""

@@ -25,6 +25,8 @@ class OnnxEngine:
         self.engine = engine
         self._session: onnxruntime.InferenceSession | None = session
         self._outputs = [o.name for o in session.get_outputs()]
+        self.shapes = {i.name: tuple(n if isinstance(n, int) else -1 for n in i.shape) for i in session.get_inputs()}
+        """Of the inputs; -1 for an axis of any size."""
         self._errors = engine_errors()
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -1,6 +1,6 @@
-"""Runs the s8-symmetric ONNX file that TensorRT takes: on TensorRT or CUDA where ONNX Runtime has them, else the CPU.
+"""Serves the s8-symmetric ONNX file on CUDA or the CPU, and on a TensorRT engine of this device once that is ready.
 
-The name of the engine says which one it is. Builds no plan of its own.
+The name of the engine says which one it is, and why there is no better one. Builds only where it is asked to.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgekit.plugins import extra
-from edgekit.runtime.backends.onnx import OnnxEngine, open_with
+from edgekit.runtime.backends.onnx import open_with
+from edgekit.runtime.engine_swap import SwappingEngine
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgekit.runtime.backends import Backend, EngineOptions
+    from edgekit.runtime.backends import Backend, Engine, EngineOptions
 
-PREFERRED = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 class TensorRtBackend:
@@ -23,8 +24,10 @@ class TensorRtBackend:
 
     extra = "onnx"
 
-    def open(self, main: Path, options: EngineOptions) -> OnnxEngine:
-        """Load a file on the best execution provider there is.
+    def open(self, main: Path, options: EngineOptions) -> Engine:
+        """Load a file on the best execution provider there is; with ``options.own`` an engine is made meanwhile.
+
+        ONNX Runtime's own TensorRT provider is not used: it builds while it loads, and nobody is served.
 
         Raises:
             MissingExtra: ONNX Runtime is not installed.
@@ -33,10 +36,14 @@ class TensorRtBackend:
         with extra("onnx"):
             import onnxruntime
         present = onnxruntime.get_available_providers()
-        engine = open_with(main, options, [name for name in PREFERRED if name in present])
-        if "CPU" in engine.engine:
-            engine.engine += " (ONNX Runtime has no TensorRT or CUDA here)"
-        return engine
+        first = open_with(main, options, [name for name in PREFERRED if name in present])
+        if options.own is None:
+            first.engine += " (no TensorRT engine was asked for)"
+            return first
+        from edgekit.runtime import tensorrt_tools
+        from edgekit.runtime.tensorrt_ready import Ready
+
+        return SwappingEngine(first, Ready(main, options.own, tensorrt_tools.find), "TensorRT")
 
 
 PLUGIN: Backend = TensorRtBackend()

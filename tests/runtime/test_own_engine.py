@@ -1,0 +1,165 @@
+"""An engine of the device's own: really built by TensorRT-RTX in a child process, run by a seam, swapped in under load."""
+
+import sys
+import threading
+
+import numpy as np
+import pytest
+from fakes import bundles
+
+from edgekit.errors import HealthError
+from edgekit.manifest import EngineBuild
+from edgekit.runtime import Contract, open_variant, tensorrt_tools
+from edgekit.runtime.backends import EngineOptions, OwnEngine
+from edgekit.runtime.cuda import Gpu
+from edgekit.runtime.tensorrt_build import Job
+from edgekit.tensors import TensorSpec
+
+WEIGHTS = np.arange(12, dtype=np.float32).reshape(3, 4) - 5
+CONTRACT = Contract(inputs=(TensorSpec("x", "float32", (-1, 3)),), outputs=(TensorSpec("y", "float32", (-1, 4)),))
+
+
+class SeamEngine:
+    """Stands for an engine on a GPU."""
+
+    engine = "tensorrt on a seam"
+
+    def __init__(self, sign=1):
+        self.sign = sign
+
+    def run(self, inputs):
+        return {"y": self.sign * inputs["x"] @ WEIGHTS}
+
+    def close(self):
+        pass
+
+
+class Seam:
+    """The tools of a machine with a GPU: builds are real unless a command is given, running is NumPy's."""
+
+    def __init__(self, command=tensorrt_tools.child_command, driver="1", sign=1, opens=()):
+        self.command, self.driver, self.sign, self.opens, self.builds = command, driver, sign, list(opens), 0
+
+    def __call__(self):
+        def counted(job, folder):
+            self.builds += 1
+            return self.command(job, folder)
+
+        def opened(data, batch):
+            if self.opens and self.opens.pop(0):
+                raise HealthError("deserializing fails")
+            return SeamEngine(self.sign)
+
+        return tensorrt_tools.Tools(Gpu("seam 8.7", self.driver), "rtx 1", "tensorrt_rtx", counted, opened)
+
+
+def quick(job, folder):
+    return [sys.executable, "-c", f"open({job.engine!r}, 'wb').write(b'engine')"]
+
+
+def served(folder, seam, monkeypatch):
+    monkeypatch.setattr(tensorrt_tools, "find", seam)
+    (folder / "model.onnx").write_bytes(bundles.gemm_onnx(WEIGHTS))
+    samples = {"x": np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)}
+    own = OwnEngine(folder=folder / "cache", model="gemm", digest="d", how=EngineBuild(workspace_mb=64),
+                    samples=lambda: samples, min_sqnr_db=25.0, min_top1_agreement=0.85)  # fmt: skip
+    one = bundles.variant("any", "tensorrt", "model.onnx")
+    return open_variant(folder, one, CONTRACT, EngineOptions(threads=1, own=own))
+
+
+def settle(session):
+    assert session._engine.settled(60)
+    return session.engine
+
+
+def test_real_build_is_kept_and_the_next_start_finds_it(tmp_path, monkeypatch):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    seam = Seam()
+    for _ in range(2):
+        with served(tmp_path, seam, monkeypatch) as session:
+            assert settle(session) == SeamEngine.engine
+    assert seam.builds == 1
+    assert list((tmp_path / "cache").glob("*.timing"))
+    (kept,) = (tmp_path / "cache/gemm").glob("*.engine")
+    assert kept.stat().st_size > 10_000
+
+
+def test_another_driver_builds_again_and_prunes(tmp_path, monkeypatch):
+    for driver in "12":
+        seam = Seam(quick, driver)
+        with served(tmp_path, seam, monkeypatch) as session:
+            settle(session)
+        assert seam.builds == 1
+    assert len(list((tmp_path / "cache/gemm").glob("*.engine"))) == 1
+
+
+@pytest.mark.parametrize("how", ["bytes", "opening"])
+def test_corrupt_engine_is_built_again(tmp_path, monkeypatch, how):
+    with served(tmp_path, Seam(quick), monkeypatch) as session:
+        settle(session)
+    (kept,) = (tmp_path / "cache/gemm").glob("*.engine")
+    if how == "bytes":
+        kept.write_bytes(kept.read_bytes()[:-1] + b"!")
+    seam = Seam(quick, opens=[how == "opening"])
+    with served(tmp_path, seam, monkeypatch) as session:
+        assert settle(session) == SeamEngine.engine
+    assert seam.builds == 1
+
+
+def test_no_request_is_lost_while_the_engine_is_swapped(tmp_path, monkeypatch):
+    go = threading.Event()
+
+    def held(job, folder):
+        go.wait(20)
+        return quick(job, folder)
+
+    wrong, names, done = [], set(), threading.Event()
+    with served(tmp_path, Seam(held), monkeypatch) as session:
+
+        def ask():
+            while not done.is_set():
+                x = np.random.default_rng().normal(size=(2, 3)).astype(np.float32)
+                names.add(session.engine)
+                if not np.allclose(session.run({"x": x})["y"], x @ WEIGHTS, atol=1e-3):
+                    wrong.append(x)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while not any("getting ready" in name for name in names):
+            pass
+        go.set()
+        settle(session)
+        while SeamEngine.engine not in names:
+            pass
+        done.set()
+        for thread in threads:
+            thread.join(20)
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("seam", "told"),
+    [
+        (Seam(lambda job, folder: [sys.executable, "-c", "import os; os.abort()"]), "crashed with SIGABRT"),
+        (Seam(quick, sign=-1), "answers otherwise than onnxruntime"),
+    ],
+)
+def test_what_fails_leaves_onnx_runtime_serving_and_says_why(tmp_path, monkeypatch, seam, told):
+    with served(tmp_path, seam, monkeypatch) as session:
+        name = settle(session)
+        assert name.startswith("onnxruntime")
+        assert told in name
+        x = np.ones((1, 3), np.float32)
+        np.testing.assert_allclose(session.run({"x": x})["y"], x @ WEIGHTS)
+    assert not list((tmp_path / "cache/gemm").glob("*.engine"))
+
+
+def test_trtexec_gets_the_same_options():
+    how = EngineBuild(workspace_mb=64, dla_core=1, max_batch=8)
+    job = Job(module="", onnx="m.onnx", engine="m.engine", timing="t", how=how)
+    assert tensorrt_tools.trtexec_command(job, {"x": (-1, 3)}) == [
+        "trtexec", "--onnx=m.onnx", "--saveEngine=m.engine", "--timingCacheFile=t", "--minShapes=x:1x3",
+        "--optShapes=x:8x3", "--maxShapes=x:8x3", "--memPoolSize=workspace:64M", "--int8", "--fp16",
+        "--useDLACore=1", "--allowGPUFallback", "--skipInference",
+    ]  # fmt: skip
