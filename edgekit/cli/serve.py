@@ -31,6 +31,7 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
     terminal: Terminal,
     bundle: Path,
     variant: str | None,
+    *,
     threads: int,
     engines: Path | None,
     **listening: Any,  # noqa: ANN401  # address and port, as click typed them

@@ -143,7 +143,8 @@ def _why(told: Sequence[str]) -> str:
 
 def _end_with_parent() -> None:
     """End when the pipe of the process that started this one breaks, so that no build outlives its server."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not through sys.stdin, whose lock a thread must not hold when Python ends
+        pass
     os._exit(1)
 
 

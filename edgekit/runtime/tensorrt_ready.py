@@ -21,7 +21,7 @@ from edgekit.runtime.tensorrt_build import Job
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from edgekit.runtime.backends import Engine, OwnEngine
     from edgekit.runtime.tensorrt_tools import Tools
@@ -83,22 +83,25 @@ class Ready:
     def _judged(self, engine: Engine, first: Engine) -> Engine:
         """Run the samples, which warms the engine as well, and hold its answers against those of ``first``."""
         try:
-            inputs = self.own.samples()
-            figures = acceptance.compare(engine.run(inputs), first.run(inputs))
-            top1 = figures.get("top1_agreement", 1.0)
-            if figures["sqnr_db"] < self.own.min_sqnr_db or top1 < self.own.min_top1_agreement:
-                raise HealthError(
-                    f"its engine answers otherwise than {first.engine}: {figures['sqnr_db']:.1f} dB "
-                    f"(at least {self.own.min_sqnr_db:g}), same top-1 {top1:.3f} (at least "
-                    f"{self.own.min_top1_agreement:g})"
-                )
+            self._compare(engine, first)
         except BaseException:
             engine.close()
             raise
         return engine
 
+    def _compare(self, engine: Engine, first: Engine) -> None:
+        inputs = self.own.samples()
+        figures = acceptance.compare(engine.run(inputs), first.run(inputs))
+        top1 = figures.get("top1_agreement", 1.0)
+        if figures["sqnr_db"] < self.own.min_sqnr_db or top1 < self.own.min_top1_agreement:
+            raise HealthError(
+                f"its engine answers otherwise than {first.engine}: {figures['sqnr_db']:.1f} dB "
+                f"(at least {self.own.min_sqnr_db:g}), same top-1 {top1:.3f} (at least "
+                f"{self.own.min_top1_agreement:g})"
+            )
 
-def build_apart(command: list[str] | tuple[str, ...], stop: threading.Event, scratch: Path) -> None:
+
+def build_apart(command: Sequence[str], stop: threading.Event, scratch: Path) -> None:
     """Run a build in a process of its own until it ends, or ``stop`` is set.
 
     Raises:

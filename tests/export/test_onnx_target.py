@@ -107,7 +107,7 @@ def test_tensorrt_gets_symmetric_signed_integers_and_float_biases(tiny_int8, tmp
     assert all(p.dtype == np.int8 and not p.any() for p in points)
     assert values["down.bias"].dtype == np.float32
     assert max(o.version for o in proto.opset_import if not o.domain) == 20
-    assert any("TensorRT engine of this file on the device" in note for note in artifact.notes)
+    assert any("the device builds the TensorRT engine of this file itself" in note for note in artifact.notes)
 
 
 def test_cpus_get_unsigned_activations_unless_the_profile_says_otherwise(tiny_int8, tmp_path):

@@ -1,4 +1,4 @@
-"""An engine of the device's own: really built by TensorRT-RTX in a child process, run by a seam, swapped in under load."""
+"""An engine of the device's own: built by TensorRT-RTX in a child process, run by a seam, swapped in under load."""
 
 import sys
 import threading
