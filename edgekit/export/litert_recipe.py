@@ -138,7 +138,11 @@ def of(plan: QuantizationPlan, layers: Sequence[Held | Layer], *, integer_ends: 
 def _choice(plan: QuantizationPlan, one: Held, rule: WeightRule) -> Choice:
     layer = one.layer
     if rule.granularity != "group":
-        narrow = rule.bits <= 4 and layer.kind in NARROW and not (plan.scheme == "static" and layer.kind == "EMBEDDING_LOOKUP")
+        narrow = (
+            rule.bits <= 4
+            and layer.kind in NARROW
+            and not (plan.scheme == "static" and layer.kind == "EMBEDDING_LOOKUP")
+        )
         return Choice(layer.kind, layer.output, 4 if narrow else 8)
     what = f"{one.name!r} has a scale for each {rule.group} inputs"
     if layer.kind not in MATRICES or rule.bits > 4:

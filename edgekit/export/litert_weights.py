@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 CLOSE = 1e-5
 """How far a folded channel may lie from a multiple of the model's, of its largest value: rounding of one product."""
-BLOCK_ROUNDING = 2**-8
-"""Scales of blocks have 8 bits of mantissa in the file."""
+SMALLEST = 1e-9
+"""The quantizer makes no scale that is smaller; a channel of zeros has one in the plan."""
 LAST = {"DEPTHWISE_CONV_2D": 3}
 """The axis that has a scale for each of its places; the first one but for these operators."""
 
@@ -165,4 +165,4 @@ def _is_written(one: Held, layer: Layer) -> bool:
     place = LAST.get(layer.kind, 0) if layer.scales.size > 1 else 0
     shape = [1] * layer.values.ndim
     shape[place] = layer.scales.size
-    return np.allclose(one.scales, layer.scales.reshape(shape), rtol=CLOSE, atol=grid.SMALLEST_SCALE)
+    return np.allclose(one.scales, layer.scales.reshape(shape), rtol=CLOSE, atol=SMALLEST)

@@ -116,9 +116,7 @@ def _held(model: Model, layers: Sequence[litert_file.Layer]) -> dict[str, litert
     return litert_weights.held(layers, grids, exact)
 
 
-def _told(
-    model: Model, held: Mapping[str, litert_weights.Held | None], found: litert_file.Found
-) -> tuple[str, ...]:
+def _told(model: Model, held: Mapping[str, litert_weights.Held | None], found: litert_file.Found) -> tuple[str, ...]:
     """Say what of a plan the file does otherwise.
 
     Raises:
@@ -138,9 +136,7 @@ def _told(
     unknown = sum(one is None for one in held.values())
     lost = model.plan.weights.keys() - {one.name for one in held.values() if one}
     told = {
-        f"{depthwise} depthwise layers of 4 bits or fewer are stored in 8: LiteRT has no narrower kernel for them": (
-            depthwise
-        ),
+        f"{depthwise} depthwise layers of 4 bits are stored in 8: LiteRT has no narrower kernel for them": (depthwise),
         f"{blocks} weights have scales a block of 8 bits of mantissa, the plan's are float32": blocks,
         f"{unknown} layers hold no weight of the model as it is: LiteRT rounds them to 8 bits by its own scales": (
             unknown
