@@ -58,13 +58,16 @@ class Classification(_Part, frozen=True, kw_only=True):
 class Port(_Part, frozen=True, kw_only=True):
     """How a public tensor appears inside one variant's file.
 
-    ``key`` is the tensor's name there; ``axes`` the permutation from public to file order, empty for none.
+    ``key`` is the tensor's name there; ``axes`` the permutation from public to file order, empty for none. Where the
+    file holds integers for floats, ``(integer - zero) * scale`` is the value; a ``scale`` of 0 means that it does not.
     """
 
     name: str
     key: str
     dtype: str
     axes: tuple[int, ...] = ()
+    scale: Annotated[float, msgspec.Meta(ge=0, le=1e30)] = 0.0
+    zero: Annotated[int, msgspec.Meta(ge=-128, le=255)] = 0
 
 
 class Parity(_Part, frozen=True, kw_only=True):
@@ -257,6 +260,9 @@ def _check(manifest: Manifest) -> None:
     for variant in manifest.variants:
         if variant.main not in variant.files:  # a device fetches a variant's files, so it would lack the main one
             raise BundleError(f"variant {variant.name!r} opens {variant.main!r}, which is not among its files")
+        for port in (*variant.inputs, *variant.outputs):
+            if port.scale and port.dtype not in ("int8", "uint8"):
+                raise BundleError(f"variant {variant.name!r} has a scale for {port.name!r}, which is {port.dtype}")
     names = [v.name for v in manifest.variants]
     if len(set(names)) != len(names):
         raise BundleError("the manifest names a variant twice")

@@ -1,136 +1,162 @@
-"""What LiteRT's quantizer is told of a plan, and what it cannot be told. Knows no file.
+"""What LiteRT's quantizer is told of a plan, layer by layer, and what it cannot be told. Reads no file.
 
-Its scales are not ours to give. But weights that lie on the plan's grid show it their scales, by their largest value
-or by the steps between them ("dequantized weight recovery"). Where few values leave gaps, neither works, and a note
-says so.
+Its scales are the largest value over the largest integer, of statistics that are ours to give: a layer whose largest
+value is said to be the plan's scale times the largest integer has the plan's scale.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgekit import grid
 from edgekit.errors import ExportError
+from edgekit.export import litert_weights
 from edgekit.model import TorchNetwork
-from edgekit.plan import WeightRule
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgekit.export.litert_file import Layer
+    from edgekit.export.litert_weights import Held
     from edgekit.model import Model
-    from edgekit.plan import QuantizationPlan, Scheme
+    from edgekit.plan import QuantizationPlan, Scheme, WeightRule
+    from edgekit.tensors import Array
+
+NARROW = {"CONV_2D", "FULLY_CONNECTED", "EMBEDDING_LOOKUP"}
+"""Operators whose weights can have 4 bits; an embedding only where activations are no integers."""
+BLOCKS = (32, 64, 128, 256)
+MATRICES = {"FULLY_CONNECTED", "EMBEDDING_LOOKUP"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layer: the operator, the tensor it computes, the bits of its weights (0: float) and the block (0: none)."""
+
+    kind: str
+    output: str
+    bits: int
+    block: int = 0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One scheme and one width for the whole network, which is all that works without its own names of tensors."""
+    """What the quantizer is told: the scheme, each layer, the largest values by weight, and which ends are integers.
+
+    ``rest`` says whether operators without weights are integers, too.
+    """
 
     scheme: Scheme
-    bits: int
-    shows_scales: bool
-    """The quantizer's own scales, by the largest value of a channel, are those of the plan."""
+    layers: tuple[Choice, ...]
+    largest: Mapping[str, Array]
+    integer_ends: bool
+    rest: bool
 
-    def choose(self, engine: Any, *, recover: bool) -> None:  # noqa: ANN401  # the quantizer is untyped
-        """Tell the quantizer; inputs and outputs of the network stay float."""
+    def choose(self, engine: Any) -> None:  # noqa: ANN401  # the quantizer is untyped
+        """Tell the quantizer; of two entries that fit an operator, the later counts."""
         from ai_edge_quantizer import qtyping, recipe_manager
-        from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
         manager = recipe_manager.RecipeManager()
-        key = AlgorithmName.DEQUANTIZED_WEIGHT_RECOVERY if recover else AlgorithmName.MIN_MAX_UNIFORM_QUANT
-        common = {"regex": ".*", "operation_name": qtyping.TFLOperationName.ALL_SUPPORTED, "algorithm_key": key}
-        if self.scheme == "weight-only":
-            manager.add_weight_only_config(num_bits=self.bits, **common)
-        elif self.scheme == "dynamic":
-            manager.add_dynamic_config(num_bits=self.bits, **common)
-        else:
-            manager.add_static_config(activation_num_bits=8, weight_num_bits=self.bits, **common)
-        if self.bits < 8:
-            self._widen_depthwise(manager, common)
+        operators = qtyping.TFLOperationName
+        if self.rest:
+            self._add(manager, ".*", operators.ALL_SUPPORTED, Choice("", "", 8))
+        if self.scheme == "static" and not self.integer_ends:
+            for end in (operators.INPUT, operators.OUTPUT):
+                manager.add_quantization_config(".*", end, algorithm_key="no_quantize")
+        for one in self.layers:
+            # The scope of an operator is the names of its outputs, each with a semicolon behind it.
+            scope = f"^{re.escape(one.output)};?$"
+            kind = operators.CONV_2D_TRANSPOSE if one.kind == "TRANSPOSE_CONV" else operators[one.kind]
+            self._add(manager, scope, kind, one)
         engine.load_quantization_recipe(manager.get_quantization_recipe())
-        if self.scheme == "static":
-            for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
-                engine.update_quantization_recipe(regex=".*", operation_name=end, algorithm_key="no_quantize")
 
-    def _widen_depthwise(self, manager: Any, common: dict[str, Any]) -> None:  # noqa: ANN401  # the quantizer is untyped
-        """Store depthwise weights in 8 bits: there is no 4-bit kernel, and the quantizer would leave them in float.
-
-        Their scales are not shown by steps, which the quantizer looks for along the first axis only.
-        """
+    def _add(self, manager: Any, scope: str, kind: Any, one: Choice) -> None:  # noqa: ANN401  # as above
         from ai_edge_quantizer import qtyping
-        from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
-        own = {
-            **common,
-            "operation_name": qtyping.TFLOperationName.DEPTHWISE_CONV_2D,
-            "algorithm_key": AlgorithmName.MIN_MAX_UNIFORM_QUANT,
-        }
-        if self.scheme == "weight-only":
-            manager.add_weight_only_config(num_bits=8, **own)
+        if not one.bits:
+            manager.add_quantization_config(scope, kind, algorithm_key="no_quantize")
+        elif self.scheme == "static":
+            manager.add_static_config(scope, kind, activation_num_bits=8, weight_num_bits=one.bits)
         elif self.scheme == "dynamic":
-            manager.add_dynamic_config(num_bits=8, **own)
+            block = f"BLOCKWISE_{one.block}" if one.block else "CHANNELWISE"
+            manager.add_dynamic_config(scope, kind, num_bits=one.bits, granularity=qtyping.QuantGranularity[block])
         else:
-            manager.add_static_config(activation_num_bits=8, weight_num_bits=8, **own)
+            manager.add_weight_only_config(scope, kind, num_bits=one.bits)
 
 
-def of(model: Model) -> Recipe | None:
-    """Return the recipe for a model's plan, None where it has none.
+def refuse(model: Model) -> None:
+    """Stop at what no LiteRT file holds.
 
     Raises:
-        ExportError: 16-bit floats, scales a group, zero points, or 4-bit weights beside float ones.
+        ExportError: 16-bit floats, zero points, or scales a group beside activations that are not dynamic.
     """
     plan = model.plan
     if plan is None:
-        return None
+        return
     if plan.scheme == "float16":
         raise ExportError(
             f"{model.name} is planned as 16-bit floats, which LiteRT files hold on their own accord only",
             "export with --precision fp32: the delegate computes in 16 bits where the device has such units",
         )
     for name, rule in plan.weights.items():
-        _refuse(name, rule)
-    bits = _width(plan)
-    left = _left_out(model)
-    if left and bits < 8:
-        raise ExportError(
-            f"the plan leaves {left[0]!r} in float beside weights of {bits} bits; LiteRT takes one width for all",
-            "plan every weight, or use bits = 8",
+        if rule.zeros:
+            raise ExportError(
+                f"{name!r} has zero points; LiteRT takes symmetric weights", "quantize with symmetric = true"
+            )
+        if rule.granularity == "group" and plan.scheme != "dynamic":
+            raise ExportError(
+                f"{name!r} has a scale for each {rule.group} inputs beside {plan.scheme} activations; LiteRT's kernels "
+                "of such blocks take dynamic ones",
+                'quantize with activations = "dynamic", or granularity = "channel"',
+            )
+
+
+def of(plan: QuantizationPlan, layers: Sequence[Held | Layer], *, integer_ends: bool) -> Recipe:
+    """Return the recipe for the layers of a float file: what they hold of the model, or themselves where nothing fits.
+
+    Raises:
+        ExportError: names a weight with groups that its operator, its width or its length does not allow.
+    """
+    choices, largest = [], {}
+    for one in layers:
+        if not isinstance(one, litert_weights.Held):
+            choices.append(Choice(one.kind, one.output, 8))
+        elif one.rule is None:
+            choices.append(Choice(one.layer.kind, one.layer.output, 0))
+        else:
+            choice = _choice(plan, one, one.rule)
+            scales = litert_weights.block_scales(one, choice.block) if choice.block else None
+            scales = litert_weights.channel_scales(one) if scales is None else scales
+            largest[one.layer.weight] = scales * (2 ** (choice.bits - 1) - 1)
+            choices.append(choice)
+    rest = plan.scheme == "static" and plan.cover == "all"
+    return Recipe(plan.scheme, tuple(choices), largest, integer_ends, rest)
+
+
+def _choice(plan: QuantizationPlan, one: Held, rule: WeightRule) -> Choice:
+    layer = one.layer
+    if rule.granularity != "group":
+        narrow = (
+            rule.bits <= 4
+            and layer.kind in NARROW
+            and not (plan.scheme == "static" and layer.kind == "EMBEDDING_LOOKUP")
         )
-    return Recipe(plan.scheme, bits, shows_scales=bool(left) or _shows_scales(model, plan, bits))
-
-
-def _refuse(name: str, rule: WeightRule) -> None:
-    if rule.granularity == "group" or rule.zeros:
-        what = "zero points" if rule.zeros else f"a scale for each {rule.group} inputs"
+        return Choice(layer.kind, layer.output, 4 if narrow else 8)
+    what = f"{one.name!r} has a scale for each {rule.group} inputs"
+    if layer.kind not in MATRICES or rule.bits > 4:
         raise ExportError(
-            f"{name!r} has {what}; LiteRT takes symmetric weights with one scale a channel",
-            'quantize with granularity = "channel"',
+            f"{what} and {rule.bits} bits in {layer.kind}; LiteRT has such blocks for matrices of 4 bits only",
+            'quantize it with granularity = "channel", or keep it in float',
         )
-
-
-def _width(plan: QuantizationPlan) -> int:
-    return 4 if all(rule.bits <= 4 for rule in plan.weights.values()) else 8
-
-
-def _shows_scales(model: Model, plan: QuantizationPlan, bits: int) -> bool:
-    import numpy as np
-
-    module = model.network.module if isinstance(model.network, TorchNetwork) else None
-    parameters = dict(module.named_parameters(remove_duplicate=False)) if module else {}
-    for name, rule in plan.weights.items():
-        weight = parameters[name].detach().numpy()
-        own = WeightRule(bits=bits, granularity="channel", axis=rule.axis)
-        seen = grid.scales_of(grid.rounded(weight, rule), own)
-        if not np.allclose(seen, np.broadcast_to(grid.scales_of(weight, rule), seen.shape), rtol=1e-5):
-            return False
-    return True
-
-
-def _left_out(model: Model) -> list[str]:
-    """List the matrices that the plan does not name."""
-    network = model.network
-    if model.plan is None or not isinstance(network, TorchNetwork):
-        return []
-    return [n for n, p in network.module.named_parameters() if p.dim() > 1 and n not in model.plan.weights]
+    if rule.group not in BLOCKS or layer.values.shape[-1] % rule.group:
+        raise ExportError(
+            f"{what} and {layer.values.shape[-1]} of them; LiteRT's blocks have {', '.join(map(str, BLOCKS))} and no"
+            " rest",
+            "choose another group, or keep it in float",
+        )
+    return Choice(layer.kind, layer.output, 4, rule.group)
 
 
 def on_the_grid(model: Model, network: TorchNetwork) -> TorchNetwork:
@@ -146,19 +172,3 @@ def on_the_grid(model: Model, network: TorchNetwork) -> TorchNetwork:
             weight = module.get_parameter(name)
             weight.copy_(torch.from_numpy(grid.rounded(weight.detach().numpy(), rule)))
     return replace(network, module=module)
-
-
-def notes(model: Model) -> tuple[str, ...]:
-    """Tell what the file does otherwise than the plan says."""
-    plan = model.plan
-    if plan is None:
-        return ()
-    whole = [name for name, rule in plan.weights.items() if rule.granularity == "tensor"]
-    narrow = [name for name, rule in plan.weights.items() if rule.bits <= 4] if _width(plan) == 8 else []
-    left = _left_out(model)
-    told = {
-        f"{len(whole)} weights are per channel here, per tensor in the plan": bool(whole),
-        f"{len(narrow)} weights of 4 bits are stored in 8, beside others that need them": bool(narrow),
-        f"{len(left)} weights that the plan leaves in float are quantized by LiteRT, too": bool(left),
-    }
-    return tuple(note for note, holds in told.items() if holds)

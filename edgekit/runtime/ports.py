@@ -78,7 +78,7 @@ def _check_one(array: Array, spec: TensorSpec, batch: int) -> int:
 
 
 def to_file(public: Mapping[str, Array], ports: Iterable[Port]) -> dict[str, Array]:
-    """Rename, transpose and cast public tensors to what the file holds."""
+    """Rename, transpose, round and cast public tensors to what the file holds."""
     import numpy as np
 
     arrays: dict[str, Array] = {}
@@ -86,6 +86,9 @@ def to_file(public: Mapping[str, Array], ports: Iterable[Port]) -> dict[str, Arr
         array = public[port.name]
         if port.axes:
             array = np.ascontiguousarray(array.transpose(port.axes))
+        if port.scale:
+            ends = np.iinfo(port.dtype)
+            array = np.clip(np.round(array / np.float32(port.scale)) + port.zero, ends.min, ends.max)
         arrays[port.key] = array if array.dtype == port.dtype else array.astype(port.dtype)
     return arrays
 
@@ -107,6 +110,8 @@ def from_file(arrays: Mapping[str, Array], ports: Iterable[Port], specs: Sequenc
             array = array.transpose(np.argsort(port.axes))
         if not spec.accepts(array.shape):
             raise HealthError(f"output {port.name!r} has shape {list(array.shape)}, the manifest says {spec}")
+        if port.scale:
+            array = (array.astype(np.float32) - port.zero) * np.float32(port.scale)
         public[port.name] = array if array.dtype == spec.dtype else array.astype(spec.dtype)
     return public
 

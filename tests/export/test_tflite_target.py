@@ -9,16 +9,16 @@ from fakes.exportable import tiny_model, with_plan
 
 pytest.importorskip("litert_torch", reason="needs the export extra")
 
-from edgekit import device_profiles, plugins, runtime, workload
+from edgekit import device_profiles, grid, plugins, runtime, workload
 from edgekit.compress import compress, recipe
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.simulation import planned_network
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import PACKAGE, export, litert_file, litert_recipe
+from edgekit.export import PACKAGE, export, litert_file, litert_recipe, litert_weights
 from edgekit.export.quiet import silence
 from edgekit.export.targets import tflite
 from edgekit.model import Data, OnnxNetwork, Split
-from edgekit.plan import QuantizationPlan, Range
+from edgekit.plan import QuantizationPlan, Range, WeightRule
 from edgekit.progress import silent
 
 EXPORTER = plugins.load(PACKAGE, "tflite", "format")
@@ -127,9 +127,107 @@ def test_a_dead_channel_is_recovered_too(tmp_path):
     assert result.rows[0].variant.parity.sqnr_db > 20
 
 
-def test_what_litert_changes_of_the_plan_is_noted(tmp_path):
-    notes = write(with_plan(tiny_model(), granularity="tensor"), tmp_path).notes
-    assert any("4 weights are per channel here" in note for note in notes)
+def test_one_scale_a_tensor_is_the_same_scale_for_every_channel(tmp_path):
+    artifact = write(with_plan(tiny_model(), granularity="tensor"), tmp_path)
+    layers = litert_file.read((tmp_path / artifact.main).read_bytes()).layers
+    assert [len(set(layer.scales.tolist())) for layer in layers] == [1, 1, 1, 1]
+
+
+def test_layers_that_the_plan_keeps_are_float_and_the_others_have_their_own_widths(tiny, tmp_path):
+    model = Quantize(activations="none", bits=4, keep=("head.weight",)).apply(tiny, silent)
+    rules = dict(model.plan.weights)
+    rules["down.weight"] = msgspec.structs.replace(rules["down.weight"], bits=8, scales=b"")
+    model = dataclasses.replace(model, plan=msgspec.structs.replace(model.plan, weights=rules))
+    artifact = write(model, tmp_path)
+    assert kinds(tmp_path / artifact.main) == [
+        ("CONV_2D", "INT4"), ("DEPTHWISE_CONV_2D", "INT8"), ("CONV_2D", "INT8"), ("FULLY_CONNECTED", "FLOAT32"),
+    ]  # fmt: skip
+    assert "1 of 4 layers keep float weights (1 FULLY_CONNECTED)" in artifact.notes
+
+
+def test_a_static_plan_leaves_its_kept_layer_in_float(tiny, tmp_path):
+    model = Quantize(keep=("depthwise.weight",)).apply(tiny, silent)
+    artifact = write(model, tmp_path)
+    assert dict(kinds(tmp_path / artifact.main))["DEPTHWISE_CONV_2D"] == "FLOAT32"
+    assert dict(kinds(tmp_path / artifact.main))["FULLY_CONNECTED"] == "INT8"
+
+
+def wide_matrices(group=32):
+    import torch
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    return Quantize(activations="dynamic", bits=4, granularity="group", group=group).apply(tiny_model(net), silent)
+
+
+def test_blocks_of_four_bits_have_the_integers_of_the_plan(tmp_path):
+    result = export(wide_matrices(), [device_profiles.load("pixel-8")], tmp_path / "b")
+    assert result.first_error is None
+    variant = result.rows[0].variant
+    assert {dtype for _, dtype in kinds(tmp_path / "b" / variant.main)} == {"INT4"}
+    assert any(note.startswith("2 weights have scales a block") for note in variant.notes)
+    assert variant.parity.sqnr_db > 15
+
+
+def test_blocks_that_litert_lacks_are_errors_that_name_the_weight(tiny, tmp_path):
+    with pytest.raises(ExportError, match=r"'3.weight' has a scale for each 128 inputs and 64 of them"):
+        write(wide_matrices(128), tmp_path)
+    convolutions = Quantize(activations="dynamic", bits=4, granularity="group", group=32).apply(tiny, silent)
+    with pytest.raises(ExportError, match=r"'stem.weight' has a scale for each 32 inputs and 4 bits in CONV_2D"):
+        write(convolutions, tmp_path)
+
+
+def of_io(kind):
+    profile = device_profiles.load("pixel-8")
+    return msgspec.structs.replace(profile, options={**profile.options, "io": kind})
+
+
+def test_int8_ends_are_rounded_at_the_edge_and_callers_see_floats(tiny_int8, tmp_path):
+    result = export(tiny_int8, [of_io("int8")], tmp_path / "b")
+    assert result.first_error is None
+    variant = result.rows[0].variant
+    ends = (*variant.inputs, *variant.outputs)
+    assert [(port.dtype, port.scale > 0) for port in ends] == [("int8", True)] * 2
+    found = details(tmp_path / "b" / variant.main)
+    assert [d["dtype"] for d in (*found.get_input_details(), *found.get_output_details())] == [np.int8] * 2
+    inputs = tiny_int8.data.calibration.head(4).inputs
+    with runtime.load(tmp_path / "b") as session:
+        got = session.run(inputs)["scores"]
+    want = planned_network(tiny_int8).run(inputs)["scores"]
+    assert got.dtype == np.float32
+    assert 10 * np.log10(np.square(want).sum() / np.square(got - want).sum()) > 30
+
+
+def test_int8_ends_need_integer_activations(tiny, tmp_path):
+    model = Quantize(activations="dynamic").apply(tiny, silent)
+    with pytest.raises(UsageError, match="without integer activations"):
+        EXPORTER.export(model, of_io("int8"), tmp_path, silent)
+    with pytest.raises(UsageError, match=r"options.io is 'int4'"):
+        EXPORTER.export(model, of_io("int4"), tmp_path, silent)
+
+
+def test_a_layer_whose_numbers_are_not_those_of_the_plan_is_an_error(tiny_int8, tmp_path):
+    held = _exactly(tiny_int8, tmp_path)
+    floats = litert_file.read((tmp_path / "model.tflite").read_bytes())
+    with pytest.raises(ExportError, match="is a float in the LiteRT file and integers in the plan"):
+        litert_weights.check(held, floats.layers)
+
+
+def _exactly(model, folder):
+    """Return what each layer holds, of the file that is written from the rounded network."""
+    network = litert_recipe.on_the_grid(model, model.network)
+    write(dataclasses.replace(model, network=network, plan=None), folder)
+    return tflite._held(model, litert_file.read((folder / "model.tflite").read_bytes()).layers)
+
+
+def test_a_factor_in_a_channel_multiplies_its_scale():
+    value = np.arange(-6, 6, dtype=np.float32).reshape(3, 4)
+    factor = np.array([[2.0], [-0.5], [1.0]], np.float32)
+    layer = litert_file.Layer("FULLY_CONNECTED", "y", "w", "FLOAT32", value * factor)
+    rule = grid.with_scales(WeightRule(), np.ones((3, 1), np.float32))
+    one = litert_weights.held([layer], {"head.weight": value}, {"head.weight": rule})["y"]
+    assert litert_weights.channel_scales(one).ravel().tolist() == pytest.approx([2.0, 0.5, 1.0])
+    assert (one.integers * one.scales).ravel().tolist() == pytest.approx((value * factor).ravel().tolist())
 
 
 def test_what_litert_cannot_hold_is_refused(tiny, tmp_path):
@@ -148,9 +246,6 @@ def test_what_litert_cannot_hold_is_refused(tiny, tmp_path):
     with pytest.raises(ExportError, match=r"'stem.weight' has a scale for each 32 inputs") as caught:
         write(groups, tmp_path)
     assert "channel" in caught.value.hint
-    partly = Quantize(activations="none", bits=4, keep=("head.weight",)).apply(tiny, silent)
-    with pytest.raises(ExportError, match=r"leaves 'head.weight' in float beside weights of 4 bits"):
-        write(partly, tmp_path)
     half = dataclasses.replace(tiny, plan=QuantizationPlan(16, "none", {}, {}, "float16"))
     with pytest.raises(ExportError, match="16-bit floats"):
         write(half, tmp_path)
@@ -214,13 +309,11 @@ def test_depthwise_layers_of_four_bits_are_stored_in_eight_not_left_in_float(tin
     assert artifact.operators["DEPTHWISE_CONV_2D"] == 1
 
 
-def test_layers_that_stay_in_float_are_told(tiny, tmp_path):
+def test_a_file_with_nothing_but_float_layers_is_no_answer_to_a_plan(tiny, tiny_int8, tmp_path):
     found = litert_file.read((tmp_path / write(tiny, tmp_path).main).read_bytes())
-    assert (found.integer, found.floats) == (0, ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D", "FULLY_CONNECTED"))
-    half = dataclasses.replace(found, integer=4)
-    assert half.note() == "4 of 8 layers keep float weights (2 CONV_2D, 1 DEPTHWISE_CONV_2D, 1 FULLY_CONNECTED)"
+    assert found.note() == "4 of 4 layers keep float weights (2 CONV_2D, 1 DEPTHWISE_CONV_2D, 1 FULLY_CONNECTED)"
     with pytest.raises(ExportError, match="leaves every layer of tiny in float"):
-        tflite._told(tiny, litert_recipe.Recipe("static", 8, shows_scales=True), found)
+        tflite._told(tiny_int8, {}, found)
 
 
 def test_the_ranges_of_the_plan_are_those_of_the_file(tiny_int8, tmp_path):

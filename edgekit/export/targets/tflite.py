@@ -1,4 +1,4 @@
-"""LiteRT flatbuffers: pictures channel-last, batch 1, a plan with float inputs and outputs.
+"""LiteRT flatbuffers: pictures channel-last, batch 1, inputs and outputs float or, where asked for, int8.
 
 LiteRT's tensors do not keep the plan's names: they are known by what they hold, and measured where no node holds it.
 """
@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from edgekit import grid
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import litert_file, litert_ranges, litert_recipe
+from edgekit.export import litert_file, litert_ranges, litert_recipe, litert_weights
 from edgekit.export.quiet import silence
 from edgekit.export.refusal import REFUSALS, reason
 from edgekit.export.targets import Artifact, Exporter
@@ -33,7 +36,7 @@ SIGNATURE = "serving_default"
 
 
 class TfliteExporter:
-    """Writes one ``model.tflite``. Reads no option."""
+    """Writes one ``model.tflite``. Reads ``options.io`` (float or int8: what the file's pictures and scores are)."""
 
     extra = "export"
 
@@ -42,40 +45,39 @@ class TfliteExporter:
 
         Raises:
             ExportError: no PyTorch network, an operator without a LiteRT form, or a plan that it cannot hold.
+            UsageError: ``options.io`` is neither, or int8 without integer activations.
             MissingExtra: litert-torch or ai-edge-quantizer is not installed.
         """
-        del profile
         if not isinstance(model.network, TorchNetwork):
             raise ExportError(
                 f"{model.name} is no PyTorch network; LiteRT is made from one", "give the Python workload"
             )
+        integer_ends = _integer_ends(model, profile)
+        litert_recipe.refuse(model)
         ports = tuple(_port(spec, f"args_{i}") for i, spec in enumerate(model.inputs))
         path = folder / "model.tflite"
-        recipe = litert_recipe.of(model)
         network = litert_recipe.on_the_grid(model, model.network)
         path.write_bytes(_convert(model, network, ports))
-        notes = litert_recipe.notes(model)
-        if recipe is not None:
-            ranges, told = _ranges(path, replace(model, network=network), recipe, ports=ports, progress=progress)
-            notes = (*notes, *told)
-            try:
-                content = _quantize(path, recipe, ranges)
-            except (ValueError, RuntimeError):  # what the quantizer raises where it cannot recover a scale
-                content = _quantize(path, replace(recipe, shows_scales=True), ranges)
-                notes = (
-                    *notes,
-                    "LiteRT could not be shown the plan's scales: weights are rounded again, to its own",
-                )
-            path.write_bytes(content)
+        notes: tuple[str, ...] = ()
+        if model.plan is not None:
+            before = litert_file.read(path.read_bytes())
+            held = _held(model, before.layers)
+            recipe = litert_recipe.of(
+                model.plan, [held[layer.output] or layer for layer in before.layers], integer_ends=integer_ends
+            )
+            ranges, notes = _ranges(path, replace(model, network=network), recipe, ports=ports, progress=progress)
+            path.write_bytes(_quantize(path, recipe, ranges))
+            after = litert_file.read(path.read_bytes())
+            litert_weights.check(held, after.layers)
+            notes = (*notes, *_told(model, held, after))
         found = litert_file.read(path.read_bytes())
-        notes = (*notes, *_told(model, recipe, found))
-        outputs = (Port(name=s.name, key=f"output_{i}", dtype=s.dtype) for i, s in enumerate(model.outputs))
+        outputs = tuple(Port(name=s.name, key=f"output_{i}", dtype=s.dtype) for i, s in enumerate(model.outputs))
         return Artifact(
             main=path.name,
             files=(path.name,),
             precision=model.precision,
-            inputs=ports,
-            outputs=tuple(outputs),
+            inputs=tuple(_as_written(port, found) for port in ports),
+            outputs=tuple(_as_written(port, found) for port in outputs),
             batch=1,
             operators=found.operators,
             requires={"ai-edge-litert": ">=2.1"},
@@ -83,18 +85,66 @@ class TfliteExporter:
         )
 
 
-def _told(model: Model, recipe: litert_recipe.Recipe | None, found: litert_file.Found) -> tuple[str, ...]:
-    """Say what of a plan the file does otherwise, and stop where nothing of it is left."""
-    if recipe is None:
-        return ()
-    if found.floats and not found.integer:
+def _integer_ends(model: Model, profile: DeviceProfile) -> bool:
+    kind = profile.options.get("io", "float")
+    if kind not in ("float", "int8"):
+        raise UsageError(f"{profile.name}: options.io is {kind!r}", "use float or int8")
+    if kind == "int8" and model.plan is not None and model.plan.scheme != "static":
+        raise UsageError(
+            f"{profile.name}: options.io is int8, and {model.name} is {model.precision}, without integer activations",
+            'quantize with activations = "static", or leave options.io out',
+        )
+    return kind == "int8" and model.plan is not None
+
+
+def _as_written(port: Port, found: litert_file.Found) -> Port:
+    end = found.ends.get(port.key)
+    if end is None or not end.scale:
+        return port
+    return msgspec.structs.replace(port, dtype=end.dtype, scale=end.scale, zero=end.zero)
+
+
+def _held(model: Model, layers: Sequence[litert_file.Layer]) -> dict[str, litert_weights.Held | None]:
+    assert isinstance(model.network, TorchNetwork), "checked above"
+    assert model.plan is not None, "checked above"
+    rules = model.plan.weights
+    stored = {n: p.detach().numpy() for n, p in model.network.module.named_parameters() if p.dim() > 1}
+    grids = {n: grid.rounded(value, rules[n]) if n in rules else value for n, value in stored.items()}
+    exact = {
+        n: grid.with_scales(rule, grid.scales_of(stored[n], rule)) for n, rule in rules.items() if n in stored
+    }  # rounding again has to find the scales of the first time
+    return litert_weights.held(layers, grids, exact)
+
+
+def _told(model: Model, held: Mapping[str, litert_weights.Held | None], found: litert_file.Found) -> tuple[str, ...]:
+    """Say what of a plan the file does otherwise.
+
+    Raises:
+        ExportError: none of the planned weights is an integer in the file.
+    """
+    assert model.plan is not None, "checked above"
+    if found.floats and len(found.floats) == len(found.layers):
         raise ExportError(
             f"LiteRT's quantizer leaves every layer of {model.name} in float ({', '.join(sorted(set(found.floats)))})",
             "use another precision, or export to onnx",
         )
-    depthwise = found.operators["DEPTHWISE_CONV_2D"] if recipe.bits < 8 else 0
-    wide = f"{depthwise} depthwise layers of {recipe.bits} bits are stored in 8: LiteRT has no narrower kernel for them"
-    return tuple(note for note in (found.note(), wide if depthwise else "") if note)
+    wide = [one for one in held.values() if one and one.rule and one.rule.bits <= 4]
+    stored = {layer.output: layer for layer in found.layers}
+    wide = [one for one in wide if one.layer.output in stored and stored[one.layer.output].dtype == "INT8"]
+    depthwise = sum(one.layer.kind == "DEPTHWISE_CONV_2D" for one in wide)
+    blocks = sum(one is not None and one.rule is not None and one.rule.granularity == "group" for one in held.values())
+    unknown = sum(one is None for one in held.values())
+    lost = model.plan.weights.keys() - {one.name for one in held.values() if one}
+    told = {
+        f"{depthwise} depthwise layers of 4 bits are stored in 8: LiteRT has no narrower kernel for them": (depthwise),
+        f"{blocks} weights have scales a block of 8 bits of mantissa, the plan's are float32": blocks,
+        f"{unknown} layers hold no weight of the model as it is: LiteRT rounds them to 8 bits by its own scales": (
+            unknown
+        ),
+        f"{len(lost)} planned weights are not found in the file as they are: {', '.join(sorted(lost)[:3])}": lost,
+        found.note(): found.note(),
+    }
+    return tuple(note for note, holds in told.items() if holds)
 
 
 def _port(spec: TensorSpec, key: str) -> Port:
@@ -154,14 +204,15 @@ def _engine(path: Path, recipe: litert_recipe.Recipe) -> Any:  # noqa: ANN401  #
         from ai_edge_quantizer import quantizer
     with silence():
         engine = quantizer.Quantizer(str(path))
-        recipe.choose(engine, recover=not recipe.shows_scales)
+        recipe.choose(engine)
     return engine
 
 
 def _quantize(path: Path, recipe: litert_recipe.Recipe, ranges: Mapping[str, Any]) -> bytes:
     engine = _engine(path, recipe)
+    weights = {name: {"min": -most, "max": most} for name, most in recipe.largest.items()}
     with silence(), tempfile.TemporaryDirectory() as scratch:
-        engine.quantize(dict(ranges) or None).export_model(f"{scratch}/model.tflite", overwrite=True)
+        engine.quantize({**ranges, **weights} or None).export_model(f"{scratch}/model.tflite", overwrite=True)
         return Path(scratch, "model.tflite").read_bytes()
 
 
@@ -177,7 +228,7 @@ def _ranges(
     if model.data is None or recipe.scheme != "static":
         return {}, ()
     samples = model.data.calibration
-    engine = _engine(path, replace(recipe, shows_scales=True))  # weights do not matter here
+    engine = _engine(path, recipe)
     first = samples.head(1).inputs
     planned = litert_ranges.carried(path, model, {p.key: _as_stored(first[p.name], p) for p in ports})
     ranges: dict[str, Any] = {}
