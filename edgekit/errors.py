@@ -68,8 +68,8 @@ class MissingExtra(EdgekitError):
 
     exit_code = 3
 
-    def __init__(self, extra: str, module: str) -> None:
-        super().__init__(f"this needs {module}, which is not installed", f"pip install 'edgekit[{extra}]'")
+    def __init__(self, extra: str, module: str, command: str = "") -> None:
+        super().__init__(f"this needs {module}, which is not installed", command or f"pip install 'edgekit[{extra}]'")
         self.extra = extra
         self.module = module
 

@@ -26,7 +26,17 @@ def extra(name: str) -> Iterator[None]:
         module = (error.name or str(error)).partition(".")[0]
         if module == "edgekit":
             raise
-        raise MissingExtra(name, module) from error
+        raise MissingExtra(name, module, install_command(name)) from error
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra of edgekit, with the settings that its packages are built with.
+
+    llama-cpp-python comes as source. Built for the machine's own processor it stops at the first matrix product where
+    the compiler is older than the processor (gcc 12, AMX), and its libraries run nowhere else.
+    """
+    settings = 'CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" ' if extra == "llama-cpp" else ""
+    return f"{settings}pip install 'edgekit[{extra}]'"
 
 
 def names(package: str) -> list[str]:

@@ -9,11 +9,14 @@ import re
 
 import msgspec
 
+from edgekit import plugins
+
 ENABLES = {
     "device": "HTTP server, pictures in, updates over MQTT with TUF",
     "onnx": "run ONNX bundles with ONNX Runtime",
     "tflite": "run LiteRT bundles",
     "gguf": "run language models with llama.cpp",
+    "llama-cpp": "write GGUF's K and IQ types; built from source, some minutes",
     "tensorrt": "run TensorRT engines on NVIDIA Jetson and servers",
     "tensorrt-rtx": "parse and build TensorRT's files at export, without a GPU",
     "coreml": "read and check Core ML programs",
@@ -57,7 +60,7 @@ class Extra(msgspec.Struct, frozen=True):
     @property
     def install(self) -> str:
         """The exact command that installs it."""
-        return f"pip install 'edgekit[{self.name}]'"
+        return plugins.install_command(self.name)
 
 
 def find_extras() -> list[Extra]:

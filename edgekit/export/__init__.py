@@ -112,7 +112,7 @@ def _as_language_model(model: Model, profiles: Sequence[DeviceProfile], folder: 
         return model
     huggingface_folder(model, folder)
     network = LlamaFolder(folder)
-    return replace(model, network=network, task="text-generation", inputs=(), outputs=(), data=None, plan=None)
+    return replace(model, network=network, task="text-generation", inputs=(), outputs=(), plan=None)
 
 
 def _with_precision(model: Model, precision: str | None) -> Model:

@@ -57,18 +57,28 @@ def to_gguf(name: str, array: Array, shape: Shape) -> tuple[str, Array]:
     Raises:
         ExportError: no tensor of the family has that name.
     """
+    found = gguf_name(name, shape)
+    heads = _rotated_heads(found, shape)
+    if _is_norm(found):
+        array = array + shape.family.norm_offset
+    return found, _interleave(array, heads) if heads else array
+
+
+def gguf_name(name: str, shape: Shape) -> str:
+    """Return what GGUF calls a tensor of transformers.
+
+    Raises:
+        ExportError: no tensor of the family has that name.
+    """
     with extra("export"):
         import gguf
     family = shape.family
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.arch.upper()], shape.layers)
-    found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+    found: str | None = table.get_name(name, try_suffixes=(".weight", ".bias"))
     is_known = found is not None and _part(found) in {*family.parts, *_WHOLE}
-    if not is_known or (name.endswith(".bias") and _part(found) not in family.biased):
+    if found is None or not is_known or (name.endswith(".bias") and _part(found) not in family.biased):
         raise ExportError(f"tensor {name!r} has no place in GGUF's {family.arch}", "use llama.cpp's own converter")
-    heads = _rotated_heads(found, shape)
-    if _is_norm(found):
-        array = array + family.norm_offset
-    return found, _interleave(array, heads) if heads else array
+    return found
 
 
 def from_gguf(name: str, array: Array, shape: Shape) -> tuple[str, Array]:
@@ -123,19 +133,24 @@ def network_of(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped he
     """Build transformers' network of a GGUF file that edgekit wrote, from its keys and dequantized tensors."""
     with extra("export"), silence():
         import gguf
+        import numpy as np
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
     reader = gguf.GGUFReader(path)
     shape = families.stored_shape(reader)
-    weights = {}
-    for t in reader.tensors:
-        name, array = from_gguf(t.name, gguf.quants.dequantize(t.data, t.tensor_type).copy(), shape)
-        weights[name] = torch.from_numpy(array)
-    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    stored = {t.name for t in reader.tensors}
     settings = families.configuration(shape)
-    for key, name in (("attention_bias", "self_attn.o_proj"), ("mlp_bias", "mlp.up_proj")):
-        settings[key] = f"model.layers.0.{name}.bias" in weights
+    for key, name in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_up")):
+        settings[key] = f"blk.0.{name}.bias" in stored
+    settings["tie_word_embeddings"] = "output.weight" not in stored
     with silence():
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.family.model_type, **settings))
-        network.load_state_dict(weights)
+    state = network.state_dict()
+    wanted = set(state) - ({"lm_head.weight"} if settings["tie_word_embeddings"] else set())
+    for t in reader.tensors:  # one after the other: all of them beside the network would be twice its size
+        name, array = from_gguf(t.name, gguf.quants.dequantize(t.data, t.tensor_type), shape)
+        state[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        wanted.remove(name)
+    if wanted:
+        raise ExportError(f"{path.name} lacks {', '.join(sorted(wanted))}", "export it again")
     return network.eval()

@@ -227,6 +227,8 @@ def limit_of(precision: str) -> Limit | None:
     """Return what a file must hold; 5 and 6 bits are judged as 4 are, fewer than 4 only by running at all."""
     if precision in LIMITS:
         return LIMITS[precision]
+    if mixture := re.fullmatch(r"i?q(\d)_.*", precision):  # llama.cpp's: five and six bits as Q5_0, four as Q4_0
+        return LIMITS[f"q{min(5, int(mixture[1]))}_0"] if int(mixture[1]) >= 4 else Limit(0.0, 0.0)
     found = re.fullmatch(r"(?:int|w)(\d)(a8|-weights|-dynamic)", precision)
     if found is None:
         return None

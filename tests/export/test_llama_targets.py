@@ -45,7 +45,7 @@ def test_every_precision_keeps_the_logits(folder, tmp_path, precision, least):
 
 def test_precision_is_case_blind_and_an_unknown_one_is_refused(folder, tmp_path):
     assert only(seal(folder, tmp_path / "b", "Q8_0")).precision == "q8_0"
-    error = seal(folder, tmp_path / "c", "q4_k_m").rows[0].error
+    error = seal(folder, tmp_path / "c", "q4_k_x").rows[0].error
     assert isinstance(error, UsageError)
     assert "q4_0" in error.hint
 

@@ -1,13 +1,18 @@
-"""GGUF for llama.cpp, from a Hugging Face folder, in pure Python: floats and the plain types of blocks; no K-quants."""
+"""GGUF for llama.cpp, from a Hugging Face folder: floats and plain blocks in Python, K and IQ types by llama.cpp.
+
+Calibration text, where the model comes with some, gives the importance matrix. Knows no families and no tokens.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import families, llama, vocabulary
+from edgekit.export import blocks, families, llama, llama_quantize, vocabulary
+from edgekit.export import importance as importances
 from edgekit.export.targets import Artifact
 from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
 from edgekit.plugins import extra
@@ -18,14 +23,28 @@ if TYPE_CHECKING:
 
     from edgekit.device_profiles import DeviceProfile
     from edgekit.export.families import Shape
+    from edgekit.export.importance import Importance
     from edgekit.export.targets import Exporter
     from edgekit.export.vocabulary import Vocabulary
     from edgekit.progress import Progress
     from edgekit.tensors import Array
 
 PRECISIONS = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
-"""What a file may mostly consist of, with llama.cpp's number for it (``llama_ftype``)."""
-BLOCK = 32
+"""What edgekit itself writes, with llama.cpp's number for it (``llama_ftype``)."""
+FLOATS = ("F32", "F16", "BF16")
+BLOCK, SUPER_BLOCK = 32, 256
+"""How many numbers of a row share a scale: in plain types, and in K and most IQ types."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that a file is written from beside its weights."""
+
+    name: str
+    shape: Shape
+    words: Vocabulary
+    precision: str
+    importance: Importance
 
 
 class GgufExporter:
@@ -53,14 +72,18 @@ class GgufExporter:
                 "give a Hugging Face folder, a .gguf file, or another target",
             )
         precision = str(profile.options.get("precision", "q8_0")).lower()
-        if precision not in PRECISIONS:
-            raise UsageError(f"GGUF is not written as {precision!r}", f"choose {', '.join(PRECISIONS)}")
+        _refuse_unknown(precision, model)
         source = model.network.path
         shape = families.read_shape(source)
         words = vocabulary.read(source, shape.vocabulary)
+        importance = _importance(model, source, shape, precision, progress=progress)
+        plan = _Plan(model.name, shape, words, precision, importance)
         path = folder / "model.gguf"
-        types = _write(path, source, (model.name, precision), (shape, words), progress=progress)
-        return _artifact(path, precision, types)
+        if precision in PRECISIONS:
+            _write(path, source, plan, progress=progress)
+        else:
+            _by_llama_cpp(path, source, plan, progress=progress)
+        return _artifact(path, precision, *_told(path, plan))
 
     def evaluate(self, main: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute ``logits`` for ``input_ids`` from the file's bytes, in PyTorch."""
@@ -86,49 +109,113 @@ def _taken(source: Path, folder: Path) -> Artifact:
     return _artifact(path, used.most_common(1)[0][0].lower(), f"tensor types: {told}")
 
 
-def _artifact(path: Path, precision: str, note: str) -> Artifact:
+def _refuse_unknown(precision: str, model: Model) -> None:
+    if precision in PRECISIONS:
+        return
+    if precision not in llama_quantize.PRECISIONS:
+        known = ", ".join((*PRECISIONS, *llama_quantize.PRECISIONS))
+        raise UsageError(f"GGUF is not written as {precision!r}", f"choose {known}")
+    if precision in llama_quantize.BLIND and model.data is None:
+        raise UsageError(
+            f"{precision} needs to know which columns count, and {model.name} has no calibration text",
+            "give --data data.toml, or take q3_k_s, iq4_xs or wider",
+        )
+    llama_quantize.need_llama_cpp()
+
+
+def _importance(model: Model, source: Path, shape: Shape, precision: str, *, progress: Progress) -> Importance:
+    """Gather it where there is text and a type that can use it."""
+    if model.data is None or tensor_type("", (BLOCK, BLOCK), precision) not in {*blocks.BITS, "K"}:
+        return importances.Importance()
+    return importances.gather(source, shape, model.data.calibration, progress)
+
+
+def _artifact(path: Path, precision: str, *notes: str) -> Artifact:
     return Artifact(
         main=path.name,
         files=(path.name,),
         precision=precision,
         requires={"gguf": "3", "memory_mib": str(path.stat().st_size * 5 // 4 // 2**20 + 64)},
-        notes=(note,),
+        notes=notes,
     )
 
 
-def _write(
-    path: Path, source: Path, title: tuple[str, str], parts: tuple[Shape, Vocabulary], *, progress: Progress
-) -> str:
+def _write(path: Path, source: Path, plan: _Plan, *, progress: Progress) -> None:
     with extra("export"):
         import gguf
-    name, precision = title
-    shape, words = parts
-    writer = gguf.GGUFWriter(path, shape.family.arch)
-    writer.add_name(name)
-    families.add_shape(writer, shape)
-    _add_vocabulary(writer, words)
-    writer.add_file_type(PRECISIONS[precision])
+    # Tensors wait in a file: all of them in memory would be the size of the model once more.
+    writer = gguf.GGUFWriter(path, plan.shape.family.arch, use_temp_file=True)
+    writer.add_name(plan.name)
+    families.add_shape(writer, plan.shape)
+    _add_vocabulary(writer, plan.words)
+    writer.add_file_type(PRECISIONS[plan.precision])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    used: Counter[str] = Counter()
-    odd: set[int] = set()
-    for tensor, array in llama.tensors(source, shape):
-        progress("quantize tensors", sum(used.values()) + 1, 0)
-        kind = tensor_type(tensor, array.shape, precision)
-        if precision.startswith("q") and array.ndim == 2 and kind == "F16":
-            odd.add(array.shape[-1])
-        used[kind] += 1
+    _add_importance(writer, plan.importance)
+    for done, (tensor, array) in enumerate(llama.tensors(source, plan.shape), 1):
+        progress("quantize tensors", done, 0)
+        kind = tensor_type(tensor, array.shape, plan.precision)
         number = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(tensor, gguf.quants.quantize(array, number), raw_dtype=number)
+        writer.add_tensor(tensor, blocks.quantize(array, kind, plan.importance.columns.get(tensor)), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    reason = f" (rows of {', '.join(map(str, sorted(odd)))} are no multiple of {BLOCK})" if odd else ""
-    return "tensor types: " + ", ".join(f"{count} {kind}" for kind, count in sorted(used.items())) + reason
+
+
+def _add_importance(writer: Any, importance: Importance) -> None:  # noqa: ANN401  # gguf's writer is untyped here
+    """Say under llama.cpp's keys that there was an importance matrix, and of how much text."""
+    if importance.columns:
+        writer.add_string("quantize.imatrix.file", "calibration")
+        writer.add_string("quantize.imatrix.dataset", "calibration")
+        writer.add_uint32("quantize.imatrix.entries_count", len(importance.columns))
+        writer.add_uint32("quantize.imatrix.chunks_count", importance.windows)
+
+
+def _by_llama_cpp(path: Path, source: Path, plan: _Plan, *, progress: Progress) -> None:
+    """Write floats first: llama.cpp quantizes files, not tensors."""
+    plain = path.with_name("float.gguf")
+    _write(plain, source, replace(plan, precision="f32"), progress=progress)
+    try:
+        llama_quantize.quantize(plain, path, plan.precision, plan.importance.columns, progress=progress)
+    finally:
+        plain.unlink()
+
+
+def _told(path: Path, plan: _Plan) -> tuple[str, ...]:
+    """Tell what the file holds, read from it: tensors by type, bits a weight, and what did not get what was asked."""
+    with extra("export"):
+        import gguf
+    tensors = gguf.GGUFReader(path).tensors
+    used = Counter(tensor.tensor_type.name for tensor in tensors)
+    bits = 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors)
+    reason = ""
+    matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
+    block = BLOCK if plan.precision in PRECISIONS or plan.precision == "iq4_nl" else SUPER_BLOCK
+    odd = (
+        [t for t in matrices if t.shape[0] % block]
+        if tensor_type("", (BLOCK, BLOCK), plan.precision) not in FLOATS
+        else []
+    )
+    if odd:
+        widths = ", ".join(map(str, sorted({int(t.shape[0]) for t in odd})))
+        reason = f" (rows of {widths} are no multiple of {block})"
+    counted = ", ".join(f"{count} {kind}" for kind, count in sorted(used.items()))
+    notes = [f"tensor types: {counted}{reason}", f"{bits:.2f} bits a weight"]
+    if odd and block == SUPER_BLOCK:
+        instead = ", ".join(sorted({t.tensor_type.name for t in odd}))
+        notes.append(
+            f"{len(odd)} of {len(matrices)} matrices fell back to {instead}: {plan.precision} takes rows of {block}"
+        )
+    if plan.importance.columns:
+        matrix = plan.importance
+        notes.append(f"importance matrix: {len(matrix.columns)} tensors, {matrix.windows} windows of calibration text")
+    return tuple(notes)
 
 
 def tensor_type(name: str, shape: tuple[int, ...], precision: str) -> str:
     """Choose how a tensor is stored: vectors F32, rows that blocks do not divide F16, the vocabulary at least Q8_0.
+
+    ``K`` leaves the choice to llama.cpp.
 
     llama.cpp itself keeps embedding and output above four and five bits: they decide which token wins.
     """
@@ -136,6 +223,8 @@ def tensor_type(name: str, shape: tuple[int, ...], precision: str) -> str:
         return "F32"
     if precision == "bf16":
         return "BF16"
+    if precision in llama_quantize.PRECISIONS:
+        return "K"
     if precision == "f16" or shape[-1] % BLOCK:
         return "F16"
     if precision != "q8_0" and name in ("token_embd.weight", "output.weight"):
