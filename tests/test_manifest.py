@@ -217,3 +217,13 @@ def test_a_variant_whose_main_file_is_not_among_its_files_is_refused():
     lost = {**msgspec.to_builtins(variant()), "files": []}
     with pytest.raises(BundleError, match="which is not among its files"):
         decode(document(variants=[lost]))
+
+
+def test_a_port_with_a_scale_holds_integers_of_eight_bits_within_bounds():
+    end = {"name": "x", "key": "x", "dtype": "int8", "scale": 0.5, "zero": -3}
+    lone = document()["variants"][0]
+    (port,) = decode(document(variants=[{**lone, "inputs": [end]}])).variants[0].inputs
+    assert (port.scale, port.zero) == (0.5, -3)
+    for wrong in ({"dtype": "float32"}, {"scale": -1.0}, {"scale": 1e31}, {"zero": 256}):
+        with pytest.raises(BundleError):
+            decode(document(variants=[{**lone, "inputs": [{**end, **wrong}]}]))

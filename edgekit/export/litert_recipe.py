@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 from edgekit import grid
 from edgekit.errors import ExportError
 from edgekit.export import litert_weights
-from edgekit.model import TorchNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from edgekit.export.litert_file import Layer
     from edgekit.export.litert_weights import Held
-    from edgekit.model import Model
+    from edgekit.model import Model, TorchNetwork
     from edgekit.plan import QuantizationPlan, Scheme, WeightRule
     from edgekit.tensors import Array
 

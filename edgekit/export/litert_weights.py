@@ -32,14 +32,14 @@ LAST = {"DEPTHWISE_CONV_2D": 3}
 class Held:
     """A weight of the model in a layer: its name, and its integers and scales, value by value in the file's layout.
 
-    ``rule`` is None, and there are none of both, for a weight that the plan leaves float.
+    For a weight that the plan leaves float, ``rule`` is None, and the values stand for themselves.
     """
 
     layer: Layer
     name: str
-    rule: WeightRule | None = None
-    integers: Array | None = None
-    scales: Array | None = None
+    rule: WeightRule | None
+    integers: Array
+    scales: Array
 
 
 def held(
@@ -61,7 +61,7 @@ def _held(layer: Layer, weights: Mapping[str, Array], rules: Mapping[str, Weight
                     continue
                 rule = rules.get(name)
                 if rule is None:
-                    return Held(layer, name)
+                    return Held(layer, name, None, layer.values, np.ones_like(layer.values))
                 scales = _turned(_by_value(value, rule), axes, layer) * np.abs(factor)
                 integers = _turned(grid.quantized(value, rule), axes, layer) * np.sign(factor).astype(np.int32)
                 return Held(layer, name, rule, integers, scales)
@@ -113,7 +113,6 @@ def channel_scales(one: Held) -> Array:
     Raises:
         ExportError: the plan has them along another axis.
     """
-    assert one.scales is not None, "the weight is planned"
     others = tuple(axis for axis in range(one.scales.ndim) if axis != LAST.get(one.layer.kind, 0))
     found: Array = one.scales.max(others, keepdims=True)
     if (one.scales.min(others, keepdims=True) != found).any():
@@ -126,7 +125,6 @@ def channel_scales(one: Held) -> Array:
 
 def block_scales(one: Held, size: int) -> Array:
     """Return the scales of a matrix, [outputs, blocks]."""
-    assert one.scales is not None, "the weight is planned"
     return one.scales.reshape(one.scales.shape[0], -1, size)[:, :, 0]
 
 
@@ -160,7 +158,7 @@ def _is_written(one: Held, layer: Layer) -> bool:
 
     if not np.array_equal(layer.values, one.integers):
         return False
-    if layer.scales is None or one.scales is None or one.rule is None or one.rule.granularity == "group":
+    if layer.scales is None or (one.rule is not None and one.rule.granularity == "group"):
         return True  # scales of blocks lie in a tensor of their own, rounded
     place = LAST.get(layer.kind, 0) if layer.scales.size > 1 else 0
     shape = [1] * layer.values.ndim

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgekit.device_profiles import DeviceProfile
+    from edgekit.plan import WeightRule
     from edgekit.progress import Progress
     from edgekit.tensors import Array, TensorSpec
 
@@ -61,7 +62,7 @@ class TfliteExporter:
         notes: tuple[str, ...] = ()
         if model.plan is not None:
             before = litert_file.read(path.read_bytes())
-            held = _held(model, before.layers)
+            held = _held(model.network, model.plan.weights, before.layers)
             recipe = litert_recipe.of(
                 model.plan, [held[layer.output] or layer for layer in before.layers], integer_ends=integer_ends
             )
@@ -104,11 +105,10 @@ def _as_written(port: Port, found: litert_file.Found) -> Port:
     return msgspec.structs.replace(port, dtype=end.dtype, scale=end.scale, zero=end.zero)
 
 
-def _held(model: Model, layers: Sequence[litert_file.Layer]) -> dict[str, litert_weights.Held | None]:
-    assert isinstance(model.network, TorchNetwork), "checked above"
-    assert model.plan is not None, "checked above"
-    rules = model.plan.weights
-    stored = {n: p.detach().numpy() for n, p in model.network.module.named_parameters() if p.dim() > 1}
+def _held(
+    network: TorchNetwork, rules: Mapping[str, WeightRule], layers: Sequence[litert_file.Layer]
+) -> dict[str, litert_weights.Held | None]:
+    stored = {n: p.detach().numpy() for n, p in network.module.named_parameters() if p.dim() > 1}
     grids = {n: grid.rounded(value, rules[n]) if n in rules else value for n, value in stored.items()}
     exact = {
         n: grid.with_scales(rule, grid.scales_of(stored[n], rule)) for n, rule in rules.items() if n in stored
@@ -122,7 +122,6 @@ def _told(model: Model, held: Mapping[str, litert_weights.Held | None], found: l
     Raises:
         ExportError: none of the planned weights is an integer in the file.
     """
-    assert model.plan is not None, "checked above"
     if found.floats and len(found.floats) == len(found.layers):
         raise ExportError(
             f"LiteRT's quantizer leaves every layer of {model.name} in float ({', '.join(sorted(set(found.floats)))})",
@@ -134,7 +133,7 @@ def _told(model: Model, held: Mapping[str, litert_weights.Held | None], found: l
     depthwise = sum(one.layer.kind == "DEPTHWISE_CONV_2D" for one in wide)
     blocks = sum(one is not None and one.rule is not None and one.rule.granularity == "group" for one in held.values())
     unknown = sum(one is None for one in held.values())
-    lost = model.plan.weights.keys() - {one.name for one in held.values() if one}
+    lost = (model.plan.weights.keys() if model.plan else set()) - {one.name for one in held.values() if one}
     told = {
         f"{depthwise} depthwise layers of 4 bits are stored in 8: LiteRT has no narrower kernel for them": (depthwise),
         f"{blocks} weights have scales a block of 8 bits of mantissa, the plan's are float32": blocks,
