@@ -25,7 +25,7 @@ ENABLES = {
     "compress": "quantize, prune and distil on the workstation",
     "export": "write ONNX, LiteRT, Core ML and GGUF",
     "fleet": "publish releases, roll them out, embedded broker",
-    "all": "everything but TensorRT, which needs NVIDIA's own index",
+    "all": "everything but TensorRT, which needs NVIDIA's own index, and llama-cpp, which is built",
     "dev": "tests and linters of edgekit itself",
     "bench": "the peers that the benchmarks run beside edgekit",
 }

@@ -89,7 +89,8 @@ def _rounded(blocks: Array, weights: Array, kind: str, shrunk: float) -> tuple[A
 def _levels(values: Array, scale: Array, most: int, middle: int) -> Array:
     import numpy as np
 
-    return np.clip(np.rint(values * _quotient(np.ones_like(scale), scale)) + middle, 0, most)
+    found: Array = np.clip(np.rint(values * _quotient(np.ones_like(scale), scale)) + middle, 0, most)
+    return found
 
 
 def _quotient(above: Array, below: Array) -> Array:

@@ -58,7 +58,7 @@ def quantize(source: Path, target: Path, precision: str, columns: Mapping[str, A
     command = [sys.executable, "-m", __name__, str(source), str(target), str(PRECISIONS[precision])]
     if columns:
         path = target.with_name("importance.npz")
-        np.savez(path, **columns)
+        np.savez(path, allow_pickle=False, **columns)
         command.append(str(path))
     last: deque[str] = deque(maxlen=3)
     with subprocess.Popen(

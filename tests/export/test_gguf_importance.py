@@ -23,7 +23,7 @@ TOKENS = ((np.arange(6 * 32) * 31 + 5) % 300).reshape(6, 32)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return llama_folder(tmp_path_factory.mktemp("llama"), intermediate_size=256)
+    return llama_folder(tmp_path_factory.mktemp("llama"), intermediate_size=256, max_position_embeddings=256)
 
 
 def seal(folder, out, precision, data=None):
