@@ -51,10 +51,7 @@ class Ready:
                   digest=self.own.digest, options=self.own.how)  # fmt: skip
         cache = EngineCache(self.own.folder, self.own.model)
         try:
-            with cache.attempt(key) as may_try:
-                if not may_try:
-                    raise HealthError("its engine took the process with it twice", f"remove {self.own.folder} to retry")
-                return self._cached(cache, key, tools, first) or self._built(cache, key, tools, (first, stop))
+            return self._cached(cache, key, tools, first) or self._built(cache, key, tools, (first, stop))
         except OSError as error:
             raise from_os(error, "keeping TensorRT's engine") from error
 
@@ -63,7 +60,7 @@ class Ready:
         if data is None:
             return None
         try:
-            return self._judged(tools.open(data, self.own.how.max_batch), first)
+            return self._opened(cache, key, lambda: tools.open(data, self.own.how.max_batch), first)
         except HealthError:  # what cannot be opened or answers otherwise is built again
             cache.discard(key)
             return None
@@ -76,20 +73,24 @@ class Ready:
                       timing=str(cache.timing(key)), how=self.own.how)  # fmt: skip
             build_apart(tools.command(job, Path(scratch)), stop, Path(scratch))
             data = target.read_bytes()
-        engine = self._judged(tools.open(data, self.own.how.max_batch), first)
+        engine = self._opened(cache, key, lambda: tools.open(data, self.own.how.max_batch), first)
         cache.keep(key, data)
         return engine
 
-    def _judged(self, engine: Engine, first: Engine) -> Engine:
-        """Run the samples, which warms the engine as well, and hold its answers against those of ``first``."""
-        try:
-            self._compare(engine, first)
-        except BaseException:
-            engine.close()
-            raise
-        return engine
+    def _opened(self, cache: EngineCache, key: Key, opened: Callable[[], Engine], first: Engine) -> Engine:
+        """Open an engine and run the samples, which warms it as well; native code may die in here."""
+        with cache.attempt(key) as may_try:
+            if not may_try:
+                raise HealthError("its engine took the process with it twice", f"remove {self.own.folder} to retry")
+            engine = opened()
+            try:
+                self._judge(engine, first)
+            except BaseException:
+                engine.close()
+                raise
+            return engine
 
-    def _compare(self, engine: Engine, first: Engine) -> None:
+    def _judge(self, engine: Engine, first: Engine) -> None:
         inputs = self.own.samples()
         figures = acceptance.compare(engine.run(inputs), first.run(inputs))
         top1 = figures.get("top1_agreement", 1.0)

@@ -108,7 +108,7 @@ def _as_written(port: Port, found: litert_file.Found) -> Port:
 def _held(
     network: TorchNetwork, rules: Mapping[str, WeightRule], layers: Sequence[litert_file.Layer]
 ) -> dict[str, litert_weights.Held | None]:
-    stored = {n: p.detach().numpy() for n, p in network.module.named_parameters() if p.dim() > 1}
+    stored = {n: p.detach().numpy() for n, p in network.module.named_parameters(remove_duplicate=False) if p.dim() > 1}
     grids = {n: grid.rounded(value, rules[n]) if n in rules else value for n, value in stored.items()}
     exact = {
         n: grid.with_scales(rule, grid.scales_of(stored[n], rule)) for n, rule in rules.items() if n in stored
