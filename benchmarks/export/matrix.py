@@ -50,7 +50,7 @@ QUICK = ("mlp", "two-ways")
 RECIPES = {
     "fp32": (("", ""),),
     "int8": (("int8", ""), ("int8-dynamic", "d"), ("w8", "w")),
-    "int4": (("w4a8-gptq", ""), ("w4-channel-gptq", "w")),
+    "int4": (("w4a8-gptq", ""), (str(HERE / "recipes/w4-dynamic.toml"), "d"), ("w4-channel-gptq", "w")),
 }
 """By column: recipes in the order in which they are tried, and how a cell is marked that took one."""
 INSTEAD = {

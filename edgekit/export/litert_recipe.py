@@ -76,6 +76,8 @@ class Recipe:
 
         if not one.bits:
             manager.add_quantization_config(scope, kind, algorithm_key="no_quantize")
+        elif one.kind == "EMBEDDING_LOOKUP" and self.scheme == "static":  # it looks up and computes nothing
+            manager.add_weight_only_config(scope, kind, num_bits=one.bits)
         elif self.scheme == "static":
             manager.add_static_config(scope, kind, activation_num_bits=8, weight_num_bits=one.bits)
         elif self.scheme == "dynamic":

@@ -152,6 +152,37 @@ def test_a_static_plan_leaves_its_kept_layer_in_float(tiny, tmp_path):
     assert dict(kinds(tmp_path / artifact.main))["FULLY_CONNECTED"] == "INT8"
 
 
+def test_a_table_that_is_multiplied_by_too_stays_with_the_plan(tmp_path):
+    import torch
+    from torch import nn
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(32, 16)
+            self.head = nn.Linear(16, 32, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, tokens):
+            return self.head(torch.relu(self.table(tokens)))
+
+    torch.manual_seed(0)
+    tokens = np.random.default_rng(0).integers(0, 32, (32, 5), np.int64)
+    model = workload.from_module("tied", Tied().eval(), Data(Split({"tokens": tokens})))
+    model = Quantize().apply(model, silent)
+    artifact = write(model, tmp_path)
+    assert dict(kinds(tmp_path / artifact.main))["FULLY_CONNECTED"] == "INT8"
+
+
+def test_what_the_quantizer_refuses_is_said_and_not_raised_through(tiny_int8, tmp_path, monkeypatch):
+    def refused(recipe, engine):
+        raise ValueError("no such config")
+
+    monkeypatch.setattr(litert_recipe.Recipe, "choose", refused)
+    with pytest.raises(ExportError, match="quantizer does not take the plan: no such config"):
+        write(tiny_int8, tmp_path)
+
+
 def wide_matrices(group=32):
     import torch
 

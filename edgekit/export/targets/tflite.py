@@ -201,18 +201,31 @@ def _frozen(module: torch.nn.Module) -> torch.nn.Module:
 def _engine(path: Path, recipe: litert_recipe.Recipe) -> Any:  # noqa: ANN401  # the quantizer is untyped
     with extra("export"), silence():
         from ai_edge_quantizer import quantizer
-    with silence():
-        engine = quantizer.Quantizer(str(path))
-        recipe.choose(engine)
+    try:
+        with silence():
+            engine = quantizer.Quantizer(str(path))
+            recipe.choose(engine)
+    except REFUSALS as error:
+        raise _unquantized(error) from error
     return engine
+
+
+def _unquantized(error: BaseException) -> ExportError:
+    return ExportError(
+        f"LiteRT's quantizer does not take the plan: {reason(error)}",
+        "leave that layer in float (keep), use another recipe, or export to onnx",
+    )
 
 
 def _quantize(path: Path, recipe: litert_recipe.Recipe, ranges: Mapping[str, Any]) -> bytes:
     engine = _engine(path, recipe)
     weights = {name: {"min": -most, "max": most} for name, most in recipe.largest.items()}
-    with silence(), tempfile.TemporaryDirectory() as scratch:
-        engine.quantize({**ranges, **weights} or None).export_model(f"{scratch}/model.tflite", overwrite=True)
-        return Path(scratch, "model.tflite").read_bytes()
+    try:
+        with silence(), tempfile.TemporaryDirectory() as scratch:
+            engine.quantize({**ranges, **weights} or None).export_model(f"{scratch}/model.tflite", overwrite=True)
+            return Path(scratch, "model.tflite").read_bytes()
+    except REFUSALS as error:
+        raise _unquantized(error) from error
 
 
 def _ranges(
