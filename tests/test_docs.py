@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fakes.bundles import npy, variant
 
-from edgekit import bundle, device_profiles, runtime
+from edgekit import bundle, device_profiles, plugins, runtime
 from edgekit.errors import HealthError
 from edgekit.manifest import Golden, Manifest
 from edgekit.progress import silent
@@ -160,3 +160,16 @@ def test_no_document_or_file_names_a_place_on_one_machine_or_a_registry():
     for path in text_files:
         text = path.read_text(encoding="utf-8", errors="replace")
         assert [host for host in hosts if host in text] == [], path
+
+
+def test_the_matrix_of_models_and_formats_has_a_cell_for_each():
+    from edgekit.export import PACKAGE
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- figures of benchmarks/export/matrix.py -->\n\n")[2].partition("\n\n")[0]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert head == ["model", "precision", *sorted(plugins.names(PACKAGE))]
+    assert [row[1] for row in rows] == ["fp32", "int8", "int4"] * 9
+    assert all(cell for row in rows for cell in row)
+    notes = {cell for row in rows for cell in row if cell.startswith("[")}
+    assert {f"{note[1:-1]}." for note in notes} <= {line.split(" ")[0] for line in text.splitlines()}

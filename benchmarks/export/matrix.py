@@ -25,7 +25,7 @@ from _report import Row, run
 from edgekit import device_profiles, plugins
 from edgekit.cli._terminal import markdown_table
 from edgekit.compress import compress, recipe
-from edgekit.errors import CompressionError, EdgekitError
+from edgekit.errors import CompressionError, EdgekitError, UsageError
 from edgekit.export import PACKAGE, export
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ REFUSED: dict[tuple[str, str, str], str] = {
 """By model, format and column (``*``: any of them): how the documented refusal begins."""
 
 
+ABSENT = "not measured"
+"""How a cell begins whose model is not installed."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One model in one format and column: its parity, or the refusal."""
@@ -111,7 +115,9 @@ class Cell:
             for form in (self.format, "*")
             for column in (self.column, "*")
         )
-        return any(begin is not None and self.refusal.startswith(begin) for begin in wanted)
+        return self.refusal.startswith(ABSENT) or any(
+            begin is not None and self.refusal.startswith(begin) for begin in wanted
+        )
 
     def text(self, notes: list[str]) -> str:
         """Return what stands in the table; refusals go to the notes and are pointed at."""
@@ -141,8 +147,11 @@ def _wanted() -> list[str]:
 
 def cells_of(name: str, scratch: Path) -> list[Cell]:
     """Compress and export one model for every format and column."""
-    model = MODELS[name][1](scratch)
     formats = plugins.names(PACKAGE)
+    try:
+        model = MODELS[name][1](scratch)
+    except (ModuleNotFoundError, UsageError) as error:
+        return [Cell(name, form, column, refusal=f"{ABSENT}: {error}") for column in RECIPES for form in formats]
     cells = []
     for column, recipes in RECIPES.items():
         left = [form for form in formats if not (form == "gguf" and name == "llama")]
