@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _report import Row, run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "compress"))
+from _setting import Row, run, sqnr, top1
 
 from edgekit import device_profiles, runtime, workload
 from edgekit.compress.passes.quantize import Quantize
@@ -143,16 +143,6 @@ def peer(model: Model, folder: Path, calibration: Array, images: Array) -> Array
 def last(images: Array) -> list[Array]:
     """Return each picture as a batch of one, channels last."""
     return [np.ascontiguousarray(one[None].transpose(0, 2, 3, 1)) for one in images]
-
-
-def sqnr(found: Array, reference: Array) -> float:
-    """Return how far the noise lies below the signal, in dB."""
-    return float(10 * np.log10(np.square(reference).sum() / np.square(found - reference).sum()))
-
-
-def top1(scores: Array, labels: Array) -> float:
-    """Return the share of right answers in percent."""
-    return 100 * float((scores.argmax(1) == labels).mean())
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Cell:
                 goal=f"value >= {variant.parity.min_sqnr_db}",
             )
         if variant is not None:
-            return Row(what, None, f"{variant.parity.status}: {variant.parity.reason}")
+            return Row(what, None, f"{variant.parity.status}: {variant.parity.reason}", goal="value >= 0")
         return Row(what, None, self.refusal, goal="" if self.is_documented else "value >= 0")
 
     @property

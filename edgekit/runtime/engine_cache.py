@@ -88,22 +88,29 @@ class EngineCache:
         words = f"{key.gpu}\n{key.driver}\n{key.builder}"
         return self._shared / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.timing"
 
-    @contextmanager
-    def attempt(self, key: Key) -> Iterator[bool]:
-        """Count a try in a file that a crash leaves behind; yield False where the last tries all ended so.
+    def crashed(self, key: Key) -> bool:
+        """Say whether the last tries to open that engine all took their process with them.
 
         Native code that dies takes the server with it, and the server's next start would try the same again.
         """
-        mark = self._path(key).with_suffix(".trying")
-        tried = len(mark.read_bytes()) if mark.is_file() else 0
-        if tried >= MAX_ATTEMPTS:
-            yield False
-            return
-        durable.write_file(mark, b"." * (tried + 1))
+        return self._tries(key) >= MAX_ATTEMPTS
+
+    @contextmanager
+    def attempt(self, key: Key) -> Iterator[None]:
+        """Count a try in a file that a crash leaves behind."""
+        mark = self._mark(key)
+        durable.write_file(mark, b"." * (self._tries(key) + 1))
         try:
-            yield True
+            yield
         finally:
             mark.unlink(missing_ok=True)
+
+    def _mark(self, key: Key) -> Path:
+        return self._path(key).with_suffix(".trying")
+
+    def _tries(self, key: Key) -> int:
+        mark = self._mark(key)
+        return len(mark.read_bytes()) if mark.is_file() else 0
 
     def _path(self, key: Key) -> Path:
         return self._folder / f"{key.name}.engine"

@@ -76,14 +76,17 @@ class SwappingEngine:
         return not self._thread.is_alive()
 
     def _improve(self, first: Engine, prepare: Prepare) -> None:
+        note = f"{self._what}: failed, its thread's trace tells why"
         try:
             better = prepare(first, self._stop)
+            note = ""
         except EdgekitError as error:
-            self._note = f"{self._what}: {error.message}"
+            note = f"{self._what}: {error.message}"
             if not self._stop.is_set():
                 log.warning("%s serves on: %s", first.engine, error.message)
             return
-        self._note = ""
+        finally:
+            self._note = note
         if not self._replace(better):
             better.close()
 

@@ -50,6 +50,8 @@ class Ready:
         key = Key(gpu=tools.gpu.name, driver=tools.gpu.driver, builder=tools.builder,
                   digest=self.own.digest, options=self.own.how)  # fmt: skip
         cache = EngineCache(self.own.folder, self.own.model)
+        if cache.crashed(key):  # asked before the build: it would be done in vain at every start
+            raise HealthError("its engine took the process with it twice", f"remove {self.own.folder} to retry")
         try:
             return self._cached(cache, key, tools, first) or self._built(cache, key, tools, (first, stop))
         except OSError as error:
@@ -79,9 +81,7 @@ class Ready:
 
     def _opened(self, cache: EngineCache, key: Key, opened: Callable[[], Engine], first: Engine) -> Engine:
         """Open an engine and run the samples, which warms it as well; native code may die in here."""
-        with cache.attempt(key) as may_try:
-            if not may_try:
-                raise HealthError("its engine took the process with it twice", f"remove {self.own.folder} to retry")
+        with cache.attempt(key):
             engine = opened()
             try:
                 self._judge(engine, first)

@@ -17,7 +17,7 @@ from edgekit.runtime.cuda import Gpu, open_cuda
 from edgekit.runtime.tensorrt_engine import open_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from edgekit.runtime.backends import Engine
     from edgekit.runtime.tensorrt_build import Job
@@ -64,31 +64,6 @@ def child_command(job: Job, folder: Path) -> list[str]:
 def find_trtexec() -> str:
     """Return the path of TensorRT's own program, empty where there is none."""
     return shutil.which("trtexec") or (TRTEXEC if Path(TRTEXEC).is_file() else "")
-
-
-def trtexec_command(job: Job, shapes: Mapping[str, Sequence[int]], program: str = "trtexec") -> list[str]:
-    """Return the command that builds the same engine by TensorRT's own program; ``shapes`` of the inputs, -1 open.
-
-    Raises:
-        HealthError: an input is open beyond its batch.
-    """
-    how = job.how
-    command = [program, f"--onnx={job.onnx}", f"--saveEngine={job.engine}", f"--timingCacheFile={job.timing}"]
-    is_open = {name: shape for name, shape in shapes.items() if -1 in shape}
-    ranges = {name: tensorrt_build.sizes_of(shape, how.max_batch) for name, shape in is_open.items()}
-    if ranges:
-        for word, which in (("min", 0), ("opt", 1), ("max", 1)):
-            sizes = ",".join(f"{name}:{'x'.join(map(str, pair[which]))}" for name, pair in ranges.items())
-            command.append(f"--{word}Shapes={sizes}")
-    if how.workspace_mb:
-        command.append(f"--memPoolSize=workspace:{how.workspace_mb}M")
-    if how.dla_core < 0 and not how.fp16:
-        command.append("--stronglyTyped")
-    else:
-        command += ["--int8", "--fp16"]
-    if how.dla_core >= 0:
-        command += [f"--useDLACore={how.dla_core}", *(["--allowGPUFallback"] if how.gpu_fallback else [])]
-    return [*command, "--skipInference"]
 
 
 def _version(module: str) -> str:

@@ -6,13 +6,13 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from fakes.exportable import tiny_model, with_plan
+from fakes.exportable import tied_model, tiny_model, with_plan
 from onnx import numpy_helper
 
 from edgekit import device_profiles, plugins, workload
 from edgekit.errors import CompressionError, ExportError, UsageError
 from edgekit.export import PACKAGE, onnx_file, onnx_weights
-from edgekit.model import Data, OnnxNetwork, Split
+from edgekit.model import OnnxNetwork
 from edgekit.plan import QuantizationPlan, Range
 from edgekit.progress import silent
 
@@ -168,23 +168,7 @@ def test_a_weight_that_became_a_transposed_copy_is_known_by_its_values(tmp_path)
 
 
 def test_a_table_that_is_looked_up_and_multiplied_by_is_quantized_where_it_is_multiplied(tmp_path):
-    import torch
-    from torch import nn
-
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(12, 8)
-            self.head = nn.Linear(8, 12, bias=False)
-            self.head.weight = self.table.weight
-
-        def forward(self, tokens):
-            return self.head(torch.relu(self.table(tokens)))
-
-    torch.manual_seed(0)
-    tokens = np.random.default_rng(0).integers(0, 12, (16, 5), np.int64)
-    model = workload.from_module("tied", Tied().eval(), Data(Split({"tokens": tokens})))
-    model = with_plan(model, weights=["head.weight"])
+    model = with_plan(tied_model(), weights=["head.weight"])
     proto, _ = lower(model, tmp_path)
     found = constants(proto)
     assert [a.dtype.name for a in found.values() if a.shape == (12, 8)] == ["float32"]

@@ -48,6 +48,26 @@ def _cnn():
     return Tiny()
 
 
+def tied_model(rows=12, width=8):
+    """Return a network that looks rows of a table up and multiplies by the same table."""
+    import torch
+    from torch import nn
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(rows, width)
+            self.head = nn.Linear(width, rows, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, tokens):
+            return self.head(torch.relu(self.table(tokens)))
+
+    torch.manual_seed(0)
+    tokens = np.random.default_rng(0).integers(0, rows, (32, 5), np.int64)
+    return workload.from_module("tied", Tied().eval(), Data(Split({"tokens": tokens})))
+
+
 def with_plan(model, *, bits=8, granularity="channel", weights=None):
     """Return the model with a min-max plan made by running its traced graph."""
     import torch

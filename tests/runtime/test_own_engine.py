@@ -12,7 +12,6 @@ from edgekit.manifest import EngineBuild
 from edgekit.runtime import Contract, open_variant, tensorrt_tools
 from edgekit.runtime.backends import EngineOptions, OwnEngine
 from edgekit.runtime.cuda import Gpu
-from edgekit.runtime.tensorrt_build import Job
 from edgekit.tensors import TensorSpec
 
 WEIGHTS = np.arange(12, dtype=np.float32).reshape(3, 4) - 5
@@ -155,11 +154,23 @@ def test_what_fails_leaves_onnx_runtime_serving_and_says_why(tmp_path, monkeypat
     assert not list((tmp_path / "cache/gemm").glob("*.engine"))
 
 
-def test_trtexec_gets_the_same_options():
-    how = EngineBuild(workspace_mb=64, dla_core=1, max_batch=8)
-    job = Job(module="", onnx="m.onnx", engine="m.engine", timing="t", how=how)
-    assert tensorrt_tools.trtexec_command(job, {"x": (-1, 3)}) == [
-        "trtexec", "--onnx=m.onnx", "--saveEngine=m.engine", "--timingCacheFile=t", "--minShapes=x:1x3",
-        "--optShapes=x:8x3", "--maxShapes=x:8x3", "--memPoolSize=workspace:64M", "--int8", "--fp16",
-        "--useDLACore=1", "--allowGPUFallback", "--skipInference",
-    ]  # fmt: skip
+def test_an_engine_that_took_two_processes_with_it_is_neither_opened_nor_built_again(tmp_path, monkeypatch):
+    with served(tmp_path, Seam(quick), monkeypatch) as session:
+        settle(session)
+    (kept,) = (tmp_path / "cache/gemm").glob("*.engine")
+    kept.with_suffix(".trying").write_bytes(b"..")
+    seam = Seam(quick)
+    with served(tmp_path, seam, monkeypatch) as session:
+        assert "took the process with it twice" in settle(session)
+    assert seam.builds == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_builders_own_is_not_told_as_getting_ready(tmp_path, monkeypatch):
+    def broken(job, folder):
+        raise AttributeError("no such flag")
+
+    with served(tmp_path, Seam(broken), monkeypatch) as session:
+        name = settle(session)
+    assert name.startswith("onnxruntime")
+    assert "failed" in name

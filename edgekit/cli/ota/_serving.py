@@ -131,12 +131,10 @@ class HostServing:
         return Vitals(requests=requests, errors=max(errors, 0), p95_ms=now.p95_ms, rss_mib=rss_mib())
 
     def _load(self, bundle: Bundle) -> Session | TextSession:
-        from edgekit.runtime import engine_cache
         from edgekit.runtime.opening import load
 
         try:
-            engines = self.engines or engine_cache.default_folder()
-            return load(bundle.folder, variant=self.profile, threads=self.threads, engines=engines)
+            return load(bundle.folder, variant=self.profile, threads=self.threads, engines=self.engines)
         except (UsageError, BundleError, MissingExtra) as error:
             raise HealthError(f"the bundle does not load: {error.message}", error.hint) from error
 

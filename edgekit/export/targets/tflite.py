@@ -127,7 +127,7 @@ def _told(model: Model, held: Mapping[str, litert_weights.Held | None], found: l
             f"LiteRT's quantizer leaves every layer of {model.name} in float ({', '.join(sorted(set(found.floats)))})",
             "use another precision, or export to onnx",
         )
-    wide = [one for one in held.values() if one and one.rule and one.rule.bits <= 4]
+    wide = [one for one in held.values() if one and one.rule and one.rule.bits < 8]
     stored = {layer.output: layer for layer in found.layers}
     wide = [one for one in wide if one.layer.output in stored and stored[one.layer.output].dtype == "INT8"]
     depthwise = sum(one.layer.kind == "DEPTHWISE_CONV_2D" for one in wide)
@@ -135,7 +135,8 @@ def _told(model: Model, held: Mapping[str, litert_weights.Held | None], found: l
     unknown = sum(one is None for one in held.values())
     lost = (model.plan.weights.keys() if model.plan else set()) - {one.name for one in held.values() if one}
     told = {
-        f"{depthwise} depthwise layers of 4 bits are stored in 8: LiteRT has no narrower kernel for them": (depthwise),
+        f"{depthwise} depthwise layers are stored in 8 bits: LiteRT has no narrower kernel for them": depthwise,
+        f"{len(wide) - depthwise} weights of fewer than 8 bits are stored in 8": len(wide) - depthwise,
         f"{blocks} weights have scales a block of 8 bits of mantissa, the plan's are float32": blocks,
         f"{unknown} layers hold no weight of the model as it is: LiteRT rounds them to 8 bits by its own scales": (
             unknown
