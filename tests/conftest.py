@@ -1,6 +1,17 @@
-"""Puts tests/ on the import path, so that every test may use what lies in tests/fakes."""
+"""Puts tests/ on the import path, so that every test may use what lies in tests/fakes, and keeps emulators out."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def no_arm64_system(request, monkeypatch, tmp_path):
+    """Whatever was built on this machine: a test boots an ARM system only where it asks for one."""
+    if "arm64_system" not in request.fixturenames:
+        from edgekit.runtime import arm64
+
+        monkeypatch.setattr(arm64, "place", lambda: tmp_path / "no-arm64-system")

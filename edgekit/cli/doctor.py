@@ -19,6 +19,7 @@ from edgekit.device_profiles import machine
 PROGRAMS = {
     "mosquitto": "a broker for a real fleet, and for the MQTT tests (the embedded one needs nothing)",
     "qemu-x86_64-static": "x86 processors without 8-bit dot products, for edgekit verify --isa: qemu-user-static",
+    "qemu-system-aarch64": "ARM processors, for edgekit emulator and verify --isa cortex-a76: qemu-system-arm",
 }
 
 

@@ -23,14 +23,14 @@ COLUMNS = ("variant", "where", "status", "SQNR dB", "same top-1", "max error", "
     short_help="Run a bundle's files again, also on another instruction set.",
     help="""Run the golden samples of BUNDLE through its files again, and compare with what they gave at export.
 
-    With --isa, run them as well on another processor, emulated by QEMU's user mode, and compare its answers with this
-    machine's: int8 on x86 without 8-bit dot products may saturate. The exit code is 6 where one lies too far off, and
-    where nothing could be verified.
+    With --isa, run them as well on another processor, emulated by QEMU, and compare its answers with this machine's:
+    int8 on x86 without 8-bit dot products may saturate, and an engine built for ARM has kernels of its own (edgekit
+    emulator makes that one). The exit code is 6 where one lies too far off, and where nothing could be verified.
     """,
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--variant", "variants", multiple=True, help="Variant to verify; all by default. Repeatable.")
-@click.option("--isa", "isas", multiple=True, help="Instruction set: nehalem, sandybridge, haswell. Repeatable.")
+@click.option("--isa", "isas", multiple=True, help="Processor: haswell, cortex-a76, …. Repeatable.")
 def COMMAND(terminal: Terminal, *, bundle: Path, variants: tuple[str, ...], isas: tuple[str, ...]) -> None:  # noqa: N802  # the name is the plugin's
     """Check the bytes, run, compare."""
     from edgekit import bundle as bundles

@@ -33,14 +33,15 @@ def ask(
         ParityError: the answers lie apart by more than devices are granted (`Variant.expected`).
     """
     here = platform.machine()
-    if profile.arch not in ("any", here):
+    is_foreign = profile.arch not in ("any", here)
+    isa = emulation.isa_named(profile.emulate) if profile.emulate else None
+    if is_foreign and (isa is None or variant.format not in emulation.FORMATS):
         return Elsewhere(isa=profile.arch, status="unverified", reason=f"exported on {here}: {DECIDES}")
     is_integer = variant.precision.startswith(INTEGERS)
-    if not profile.emulate or not is_integer or not machine.describe().integer_dot_product:
+    if isa is None or not (is_foreign or (is_integer and machine.describe().integer_dot_product)):
         return None
-    isa = emulation.isa_named(profile.emulate)
-    if emulation.lacking():
-        return Elsewhere(isa=isa.name, status="unverified", reason=f"{emulation.lacking()}; {DECIDES}")
+    if emulation.lacking(isa):
+        return Elsewhere(isa=isa.name, status="unverified", reason=f"{emulation.lacking(isa)}; {DECIDES}")
     count = golden_count(reference)
     native = {name: array[:count] for name, array in outputs.items()}
     samples = reference.inputs.head(count).inputs
@@ -54,7 +55,9 @@ def ask(
             f"{variant.main} answers otherwise on {isa.name} ({isa.has}) than here: SQNR {figures.sqnr_db:.1f} dB"
             f" (at least {variant.expected.min_sqnr_db if variant.expected else 0:g})"
             + ("" if figures.top1_agreement is None else f", same top-1 {figures.top1_agreement:.3f}"),
-            f'sums of its products leave 16 bits there: set target = "{profile.name}" in the pass quantize, which gives'
-            " such layers weights of 7 bits",
+            "the engine's kernels there compute something else: try another precision, or keep the layer in float"
+            if is_foreign
+            else f'sums of its products leave 16 bits there: set target = "{profile.name}" in the pass quantize, which'
+            " gives such layers weights of 7 bits",
         )
     return figures

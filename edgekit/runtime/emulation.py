@@ -1,11 +1,13 @@
-"""Runs one variant on another instruction set: the same Python, the same engine, under QEMU's user mode.
+"""Runs one variant on another instruction set, under QEMU.
 
 The same int8 file may answer otherwise where the processor lacks 8-bit dot products: this is how that is seen on a
-machine that has them. x86 on x86 alone; engines of other architectures do not run this way.
+machine that has them. x86 on x86 is the same Python and the same engine in QEMU's user mode; ARM is a whole small
+system (`edgekit.runtime.arm64`) with the same engines built for it.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import shutil
@@ -21,6 +23,7 @@ import msgspec
 from edgekit.errors import EdgekitError, HealthError, UnknownName
 from edgekit.manifest import Elsewhere, Variant
 from edgekit.plugins import extra
+from edgekit.runtime import arm64
 from edgekit.runtime.acceptance import compare
 from edgekit.runtime.backends import EngineOptions
 from edgekit.runtime.opening import open_variant
@@ -28,13 +31,18 @@ from edgekit.runtime.session import Contract, Session
 from edgekit.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from edgekit.tensors import Array
 
 EMULATORS = ("qemu-x86_64-static", "qemu-x86_64")
 INSTALL = "apt-get install qemu-user-static"
+FORMATS = ("onnx", "tflite")
+"""What has an engine in the arm64 system."""
 TIMEOUT = 600.0
+JOB, GIVEN, FOUND = "job.json", "inputs.npz", "outputs.npz"
+GUEST_FOLDER = "bundle"
+"""Where the variant's files lie in the arm64 system."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Isa:
     name: str
     model: str
     has: str
+    arch: str = "x86_64"
 
 
 ISAS = {
@@ -52,6 +61,9 @@ ISAS = {
         Isa("nehalem", "Nehalem", "SSE4.2, no AVX"),
         Isa("sandybridge", "SandyBridge", "AVX, no AVX2"),
         Isa("haswell", "Haswell", "AVX2 and FMA, no 8-bit dot product"),
+        Isa("cortex-a72", "cortex-a72", "NEON, no 8-bit dot product", "aarch64"),
+        Isa("cortex-a76", "cortex-a76", "NEON, 8-bit dot product, fp16", "aarch64"),
+        Isa("armv9", "max,pauth-impdef=on", "8-bit matrix product, bf16, SVE", "aarch64"),
     )
 }
 
@@ -67,10 +79,12 @@ def isa_named(name: str) -> Isa:
     return ISAS[name.lower()]
 
 
-def lacking() -> str:
-    """Say why nothing can be emulated on this machine, empty where it can."""
+def lacking(isa: Isa) -> str:
+    """Say why an instruction set cannot be emulated on this machine, empty where it can."""
+    if isa.arch == "aarch64":
+        return arm64.lacking()
     if platform.machine() != "x86_64":
-        return f"emulation runs x86 on x86, this machine is {platform.machine()}"
+        return f"{isa.name} is emulated on x86, this machine is {platform.machine()}"
     return "" if _emulator() else f"QEMU's user mode is not installed: {INSTALL}"
 
 
@@ -84,27 +98,45 @@ def answers(
     """
     import numpy as np
 
-    if isa is not None and lacking():
-        raise HealthError(lacking(), "check on a machine where it is, or on the device itself")
+    if isa is not None and lacking(isa):
+        raise HealthError(lacking(isa), "check on a machine where it is, or on the device itself")
+    packed = io.BytesIO()
+    np.savez(packed, **dict(inputs))  # type: ignore[arg-type]  # NumPy's own annotation of the names
+    is_arm = isa is not None and isa.arch == "aarch64"
+    root = GUEST_FOLDER if is_arm else str(folder.resolve())
+    job = msgspec.json.encode(_Job(root, variant, contract.inputs, contract.outputs))
+    work: dict[str, Path | bytes] = {JOB: job, GIVEN: packed.getvalue()}
+    if isa is not None and is_arm:
+        work |= {f"{GUEST_FOLDER}/{name}": folder / name for name in variant.files}
+        found = arm64.run(__name__, work, cpu=isa.model, answer=FOUND, doing=variant.main)
+    else:
+        found = _in_user_mode(work, variant, isa)
+    with np.load(io.BytesIO(found), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _in_user_mode(work: Mapping[str, Path | bytes], variant: Variant, isa: Isa | None) -> bytes:
+    """Run the child beside its files, as another x86 or as what this machine is, and return its answers."""
     with tempfile.TemporaryDirectory() as scratch:
-        job, given, found = (Path(scratch, name) for name in ("job.json", "inputs.npz", "outputs.npz"))
-        job.write_bytes(msgspec.json.encode(_Job(str(folder.resolve()), variant, contract.inputs, contract.outputs)))
-        np.savez(given, **dict(inputs))  # type: ignore[arg-type]  # NumPy's own annotation of the names
+        for name, content in work.items():
+            Path(scratch, name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         prefix = [_emulator(), "-cpu", isa.model] if isa else []
         # the interpreter itself: a link in a virtual environment is no program to QEMU
-        python = str(Path(sys.executable).resolve())
-        command = [*prefix, python, "-m", __name__, str(job), str(given), str(found)]
+        command = [*prefix, str(Path(sys.executable).resolve()), "-m", __name__]
         where = isa.name if isa else "this machine"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path if entry)
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         try:
-            child = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False, env=environment)
+            child = subprocess.run(
+                command, capture_output=True, timeout=TIMEOUT, check=False, env=environment, cwd=scratch
+            )
         except subprocess.TimeoutExpired as error:
             raise HealthError(f"{variant.main} did not finish on {where} in {TIMEOUT:g} s") from error
+        found = Path(scratch, FOUND)
         if child.returncode or not found.is_file():
             told = child.stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
             raise HealthError(f"{variant.main} does not run on {where}: {told or f'exit code {child.returncode}'}")
-        with np.load(found, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        return found.read_bytes()
 
 
 def figures_of(isa: str, found: Mapping[str, Array], native: Mapping[str, Array]) -> Elsewhere:
@@ -148,12 +180,11 @@ def _emulator() -> str:
     return next((path for path in map(shutil.which, EMULATORS) if path), "")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Be the child of `answers`."""
+def main() -> int:
+    """Be the child of `answers`, in the folder of its job."""
     with extra("device"):
         import numpy as np
-    job_path, given, found = map(Path, arguments)
-    job = msgspec.json.decode(job_path.read_bytes(), type=_Job)
+    job = msgspec.json.decode(Path(JOB).read_bytes(), type=_Job)
     contract = Contract(inputs=job.inputs, outputs=job.outputs)
     try:
         session = open_variant(Path(job.folder), job.variant, contract, EngineOptions(threads=1))
@@ -163,14 +194,14 @@ def main(arguments: Sequence[str]) -> int:
     if not isinstance(session, Session):
         sys.stderr.write("\nit gives text, and only tensors are compared\n")
         return 1
-    with session, np.load(given, allow_pickle=False) as inputs:
+    with session, np.load(GIVEN, allow_pickle=False) as inputs:
         arrays = {name: inputs[name] for name in inputs.files}
         count = len(next(iter(arrays.values())))
         parts = [session.run({name: array[i : i + 1] for name, array in arrays.items()}) for i in range(count)]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    np.savez(found, **joined)  # type: ignore[arg-type]  # as above
+    np.savez(FOUND, **joined)  # type: ignore[arg-type]  # as above
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

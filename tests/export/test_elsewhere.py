@@ -21,18 +21,19 @@ from edgekit.runtime import emulation
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
+HASWELL = emulation.isa_named("haswell")
 
 
 @pytest.fixture(scope="module")
 def emulated():
-    if emulation.lacking():
-        pytest.skip(emulation.lacking())
+    if emulation.lacking(HASWELL):
+        pytest.skip(emulation.lacking(HASWELL))
     if not machine.describe().integer_dot_product:
         pytest.skip("this processor has no 8-bit dot product to compare with")
 
 
-def sealed(folder, target, pass_target=""):
-    model = Quantize(target=pass_target).apply(bright_inputs(strong=True), silent)
+def sealed(folder, target, pass_target="", *, strong=True):
+    model = Quantize(target=pass_target).apply(bright_inputs(strong=strong), silent)
     return export(model, [device_profiles.load(target)], folder)
 
 
@@ -63,18 +64,20 @@ def test_verify_runs_a_bundle_on_another_instruction_set(emulated, tmp_path):
     assert there["sqnr_db"] < 25
 
 
-def test_another_architecture_is_said_not_to_be_verified(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("target", "isa"), [("raspberry-pi-5", "cortex-a76"), ("android-arm64", "aarch64")])
+def test_another_architecture_is_said_not_to_be_verified(tmp_path, monkeypatch, target, isa):
+    """Where its system is not built, and where that has no engine for the file."""
     monkeypatch.setattr(emulation, "answers", lambda *_, **__: pytest.fail("nothing runs"))
-    done = sealed(tmp_path / "b", "raspberry-pi-5")
+    done = sealed(tmp_path / "b", target, strong=False)
     found = done.rows[0].variant.elsewhere
-    assert (found.isa, found.status) == ("aarch64", "unverified")
+    assert (found.isa, found.status) == (isa, "unverified")
     assert "the device's own trial decides" in found.reason
     shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")]).output
-    assert "raspberry-pi-5: on aarch64: unverified: exported on" in shown
+    assert f"{target}: on {isa}: unverified: " in shown
 
 
 def test_without_an_emulator_the_manifest_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(emulation, "lacking", lambda: "no QEMU here")
+    monkeypatch.setattr(emulation, "lacking", lambda _: "no QEMU here")
     monkeypatch.setattr(machine.Machine, "integer_dot_product", "avx512_vnni")
     found = sealed(tmp_path / "b", "x86-64-v3").rows[0].variant.elsewhere
     assert found.status == "unverified"
@@ -108,8 +111,8 @@ def test_what_cannot_run_says_why(tmp_path, monkeypatch):
     with pytest.raises(UnknownName, match="'pentium'"):
         emulation.isa_named("pentium")
     monkeypatch.setattr(emulation, "EMULATORS", ("no-such-emulator",))
-    if emulation.lacking().startswith("QEMU"):
-        assert emulation.INSTALL in emulation.lacking()
+    if emulation.lacking(HASWELL).startswith("QEMU"):
+        assert emulation.INSTALL in emulation.lacking(HASWELL)
     with pytest.raises(HealthError):
         emulation.answers(Path(tmp_path), variant(), None, inputs={}, isa=emulation.isa_named("haswell"))
     done = CliRunner().invoke(COMMAND, [str(tmp_path), "--isa", "pentium"])
