@@ -104,7 +104,8 @@ def answers(
     np.savez(packed, **dict(inputs))  # type: ignore[arg-type]  # NumPy's own annotation of the names
     is_arm = isa is not None and isa.arch == "aarch64"
     root = GUEST_FOLDER if is_arm else str(folder.resolve())
-    job = msgspec.json.encode(_Job(root, variant, contract.inputs, contract.outputs))
+    has_dot_product = None if isa is None or is_arm else False
+    job = msgspec.json.encode(_Job(root, variant, contract.inputs, contract.outputs, has_dot_product))
     work: dict[str, Path | bytes] = {JOB: job, GIVEN: packed.getvalue()}
     if isa is not None and is_arm:
         work |= {f"{GUEST_FOLDER}/{name}": folder / name for name in variant.files}
@@ -174,6 +175,8 @@ class _Job(msgspec.Struct):
     variant: Variant
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    has_dot_product: bool | None
+    """What QEMU's user mode hides: the child reads this machine's own processor."""
 
 
 def _emulator() -> str:
@@ -186,8 +189,9 @@ def main() -> int:
         import numpy as np
     job = msgspec.json.decode(Path(JOB).read_bytes(), type=_Job)
     contract = Contract(inputs=job.inputs, outputs=job.outputs)
+    options = EngineOptions(threads=1, has_dot_product=job.has_dot_product)
     try:
-        session = open_variant(Path(job.folder), job.variant, contract, EngineOptions(threads=1))
+        session = open_variant(Path(job.folder), job.variant, contract, options)
     except EdgekitError as error:
         sys.stderr.write(f"\n{error.message}\n")
         return error.exit_code

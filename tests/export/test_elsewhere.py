@@ -18,8 +18,12 @@ from edgekit.export import elsewhere, export
 from edgekit.manifest import Elsewhere, Expected, Parity, Variant
 from edgekit.progress import silent
 from edgekit.runtime import emulation
+from edgekit.runtime.acceptance import golden_arrays
+from edgekit.runtime.backends import SUMS, SUMS_CHECKED, EngineOptions
+from edgekit.runtime.opening import contract_of, open_variant
 
 torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 HASWELL = emulation.isa_named("haswell")
 
@@ -54,14 +58,42 @@ def test_verify_runs_a_bundle_on_another_instruction_set(emulated, tmp_path):
     sealed(tmp_path / "b", "x86-64")  # a class that may have what this machine has: export asks no emulator
     assert CliRunner().invoke(COMMAND, [str(tmp_path / "b")]).exit_code == 0
     done = CliRunner().invoke(COMMAND, [str(tmp_path / "b"), "--isa", "Haswell", "--json"])
-    assert done.exit_code == 6
+    assert done.exit_code == 0
     here, there = json.loads(done.stdout)["verified"]
     assert here["isa"] == "this machine"
     assert here["holds"]
     assert here["max_abs_error"] == 0
     assert there["isa"] == "haswell"
-    assert not there["holds"]
-    assert there["sqnr_db"] < 25
+    assert there["holds"]  # though its sums leave 16 bits: the engine widens them, see below
+    assert there["sqnr_db"] > 25
+
+
+@pytest.mark.slow
+def test_sums_that_leave_16_bits_are_widened_unless_the_file_says_that_they_fit(emulated, tmp_path):
+    sealed(tmp_path / "b", "x86-64")
+    path = tmp_path / "b" / "x86-64" / "model.onnx"
+    made = bundle.read(tmp_path / "b")
+    proto = onnx.load(path)
+    proto.metadata_props.add(key=SUMS, value=SUMS_CHECKED)
+    path.write_bytes(proto.SerializeToString())
+    inputs, native = golden_arrays(tmp_path / "b", made.manifest.golden, made.manifest.variants[0])
+    found = emulation.answers(
+        tmp_path / "b", made.manifest.variants[0], contract_of(made.manifest, ""), inputs=inputs, isa=HASWELL
+    )
+    assert emulation.figures_of("haswell", found, native).sqnr_db < 25
+
+
+def test_a_processor_without_dot_products_gives_the_same_answers(tmp_path):
+    """On such a machine this is the thing itself; on others it shows that widening changes nothing."""
+    done = sealed(tmp_path / "b", "x86-64")
+    assert done.first_error is None
+    assert done.rows[0].variant.parity.sqnr_db > 40
+    made = bundle.read(tmp_path / "b")
+    variant, contract = made.manifest.variants[0], contract_of(made.manifest, "")
+    inputs, native = golden_arrays(tmp_path / "b", made.manifest.golden, variant)
+    with open_variant(tmp_path / "b", variant, contract, EngineOptions(threads=1, has_dot_product=False)) as session:
+        found = session.run(inputs)
+    assert emulation.figures_of("widened", found, native).sqnr_db > 60
 
 
 @pytest.mark.parametrize(("target", "isa"), [("raspberry-pi-5", "cortex-a76"), ("android-arm64", "aarch64")])
@@ -79,7 +111,7 @@ def test_another_architecture_is_said_not_to_be_verified(tmp_path, monkeypatch, 
 def test_without_an_emulator_the_manifest_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(emulation, "lacking", lambda _: "no QEMU here")
     monkeypatch.setattr(machine.Machine, "integer_dot_product", "avx512_vnni")
-    found = sealed(tmp_path / "b", "x86-64-v3").rows[0].variant.elsewhere
+    found = sealed(tmp_path / "b", "x86-64-v3", strong=False).rows[0].variant.elsewhere
     assert found.status == "unverified"
     assert found.reason.startswith("no QEMU here")
 
@@ -87,7 +119,7 @@ def test_without_an_emulator_the_manifest_says_so(tmp_path, monkeypatch):
 def test_a_processor_like_the_target_needs_no_emulation(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.Machine, "integer_dot_product", "")
     monkeypatch.setattr(emulation, "answers", lambda *_, **__: pytest.fail("nothing runs"))
-    assert sealed(tmp_path / "b", "x86-64-v3").rows[0].variant.elsewhere is None
+    assert sealed(tmp_path / "b", "x86-64-v3", strong=False).rows[0].variant.elsewhere is None
 
 
 def variant(**fields):
@@ -122,8 +154,6 @@ def test_what_cannot_run_says_why(tmp_path, monkeypatch):
 def test_a_file_that_its_engine_refuses_is_no_success(tmp_path):
     sealed(tmp_path / "b", "x86-64")
     path = tmp_path / "b" / "x86-64" / "model.onnx"
-    from edgekit.runtime.opening import contract_of
-
     made = bundle.read(tmp_path / "b")
     path.write_bytes(b"no model")
     with pytest.raises(HealthError, match="does not run on this machine"):

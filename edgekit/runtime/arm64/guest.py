@@ -51,7 +51,7 @@ def work() -> None:
     with tarfile.open(disks["edgekit0"], "r:") as tar:
         tar.extractall(WORK)  # noqa: S202  # packed by the machine that boots this one
     order = json.loads((WORK / "order.json").read_text())
-    environment = {"PATH": "/usr/bin", "HOME": "/tmp", "PYTHONPATH": str(WORK), "OMP_NUM_THREADS": "1"}  # noqa: S108
+    environment = {"PATH": "/usr/bin", "HOME": "/tmp", "PYTHONPATH": str(WORK), "OMP_NUM_THREADS": "1"}  # noqa: S108  # nobody else is there
     command = [sys.executable or "/usr/bin/python3", "-B", "-m", order["module"]]
     done = subprocess.run(command, capture_output=True, check=False, cwd=WORK, env=environment)
     parts = {"status": str(done.returncode).encode(), "stderr": done.stderr}

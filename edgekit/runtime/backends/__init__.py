@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from edgekit.tensors import Array
 
 
+SUMS, SUMS_CHECKED = "edgekit.sums", "fit 16 bits"
+"""An ONNX file's own word that an x86 without 8-bit dot products computes it rightly as it is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OwnEngine:
     """What it takes to build an engine of this device's own: where it is kept, under which model, how it is built.
@@ -40,12 +44,14 @@ class OwnEngine:
 class EngineOptions:
     """What every engine is told: how many threads it may use (0: as many as there are cores).
 
-    ``own``: build an engine on this device, where the format has that; ``None``: never.
+    ``own``: build an engine on this device, where the format has that; ``None``: never. ``has_dot_product``: whether
+    the processor adds products of 8-bit integers in 32 bits; ``None``: look.
     """
 
     threads: int = 0
     context: int = 2048
     own: OwnEngine | None = None
+    has_dot_product: bool | None = None
 
 
 class Engine(Protocol):
