@@ -30,11 +30,14 @@ HEADS = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "logits"),
     "ForTokenClassification": ("AutoModelForTokenClassification", "logits"),
     "ForMaskedLM": ("AutoModelForMaskedLM", "logits"),
+    "ForImageClassification": ("AutoModelForImageClassification", "logits"),
     "Model": ("AutoModel", "last_hidden_state"),
 }
 """By the end of an architecture's name: what of transformers opens it, and which of its outputs is ours."""
 
 INNER = "inner"
+PICTURES = 4
+"""Axes of a batch of pictures, [N, C, H, W]."""
 FAR = -1e4
 """Added to the score of a token that must not be seen: exp of it is 0, and half precision still holds it."""
 
@@ -62,15 +65,19 @@ def is_causal(folder: Path) -> bool:
 
 
 def network(folder: Path, samples: Split) -> TorchNetwork:
-    """Open the folder's network in float32 for token windows of the samples' length.
+    """Open the folder's network in float32 for token windows of the samples' length, or for pictures.
 
-    Its inputs are the samples' (``input_ids``, ``attention_mask`` … as int64), its output ``logits`` or
-    ``last_hidden_state``. Attention is computed step by step and without cache, so that it can be traced; masks and
-    rotations are constants of the length.
+    Its inputs are the samples' (``input_ids``, ``attention_mask`` … as int64; pictures by any name), its output
+    ``logits`` or ``last_hidden_state``. Attention is computed step by step and without cache, so that it can be traced;
+    masks and rotations are constants of the length.
 
     Raises:
         UsageError: a damaged folder, an architecture that is not known, or samples without ``input_ids``.
     """
+    pictures = [name for name, array in samples.inputs.items() if array.ndim == PICTURES]
+    if len(pictures) == len(samples.inputs) == 1:
+        opener, output = _head(folder)
+        return TorchNetwork(_of_pictures(_opened(folder, opener), output).eval(), tuple(pictures), (output,), folder)
     if "input_ids" not in samples.inputs or samples.inputs["input_ids"].ndim != 2:
         raise UsageError(
             f"{folder.name} takes input_ids [samples, tokens], the data has {', '.join(samples.inputs)}",
@@ -206,6 +213,21 @@ def _wrapped(inner: Any, names: tuple[str, ...], output: str, causal: int) -> to
             return found
 
     return HuggingFace()
+
+
+def _of_pictures(inner: Any, output: str) -> torch.nn.Module:  # noqa: ANN401  # the same
+    import torch
+
+    class Pictures(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.inner(pixel_values=image, return_dict=True)[output]
+            return found
+
+    return Pictures()
 
 
 def _fix_rotations(inner: torch.nn.Module, tokens: int) -> None:

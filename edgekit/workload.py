@@ -25,6 +25,8 @@ from edgekit.tensors import DYNAMIC, TensorSpec
 from edgekit.tracing import trace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from edgekit.tensors import Array
@@ -32,17 +34,27 @@ if TYPE_CHECKING:
 __all__ = ["huggingface_folder", "load", "load_data", "named_object", "refuse_foreign", "save", "trace"]
 
 
-def load(source: str, checkpoint: Path | None = None, data: Data | None = None) -> Model:
+def load(
+    source: str,
+    checkpoint: Path | None = None,
+    data: Data | None = None,
+    *,
+    invent: Callable[[Path], Data] | None = None,
+) -> Model:
     """Read a model from ``file.py:build``, ``package.module:build``, ``.pt2``, ``.onnx``, ``.gguf``, or a folder.
 
     A Hugging Face folder becomes a PyTorch network where there is data that says its inputs; that of a language model
-    stays a folder without.
+    stays a folder without. ``invent`` makes inputs for any other such folder that comes without data, from which no
+    range may be learned.
 
     Raises:
         UsageError: nothing there, not readable, or the checkpoint does not fit the network.
     """
     if data is not None and not len(data.calibration):
         raise UsageError("the calibration split is empty", "give 32 or more samples that look like the device's")
+    path = Path(source)
+    if data is None and invent is not None and hugging_face.is_folder(path) and not hugging_face.speaks(path):
+        data = invent(path)
     model = _load(source, checkpoint, data)
     refuse_unfit(model)
     return model
@@ -253,7 +265,7 @@ def _load_hugging_face(folder: Path, data: Data | None) -> Model:
         return _described(name, hugging_face.network(folder, data.calibration), data, steps)
     if hugging_face.speaks(folder):
         return Model(name=name, task="text-generation", network=LlamaFolder(folder), lineage=steps)
-    raise UsageError(f"{name} needs data to learn its input shapes", "give --data data.toml with its tokenizer")
+    raise UsageError(f"{name} needs data that looks like the device's", "give --data data.toml with its tokenizer")
 
 
 def _sha256(path: Path) -> str:

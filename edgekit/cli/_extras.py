@@ -20,6 +20,7 @@ ENABLES = {
     "tensorrt": "run TensorRT engines on NVIDIA Jetson and servers",
     "tensorrt-rtx": "parse and build TensorRT's files at export, without a GPU",
     "coreml": "read and check Core ML programs",
+    "optimum": "export Hugging Face folders without data, for their shapes alone",
     "openvino": "write and run OpenVINO's IR, for Intel CPUs, GPUs and NPUs",
     "executorch": "write and run ExecuTorch programs for XNNPACK, as Android apps take them; brings PyTorch",
     "compress": "quantize, prune and distil on the workstation",

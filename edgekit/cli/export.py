@@ -22,8 +22,8 @@ COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "same to
     help="""Write a model for hardware classes, compare every file with the model, and seal one bundle.
 
     SOURCE is a folder that `edgekit compress` wrote, file.py:build or package.module:build, an .onnx file, a
-    Hugging Face folder of a language model, or a .gguf file. A target that fails leaves the others; the exit code is
-    that of the first failure.
+    Hugging Face folder (of a language model, or without --data of any architecture that optimum knows), or a .gguf
+    file. A target that fails leaves the others; the exit code is that of the first failure.
     """,
 )
 @click.argument("source", required=False)
@@ -71,11 +71,12 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     if list_only:
         _list(terminal)
         return
+    from edgekit import architectures, device_profiles, workload
     from edgekit import bundle as bundles
-    from edgekit import device_profiles, workload
     from edgekit.cli._targets import known_format
     from edgekit.errors import UsageError
     from edgekit.export import documents, export
+    from edgekit.model import TorchNetwork
 
     if source is None or output is None or not (targets or formats):
         raise UsageError(
@@ -85,7 +86,10 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     profiles += [device_profiles.of_format(known_format(name)) for name in formats]
     bundles.refuse_foreign(output)
     documents.check_license(spdx)
-    model = workload.load(source, checkpoint, workload.load_data(data_source) if data_source else None)
+    data = workload.load_data(data_source) if data_source else None
+    model = workload.load(source, checkpoint, data, invent=architectures.invented)
+    if data is None and isinstance(model.network, TorchNetwork) and model.network.folder:
+        terminal.warn(f"no --data: {model.name} was compared on inputs at random, which says nothing of how good it is")
     result = export(
         replace(model, license=spdx),
         profiles,
