@@ -53,9 +53,7 @@ class CoremlExporter:
         ios = max(int(profile.options.get("ios", 17)), coreml_weights.least_ios(model.plan))
         half = profile.options.get("precision") != "fp32" or model.precision == "fp16"
         graph = _graph(model, model.network)
-        program = _convert(model, graph, ios, half=half)
-        if model.plan:
-            program = coreml_weights.quantize(program, model, model.plan, graph)
+        program, told = coreml_weights.compress(_convert(model, graph, ios, half=half), model, graph, ios)
         _save(program, folder / PACKAGE)
         return Artifact(
             main=f"{PACKAGE}/Manifest.json",
@@ -66,7 +64,7 @@ class CoremlExporter:
             batch=1,
             requires={"ios": f">={ios}"},
             operators=_operators(program),
-            notes=_notes(model.plan, ios),
+            notes=(*_notes(model.plan, ios), *told),
         )
 
     def evaluate(self, main: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
