@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgekit import grid
 from edgekit.errors import ExportError
-from edgekit.export.coreml_forms import JOINT_IOS, Integers, Table, shortest
+from edgekit.export.coreml_forms import FIRST_IOS, JOINT_IOS, Integers, Table, shortest
 from edgekit.export.quiet import silence
 from edgekit.model import TorchNetwork
 from edgekit.plugins import extra
@@ -43,8 +43,10 @@ class _Weight(NamedTuple):
 
 def least_ios(plan: QuantizationPlan | None) -> int:
     """Return the iOS that a plan's weights need, 0 for any."""
-    needs = plan is not None and any(r.bits <= 4 or r.granularity == "group" or r.zeros for r in plan.weights.values())
-    return BLOCK_IOS if needs else 0
+    if plan is None or not plan.weights:
+        return 0
+    newer = any(r.bits <= 4 or r.granularity == "group" or r.zeros for r in plan.weights.values())
+    return BLOCK_IOS if newer else FIRST_IOS
 
 
 def compress(
