@@ -51,6 +51,11 @@ class Form(NamedTuple):
     mask: Array | None = None
 
     @property
+    def is_plain(self) -> bool:
+        """Say whether the floats are stored as they are."""
+        return self.mask is None and not isinstance(self.stored, Integers | Table)
+
+    @property
     def told(self) -> str:
         """Say in words how the weight lies in the file."""
         stored = self.stored

@@ -7,7 +7,6 @@ the program's iOS reads, each weight has the shortest (`coreml_forms`).
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgekit import grid
@@ -18,8 +17,6 @@ from edgekit.model import TorchNetwork
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     import torch
 
@@ -30,8 +27,6 @@ if TYPE_CHECKING:
 
 BLOCK_IOS = 18
 """The first iOS with 4-bit integers and scales for blocks."""
-WORTH = 0.9
-"""What a newer iOS has to take of the bytes for a note to tell of it."""
 
 
 class _Weight(NamedTuple):
@@ -54,43 +49,49 @@ def compress(
     model: Model,
     graph: torch.export.ExportedProgram,
     ios: int,
-) -> tuple[Any, tuple[str, ...]]:
-    """Return the program with each weight in its shortest form, and notes on these.
+) -> tuple[Any, list[tuple[Form, Form]]]:
+    """Return the program with each weight in its shortest form, and for each that form and the shortest of any iOS.
 
     Raises:
         ExportError: the plan's weight is none of the program's, or has groups that blocks cannot hold.
     """
     planned = _planned(program, model, graph)
-    names = {name for node in graph.graph_signature.inputs_to_parameters for name in (node, f"{node}_to_fp16")}
+    chosen = {}
+    for name, floats in _weights(program, graph).items():
+        integers = _integers(planned[name], floats.dtype) if name in planned else None
+        chosen[name] = shortest(floats, integers, ios)
+    forms = {name: form for name, (form, _) in chosen.items() if not form.is_plain}
+    if not forms:
+        return program, list(chosen.values())
     with extra("export"), silence():
-        from coremltools.converters.mil.backend.mil.load import should_use_weight_file
         from coremltools.models.utils import _apply_graph_pass
         from coremltools.optimize.coreml._quantization_passes import AbstractCompressionPass
-
-    found: list[tuple[Form, Form]] = []
 
     class Shortest(AbstractCompressionPass):  # type: ignore[misc]  # coremltools is untyped
         """Replaces constants of the program, one by one."""
 
         def is_valid_op(self, op: Any) -> bool:  # noqa: ANN401  # coremltools is untyped
-            constant = op.op_type == "const" and op.name in names and should_use_weight_file(op.outputs[0].val)
-            return bool(constant and op.outputs[0].rank > 1 and op.outputs[0].val.dtype.kind == "f")
+            return op.op_type == "const" and op.name in forms
 
         def transform_op(self, op: Any) -> None:  # noqa: ANN401  # coremltools is untyped
-            floats = op.outputs[0].val
-            integers = _integers(planned[op.name], floats.dtype) if op.name in planned else None
-            found.append(shortest(floats, integers, ios))
-            _replace(op, found[-1][0], ios)
+            _replace(op, forms[op.name], ios)
 
     with silence():
-        compressed = _apply_graph_pass(program, Shortest())
-    return compressed, _notes(found, ios)
+        return _apply_graph_pass(program, Shortest()), list(chosen.values())
+
+
+def _weights(program: Any, graph: torch.export.ExportedProgram) -> dict[str, Array]:  # noqa: ANN401  # coremltools is untyped
+    """Find the network's parameters of two and more axes that lie in the weight file, as the program has them."""
+    with extra("export"), silence():
+        from coremltools.converters.mil.backend.mil.load import should_use_weight_file
+    names = {name for node in graph.graph_signature.inputs_to_parameters for name in (node, f"{node}_to_fp16")}
+    constants = program._mil_program.functions["main"].find_ops(op_type="const")  # noqa: SLF001  # the only way to them
+    found = {op.name: op.outputs[0].val for op in constants if op.name in names}
+    return {n: v for n, v in found.items() if should_use_weight_file(v) and v.ndim > 1 and v.dtype.kind == "f"}
 
 
 def _replace(op: Any, form: Form, ios: int) -> None:  # noqa: ANN401  # coremltools is untyped
     """Let who reads a constant read what decompresses its form; the operators are those of the program's iOS."""
-    if form.stored is op.outputs[0].val and form.mask is None:
-        return
     made = _plain(op, form) if form.mask is None else _without_zeros(op, form, form.mask, ios)
     op.enclosing_block.replace_uses_of_var_after_op(
         anchor_op=op, old_var=op.outputs[0], new_var=made, no_check_var_types=True
@@ -141,18 +142,6 @@ def _without_zeros(op: Any, form: Form, mask: Array, ios: int) -> Any:  # noqa: 
             packed, shape = np.packbits(mask, bitorder="little"), np.array(mask.shape, np.uint32)
             return Builder.constexpr_sparse_to_dense(nonzero_data=kept, mask=packed, shape=shape, **place)
     return Builder.constexpr_sparse_to_dense(nonzero_data=kept, mask=bits, **place)
-
-
-def _notes(found: Sequence[tuple[Form, Form]], ios: int) -> tuple[str, ...]:
-    """Tell in which forms weights lie in the file where they are more than floats and integers, and what is missed."""
-    told = Counter(chosen.told for chosen, _ in found)
-    special = any(isinstance(chosen.stored, Table) or chosen.mask is not None for chosen, _ in found)
-    notes = ["weights are stored as " + ", ".join(f"{n} x {kind}" for kind, n in sorted(told.items()))] if special else []
-    now, least = sum(chosen.size for chosen, _ in found), sum(best.size for _, best in found)
-    if least < WORTH * now:
-        newer = max(best.ios for _, best in found)
-        notes.append(f"weights take {now:,} bytes; for iOS {newer} they would take {least:,} (options.ios = {newer})")
-    return tuple(notes)
 
 
 def _planned(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
 from edgekit.export import coreml_weights, mil
-from edgekit.export.coreml_forms import FIRST_IOS
+from edgekit.export.coreml_forms import FIRST_IOS, Table
 from edgekit.export.quiet import silence
 from edgekit.export.refusal import REFUSALS, reason
 from edgekit.export.targets import Artifact, Exporter
@@ -21,12 +21,13 @@ from edgekit.model import Model, TorchNetwork
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
 
     from edgekit.device_profiles import DeviceProfile
+    from edgekit.export.coreml_forms import Form
     from edgekit.plan import QuantizationPlan
     from edgekit.progress import Progress
     from edgekit.tensors import Array, TensorSpec
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 PACKAGE = "model.mlpackage"
 MACOS = {12: 15, 13: 16, 14: 17, 15: 18, 26: 26}
 """From a macOS to the iOS with the same operators."""
+WORTH = 0.9
+"""What a newer system has to take of the bytes for a note to tell of it."""
 
 
 class CoremlExporter:
@@ -60,7 +63,7 @@ class CoremlExporter:
         system, version = _told(profile, ios).split()
         half = profile.options.get("precision") != "fp32" or model.precision == "fp16"
         graph = _graph(model, model.network)
-        program, told = coreml_weights.compress(_convert(model, graph, ios, half=half), model, graph, ios)
+        program, forms = coreml_weights.compress(_convert(model, graph, ios, half=half), model, graph, ios)
         _save(program, folder / PACKAGE)
         return Artifact(
             main=f"{PACKAGE}/Manifest.json",
@@ -71,7 +74,7 @@ class CoremlExporter:
             batch=1,
             requires={system.lower(): f">={version}"},
             operators=_operators(program),
-            notes=(*_notes(model.plan, profile, ios), *told),
+            notes=(*_plan_notes(model.plan, profile, ios), *_form_notes(forms, profile)),
         )
 
     def evaluate(self, main: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -118,12 +121,25 @@ def _operators(program: Any) -> Counter[str]:  # noqa: ANN401  # coremltools is 
     return Counter(operator.op_type for operator in main.operations if operator.op_type != "const")
 
 
-def _notes(plan: QuantizationPlan | None, profile: DeviceProfile, ios: int) -> tuple[str, ...]:
+def _plan_notes(plan: QuantizationPlan | None, profile: DeviceProfile, ios: int) -> tuple[str, ...]:
     if plan is None or plan.scheme == "float16":
         return ()
     notes = ["activations stay float16: Core ML quantizes them on macOS only"] if plan.scheme != "weight-only" else []
     newest = coreml_weights.least_ios(plan) == ios > FIRST_IOS
     return (*notes, *([f"4-bit weights and scales a group need {_told(profile, ios)}"] if newest else []))
+
+
+def _form_notes(forms: Sequence[tuple[Form, Form]], profile: DeviceProfile) -> tuple[str, ...]:
+    """Tell how weights lie in the file, where that is more than integers or floats, and what a newer system saves."""
+    told = Counter(form.told for form, _ in forms)
+    notes = []
+    if any(isinstance(form.stored, Table) or form.mask is not None for form, _ in forms):
+        notes.append("weights are stored as " + ", ".join(f"{n} x {what}" for what, n in sorted(told.items())))
+    size, least = sum(form.size for form, _ in forms), sum(best.size for _, best in forms)
+    if least < WORTH * size:
+        newer = _told(profile, max(best.ios for _, best in forms))
+        notes.append(f"weights take {size:,} bytes; for {newer} they would take {least:,}")
+    return tuple(notes)
 
 
 def _graph(model: Model, network: TorchNetwork) -> torch.export.ExportedProgram:
