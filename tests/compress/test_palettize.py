@@ -30,7 +30,7 @@ def test_no_other_table_is_nearer(count):
         values = np.random.default_rng(seed).laplace(size=10).astype(np.float32)
         cuts = itertools.combinations(range(1, len(values)), count - 1)
         best = min(sum(((p - p.mean()) ** 2).sum() for p in np.split(np.sort(values), cut)) for cut in cuts)
-        assert noise(values, means(values, count)) == pytest.approx(float(best), rel=1e-4)
+        assert noise(values, means(values, np.ones(len(values)), count)) == pytest.approx(float(best), rel=1e-4)
 
 
 @pytest.mark.parametrize("shape", ["normal", "laplace", "uniform"])
@@ -38,7 +38,7 @@ def test_a_table_is_as_good_as_scikit_learns_best_of_ten(shape):
     cluster = pytest.importorskip("sklearn.cluster", reason="the peer is scikit-learn")
     values = getattr(np.random.default_rng(0), shape)(size=3000).astype(np.float32)
     peer = cluster.KMeans(16, n_init=10, random_state=0).fit(values[:, None]).inertia_
-    assert noise(values, means(values, 16)) <= 1.0001 * peer
+    assert noise(values, means(values, np.ones(len(values)), 16)) <= 1.0001 * peer
 
 
 def test_a_table_of_sixteen_beats_sixteen_even_steps():

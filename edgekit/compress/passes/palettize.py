@@ -20,6 +20,8 @@ from edgekit.manifest import Step
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgekit.model import Model
     from edgekit.progress import Progress
     from edgekit.tensors import Array
@@ -33,7 +35,7 @@ class Palettize(CompressionPass, frozen=True):
     """Fold batch normalization, then set each weight to the nearest of 2 to the power of ``bits`` values.
 
     The values are the k-means of a layer's weights, or of each ``group`` output channels; a layer whose channels it does
-    not divide has one table. k-means in one dimension has an exact solution by dynamic programming (Wang and Song 2011,
+    not divide has one table. An error counts by the width of its channel, so that narrow ones get values, too. k-means in one dimension has an exact solution by dynamic programming (Wang and Song 2011,
     "Ckmeans.1d.dp"); here it is exact in ``CELLS`` runs of neighbours, and Lloyd's iterations (1982) finish it. Zeros stay
     zeros. ``keep`` names weights that stay as they are. Needs no data. What rescales or trains weights comes before;
     `quantize` may follow, for the formats that hold integers: Core ML keeps the tables.
@@ -88,43 +90,51 @@ class Palettize(CompressionPass, frozen=True):
         import numpy as np
 
         tables = len(values) // self.group if self.group and len(values) % self.group == 0 else 1
+        flat = values.reshape(len(values), -1).astype(np.float64)
+        power = np.square(flat).mean(axis=1, keepdims=True)
+        counts = np.broadcast_to(1 / np.where(power > 0, power, 1), flat.shape).reshape(tables, -1)
         rows = values.reshape(tables, -1)
-        return np.stack([_nearest(row, 2**self.bits) for row in rows]).reshape(values.shape), tables
+        made = [_nearest(row, own, 2**self.bits) for row, own in zip(rows, counts, strict=True)]
+        return np.stack(made).reshape(values.shape), tables
 
 
-def _nearest(values: Array, count: int) -> Array:
-    """Return each value's nearest of ``count`` means; zero is one of these where there are zeros."""
+def _nearest(values: Array, counts: Array, size: int) -> Array:
+    """Return each value's nearest of ``size`` means; zero is one of these where there are zeros."""
     import numpy as np
 
-    alive = values[values != 0]
-    room = count - int(alive.size < values.size)
-    if not room or not alive.size:
+    alive = values != 0
+    room = size - int(not alive.all())
+    if not room or not alive.any():
         return np.zeros_like(values)
-    own = means(alive, room).astype(np.float32)
+    own = means(values[alive], counts[alive], room).astype(np.float32)
     middles = (own[1:] + own[:-1]) / 2
-    return np.where(values != 0, own[np.searchsorted(middles, values)], np.float32(0))
+    return np.where(alive, own[np.searchsorted(middles, values)], np.float32(0))
 
 
-def means(values: Array, count: int) -> Array:
-    """Return at most ``count`` means [count], ascending, with the least squared distance to all values [n]."""
+def means(values: Array, counts: Array, size: int) -> Array:
+    """Return at most ``size`` means, ascending, of least squared distance to all values [n], each times its count [n]."""
     import numpy as np
 
-    ordered = np.sort(values.astype(np.float64))
-    sums = np.concatenate([[0], np.cumsum(ordered)])
-    squares = np.concatenate([[0], np.cumsum(ordered**2)])
+    order = np.argsort(values, kind="stable")
+    ordered = values[order].astype(np.float64)
+    own = counts[order].astype(np.float64)
+    moments = [np.concatenate([[0], np.cumsum(own * ordered**power)]) for power in range(3)]
     starts = _cells(ordered)
-    if len(starts) - 1 <= count:
-        edges = starts
-    else:
-        edges = _cut(starts, sums, squares, count)
+    edges = starts if len(starts) - 1 <= size else _cut(starts, moments, size)
     for _ in range(ROUNDS):
-        found = np.diff(sums[edges]) / np.diff(edges)
-        moved = np.concatenate([[0], np.searchsorted(ordered, (found[1:] + found[:-1]) / 2), [len(ordered)]])
-        moved = np.unique(moved)
+        found = _centres(moments, edges)
+        nearest = np.searchsorted(ordered, (found[1:] + found[:-1]) / 2)
+        moved = np.unique(np.concatenate([[0], nearest, [len(ordered)]]))
         if np.array_equal(moved, edges):
             break
         edges = moved
-    centres: Array = np.diff(sums[edges]) / np.diff(edges)
+    return _centres(moments, edges)
+
+
+def _centres(moments: Sequence[Array], edges: Array) -> Array:
+    import numpy as np
+
+    centres: Array = np.diff(moments[1][edges]) / np.diff(moments[0][edges])
     return centres
 
 
@@ -144,17 +154,16 @@ def _cells(ordered: Array) -> Array:
     return np.unique(np.concatenate([[0], np.searchsorted(ordered, limits), [len(ordered)]]))
 
 
-def _cut(starts: Array, sums: Array, squares: Array, count: int) -> Array:
-    """Return the edges [count + 1] of the clusters of least squared distance that are made of whole cells."""
+def _cut(starts: Array, moments: Sequence[Array], size: int) -> Array:
+    """Return the edges [size + 1] of the clusters of least squared distance that are made of whole cells."""
     import numpy as np
 
-    number, total, square = starts.astype(np.float64), sums[starts], squares[starts]
-    apart = number[None, :] - number[:, None]
+    apart, total, square = (moment[starts][None, :] - moment[starts][:, None] for moment in moments)
     with np.errstate(divide="ignore", invalid="ignore"):
-        cost = square[None, :] - square[:, None] - (total[None, :] - total[:, None]) ** 2 / apart
+        cost = square - total**2 / apart
     cost[apart <= 0] = np.inf  # from a start to a later one
     least, choices = cost[0], []
-    for _ in range(count - 1):
+    for _ in range(size - 1):
         tried = least[:, None] + cost
         choices.append(tried.argmin(axis=0))
         least = tried.min(axis=0)
