@@ -39,9 +39,6 @@ WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 LINEAR = Quantize(activations="none", bits=4, weights="mse")
 OURS: dict[str, Callable[[Model], Model]] = {
     "float16": lambda model: model,
-    "4-bit integers, a scale a layer": lambda m: Quantize(
-        activations="none", bits=4, weights="mse", granularity="tensor"
-    ).apply(m, silent),
     "4-bit integers, a scale a channel": lambda m: LINEAR.apply(m, silent),
     "4-bit table a layer": lambda m: Palettize().apply(m, silent),
     "4-bit table for 4 channels": lambda m: Palettize(group=4).apply(m, silent),
