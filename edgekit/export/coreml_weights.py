@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 BLOCK_IOS = 18
 """The first iOS with 4-bit integers and scales for blocks."""
 
+WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
+"""Operators whose constants of two and more axes are weights."""
+
 
 class _Weight(NamedTuple):
     """What a constant of the program holds, and how it is planned."""
@@ -81,12 +84,16 @@ def compress(
 
 
 def _weights(program: Any, graph: torch.export.ExportedProgram) -> dict[str, Array]:  # noqa: ANN401  # coremltools is untyped
-    """Find the network's parameters of two and more axes that lie in the weight file, as the program has them."""
+    """Find the weights of two and more axes that lie in the weight file, as the program has them.
+
+    Those of layers into which the program folds a batch normalization have no parameter's name.
+    """
     with extra("export"), silence():
         from coremltools.converters.mil.backend.mil.load import should_use_weight_file
     names = {name for node in graph.graph_signature.inputs_to_parameters for name in (node, f"{node}_to_fp16")}
     constants = program._mil_program.functions["main"].find_ops(op_type="const")  # noqa: SLF001  # the only way to them
-    found = {op.name: op.outputs[0].val for op in constants if op.name in names}
+    read = {op.name: {child.op_type for child in op.outputs[0].child_ops} for op in constants}
+    found = {op.name: op.outputs[0].val for op in constants if op.name in names or read[op.name] <= WEIGHTED}
     return {n: v for n, v in found.items() if should_use_weight_file(v) and v.ndim > 1 and v.dtype.kind == "f"}
 
 
