@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "compress"))
 from _setting import Row, gap, run, sqnr, top1
 
 from edgekit import device_profiles, workload
+from edgekit.compress.passes.gptq import Gptq
 from edgekit.compress.passes.palettize import Palettize
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.passes.sparsify import Sparsify
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edgekit.model import Model
-    from edgekit.tensors import Array
 
 PACKAGE = "ios/model.mlpackage"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -40,6 +40,8 @@ LINEAR = Quantize(activations="none", bits=4, weights="mse")
 OURS: dict[str, Callable[[Model], Model]] = {
     "float16": lambda model: model,
     "4-bit integers, a scale a channel": lambda m: LINEAR.apply(m, silent),
+    "4-bit integers by gptq": lambda m: Gptq().apply(LINEAR.apply(m, silent), silent),
+    "4-bit table a layer, nearest": lambda m: Palettize(rounding="nearest").apply(m, silent),
     "4-bit table a layer": lambda m: Palettize().apply(m, silent),
     "4-bit table for 4 channels": lambda m: Palettize(group=4).apply(m, silent),
     "6-bit table a layer": lambda m: Palettize(bits=6).apply(m, silent),
@@ -60,7 +62,9 @@ def main(quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: written(make(model), Path(scratch, str(n))) for n, (name, make) in enumerate(OURS.items())}
         folders |= theirs(folders["float16"])
-        noise = {name: sqnr(mil.run(folder, {"image": tested})["scores"], reference) for name, folder in folders.items()}
+        noise = {
+            name: sqnr(mil.run(folder, {"image": tested})["scores"], reference) for name, folder in folders.items()
+        }
         sizes = {name: (folder / WEIGHTS).stat().st_size for name, folder in folders.items()}
         found = mil.run(folders["4-bit table for 4 channels"], {"image": tested})["scores"]
         sparse = zeros(model, Path(scratch))
@@ -117,13 +121,26 @@ def zeros(model: Model, scratch: Path) -> list[Row]:
         import coremltools as ct
         import coremltools.optimize.coreml as cto
     pruned = SPARSE.apply(model, silent)
-    ours = {"floats": pruned, "4-bit integers": LINEAR.apply(pruned, silent), "4-bit table": Palettize().apply(pruned, silent)}
+    ours = {
+        "floats": pruned,
+        "4-bit integers": LINEAR.apply(pruned, silent),
+        "4-bit table": Palettize().apply(pruned, silent),
+    }
     found = {name: written(made, scratch / f"zeros-{n}") for n, (name, made) in enumerate(ours.items())}
     sizes = {name: (folder / WEIGHTS).stat().st_size for name, folder in found.items()}
-    config = cto.OptimizationConfig(global_config=cto.OpThresholdPrunerConfig(threshold=1e-12, minimum_sparsity_percentile=0.3, weight_threshold=0))
+    config = cto.OptimizationConfig(
+        global_config=cto.OpThresholdPrunerConfig(threshold=1e-12, minimum_sparsity_percentile=0.3, weight_threshold=0)
+    )
     peer = (saved(found["floats"], "pruned", cto.prune_weights, config, ct) / WEIGHTS).stat().st_size
     return [
-        Row("75 % zeros left out of floats, weight file", sizes["floats"], "bytes", "coremltools prune_weights", peer, "ratio <= 1.01"),
+        Row(
+            "75 % zeros left out of floats, weight file",
+            sizes["floats"],
+            "bytes",
+            "coremltools prune_weights",
+            peer,
+            "ratio <= 1.01",
+        ),
         Row("75 % zeros left out of 4-bit integers, weight file", sizes["4-bit integers"], "bytes"),
         Row("75 % zeros left out of 4-bit tables, weight file", sizes["4-bit table"], "bytes"),
     ]

@@ -125,9 +125,9 @@ def _tables(floats: Array) -> Iterator[Form]:
 
 
 def _cuts(codes: Array, none: int, ios: int) -> Iterator[tuple[int, int, int]]:
-    """Yield along which axis a weight can be cut into how many tables of how many bits; the code ``none`` needs no entry.
+    """Yield along which axis a weight can be cut into how many tables of how many bits.
 
-    One table, or one for each run of outputs, which lie on one of the first two axes.
+    The code ``none`` needs no entry. One table, or one for each run of outputs, which lie on one of the first two axes.
     """
     import numpy as np
 

@@ -116,6 +116,8 @@ def _plain(op: Any, form: Form) -> Any:  # noqa: ANN401  # coremltools is untype
     if isinstance(stored, Integers):
         parameters = QuantParams(stored.data, stored.scales, stored.offsets, np.uint8(stored.bits))
         return linear_quantize_weights._create_constexpr_var(op, parameters)  # noqa: SLF001  # knows both iOS 16 and 18
+    if not isinstance(stored, Table):
+        return op.outputs[0]
     return _construct_constexpr_lut_op(stored.indices, stored.values, name=f"{op.name}_table", before_op=op)
 
 

@@ -7,17 +7,25 @@ import pytest
 from fakes.exportable import tiny_model
 
 from edgekit import grid
-from edgekit.compress.passes.palettize import Palettize, means
+from edgekit.compress.layer import Layer
+from edgekit.compress.passes.palettize import Palettize, _on_tables, means
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.errors import CompressionError, UnknownName
 from edgekit.plan import WeightRule
 from edgekit.progress import silent
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 
 def noise(values, centres):
     return float(np.square(values[:, None] - centres).min(axis=1).sum())
+
+
+def nearest(values, **options):
+    """Return a weight on its tables, and these."""
+    layer = Layer(kind="linear", weight="w", bias=None, node="n", source="x", values=values, offsets=None)
+    tables = Palettize(**options)._tables(layer)
+    return _on_tables(values, tables), tables
 
 
 def weights(model):
@@ -43,28 +51,28 @@ def test_a_table_is_as_good_as_scikit_learns_best_of_ten(shape):
 
 def test_a_table_of_sixteen_beats_sixteen_even_steps():
     values = np.random.default_rng(0).laplace(size=(8, 400)).astype(np.float32)
-    made, tables = Palettize().palettized(values)
-    assert (len(np.unique(made)), tables) == (16, 1)
+    made, tables = nearest(values)
+    assert (len(np.unique(made)), tables.shape) == (16, (1, 16))
     even = grid.rounded(values, WeightRule(bits=4))
     assert np.square(made - values).sum() < 0.5 * np.square(even - values).sum()
 
 
 def test_runs_of_channels_have_tables_of_their_own_and_what_they_do_not_divide_has_one():
     values = np.random.default_rng(0).normal(size=(8, 40)).astype(np.float32) * 2.0 ** np.arange(8)[:, None]
-    made, tables = Palettize(bits=2, group=2).palettized(values)
-    assert tables == 4
+    made, tables = nearest(values, bits=2, group=2)
+    assert tables.shape == (4, 4)
     assert [len(np.unique(run)) for run in made.reshape(4, -1)] == [4] * 4
     assert len(np.unique(made)) > 4
-    assert Palettize(bits=2, group=3).palettized(values)[1] == 1
+    assert nearest(values, bits=2, group=3)[1].shape == (1, 4)
 
 
 def test_zeros_stay_and_count_among_the_values():
     values = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32)
     values[np.abs(values) < 1] = 0
-    made, _ = Palettize(bits=2).palettized(values)
+    made, _ = nearest(values, bits=2)
     assert np.array_equal(made == 0, values == 0)
     assert len(np.unique(made)) == 4
-    assert np.array_equal(Palettize(bits=1).palettized(0 * values)[0], 0 * values)
+    assert np.array_equal(nearest(0 * values, bits=1)[0], 0 * values)
 
 
 def test_the_network_keeps_its_floats_and_tells_what_it_lost():
@@ -81,6 +89,23 @@ def test_the_network_keeps_its_floats_and_tells_what_it_lost():
     assert step.measured["weight_sqnr_db"] == pytest.approx(10 * np.log10(signal / error), abs=0.01)
     count = sum(now[n].size for n in now if n != "stem.weight")
     assert step.measured["palette_bytes"] == count * 3 / 8 + 3 * 8 * 2
+
+
+def test_what_each_weight_loses_the_others_make_up_for():
+    model = tiny_model()
+    with torch.no_grad():
+        model.network.module.down.weight[:, :4] = 0
+    images = model.data.calibration.inputs
+    want = model.network.run(images)["scores"]
+    noise = {}
+    for rounding in ("nearest", "gptq"):
+        made = Palettize(bits=3, group=4, rounding=rounding).apply(model, silent)
+        noise[rounding] = np.square(made.network.run(images)["scores"] - want).sum()
+        for name, weight in weights(made).items():
+            runs = weight.reshape(len(weight) // 4 if len(weight) % 4 == 0 else 1, -1)
+            assert max(len(np.unique(run)) for run in runs) <= 8
+            assert not weight[weights(model)[name] == 0].any()
+    assert noise["gptq"] < 0.25 * noise["nearest"]
 
 
 def test_it_comes_before_the_plan_and_knows_its_weights():

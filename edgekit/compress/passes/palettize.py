@@ -6,113 +6,197 @@ The weights stay floats that lie on the table; no plan is made. A format without
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
+from edgekit.compress.feedback import compensated
+from edgekit.compress.gram import Aim, Problem, problem, shifted_offsets
 from edgekit.compress.layer import Change
 from edgekit.compress.layers import layers, with_parameters
 from edgekit.compress.passes import CompressionPass
 from edgekit.compress.passes.fold import fold
+from edgekit.compress.refining import calibration
+from edgekit.compress.rows import fits, some_rows
+from edgekit.compress.walking import walk
 from edgekit.errors import CompressionError, UnknownName
 from edgekit.manifest import Step
-from edgekit.plugins import extra
+from edgekit.plan import WeightRule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    import torch
+
+    from edgekit.compress.layer import Layer
+    from edgekit.compress.walking import Visit
     from edgekit.model import Model
     from edgekit.progress import Progress
     from edgekit.tensors import Array
 
 CELLS = 512
 """Into how many runs of neighbours values are gathered before they are cut into clusters."""
-ROUNDS = 100
+ROUNDS, ROWS = 100, 8192
+"""Iterations of Lloyd's, at most, and input rows of a layer for ``gptq``, about."""
 
 
 class Palettize(CompressionPass, frozen=True):
-    """Fold batch normalization, then set each weight to the nearest of 2 to the power of ``bits`` values.
+    """Fold batch normalization, then set each weight to one of 2 to the power of ``bits`` values.
 
-    The values are the k-means of a layer's weights, or of each ``group`` output channels; a layer whose channels it does
-    not divide has one table. An error counts by the width of its channel, so that narrow ones get values, too. k-means in one dimension has an exact solution by dynamic programming (Wang and Song 2011,
-    "Ckmeans.1d.dp"); here it is exact in ``CELLS`` runs of neighbours, and Lloyd's iterations (1982) finish it. Zeros stay
-    zeros. ``keep`` names weights that stay as they are. Needs no data. What rescales or trains weights comes before;
-    `quantize` may follow, for the formats that hold integers: Core ML keeps the tables.
+    The values are the k-means of a layer's weights, or of each ``group`` output channels; a layer whose channels it
+    does not divide has one table. An error counts by the width of its channel, so that narrow ones get values, too.
+    k-means in one dimension has an exact solution by dynamic programming (Wang and Song 2011, "Ckmeans.1d.dp"); here it
+    is exact in ``CELLS`` runs of neighbours, and Lloyd's iterations (1982) finish it. ``gptq`` takes the weights one
+    after the other and lets the rest make up for what each loses, as the pass of that name, with its ``damping`` and on
+    the first ``samples`` of the calibration data; ``nearest`` takes the nearest and looks at no data. Zeros stay zeros.
+    ``keep`` names weights that stay as they are. What rescales or trains weights comes before; `quantize` may follow,
+    for the formats that hold integers: Core ML keeps the tables.
     """
 
     bits: Literal[8, 6, 4, 3, 2, 1] = 4
     group: Annotated[int, msgspec.Meta(ge=0)] = 0
     keep: tuple[str, ...] = ()
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    damping: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.1
+    samples: Annotated[int, msgspec.Meta(ge=1)] = 512
 
     def apply(self, model: Model, progress: Progress) -> Model:
         """Return the folded model with palettized weights; the step tells their SQNR in dB and the bytes of a file.
 
         Raises:
-            CompressionError: a plan is there already, nothing to palettize, or weights that are not finite.
+            CompressionError: a plan is there already, nothing to palettize, weights that are not finite, or with
+                ``gptq`` no calibration data.
             UnknownName: ``keep`` names no weight.
         """
-        with extra("compress"):
-            import numpy as np
         if model.plan is not None:
             raise CompressionError(
                 f"{model.name} has a plan ({model.precision}), which holds for the weights as they are",
                 "put palettize before quantize",
             )
         folded, count = fold(model)
-        found = layers(folded)
+        found = {layer.weight: layer for layer in layers(folded)}
         for name in self.keep:
-            if name not in {layer.weight for layer in found}:
-                raise UnknownName("weight", name, [layer.weight for layer in found])
-        changes, signal, noise, size = {}, 0.0, 0.0, 0
-        for done, layer in enumerate(found):
-            progress("palettize", done, len(found))
-            if layer.weight in self.keep or layer.weight in changes:
-                continue
-            if not np.isfinite(layer.values).all():
-                raise CompressionError(f"{layer.weight!r} holds NaN or infinity", "check the checkpoint")
-            values, tables = self.palettized(layer.values)
-            changes[layer.weight] = Change(values)
-            signal += float(np.square(layer.values, dtype=np.float64).sum())
-            noise += float(np.square(values - layer.values, dtype=np.float64).sum())
-            size += math.ceil(values.size * self.bits / 8) + 2 * tables * 2**self.bits
-        progress("palettize", len(found), len(found))
-        if not changes:
+            if name not in found:
+                raise UnknownName("weight", name, found)
+        wanted = {name: layer for name, layer in found.items() if name not in self.keep}
+        if not wanted:
             raise CompressionError(f"{model.name} has no weight to palettize", "drop the pass, or keep less")
-        measured = {"folded": float(count), "layers": float(len(changes)), "palette_bytes": float(size)}
-        if noise and signal:
-            measured["weight_sqnr_db"] = round(10 * math.log10(signal / noise), 2)
+        if self.rounding == "gptq":
+            changes = walk(folded, calibration(folded, self.samples), self._chooser(wanted), progress, what="palettize")
+        else:
+            changes = {}
+            for done, layer in enumerate(wanted.values()):
+                progress("palettize", done, len(wanted))
+                changes[layer.weight] = Change(_on_tables(layer.values, self._tables(layer)))
+            progress("palettize", len(wanted), len(wanted))
+        measured = {"folded": float(count), "layers": float(len(changes)), **self._measured(wanted, changes)}
         made = with_parameters(folded, changes)
         return replace(made, lineage=(*model.lineage, Step(name="palettize", measured=measured)))
 
-    def palettized(self, values: Array) -> tuple[Array, int]:
-        """Return a weight whose output channels lie on the first axis on its tables, and how many these are."""
+    def _tables(self, layer: Layer) -> Array:
+        """Return the values that each run of a layer's channels may take, ascending, [tables, 2 ** bits].
+
+        Zero is one of them where there are zeros; a run that needs fewer repeats its last.
+        """
         import numpy as np
 
-        tables = len(values) // self.group if self.group and len(values) % self.group == 0 else 1
+        values = layer.values
+        if not np.isfinite(values).all():
+            raise CompressionError(f"{layer.weight!r} holds NaN or infinity", "check the checkpoint")
         flat = values.reshape(len(values), -1).astype(np.float64)
         power = np.square(flat).mean(axis=1, keepdims=True)
-        counts = np.broadcast_to(1 / np.where(power > 0, power, 1), flat.shape).reshape(tables, -1)
-        rows = values.reshape(tables, -1)
-        made = [_nearest(row, own, 2**self.bits) for row, own in zip(rows, counts, strict=True)]
-        return np.stack(made).reshape(values.shape), tables
+        counts = np.broadcast_to(1 / np.where(power > 0, power, 1), flat.shape)
+        rows, own = (part.reshape(self._runs(values), -1) for part in (flat, counts))
+        return np.stack([_table(row, count, 2**self.bits) for row, count in zip(rows, own, strict=True)])
+
+    def _runs(self, values: Array) -> int:
+        return len(values) // self.group if self.group and len(values) % self.group == 0 else 1
+
+    def _chooser(self, wanted: Mapping[str, Layer]) -> Visit:
+        def visit(layer: Layer, floats: Sequence[torch.Tensor], planned: Sequence[torch.Tensor]) -> Change | None:
+            if layer.weight not in wanted:
+                return None
+            tables = self._tables(layer)
+            if not fits(layer):
+                return Change(_on_tables(layer.values, tables))
+            rows = some_rows(layer, floats, planned, ROWS, seed=0)
+            aim = Aim(damping=self.damping, is_asymmetric=True, is_centred=layer.offsets is not None)
+            task = on_tables(problem(layer, WeightRule(), rows, aim), layer.values, tables)
+            values = task.as_weight(task.values(compensated(task, by_activations=True)))
+            return Change(values, shifted_offsets(layer, rows, values))
+
+        return visit
+
+    def _measured(self, wanted: Mapping[str, Layer], changes: Mapping[str, Change]) -> dict[str, float]:
+        """Tell how far the weights moved, and what indices and tables of half floats take."""
+        import numpy as np
+
+        signal, noise, size = 0.0, 0.0, 0
+        for name, change in changes.items():
+            values, made = wanted[name].values, change.values
+            if made is not None:
+                signal += float(np.square(values, dtype=np.float64).sum())
+                noise += float(np.square(made - values, dtype=np.float64).sum())
+                size += math.ceil(values.size * self.bits / 8) + 2 * self._runs(values) * 2**self.bits
+        told = {"weight_sqnr_db": round(10 * math.log10(signal / noise), 2)} if noise and signal else {}
+        return told | {"palette_bytes": float(size)}
 
 
-def _nearest(values: Array, counts: Array, size: int) -> Array:
-    """Return each value's nearest of ``size`` means; zero is one of these where there are zeros."""
+@dataclass(frozen=True, kw_only=True)
+class OnTables(Problem):
+    """Which values of tables to take in the place of integers; ``tables`` is [groups, outputs / groups, size].
+
+    ``scales`` is 0 where a weight has to stay zero, else 1, and ``zeros`` is 0.
+    """
+
+    tables: torch.Tensor
+
+    def integers(self, values: torch.Tensor, at: int | None = None) -> torch.Tensor:
+        """Return the nearest values of the tables, of all inputs or of the one ``at``."""
+        import torch
+
+        asked = values if at is None else values[:, :, None]
+        middles = ((self.tables[:, :, 1:] + self.tables[:, :, :-1]) / 2).contiguous()
+        found = self.tables.gather(2, torch.searchsorted(middles, asked.contiguous()))
+        return found if at is None else found[:, :, 0]
+
+
+def on_tables(task: Problem, values: Array, tables: Array) -> OnTables:
+    """Return a layer's problem with tables in the place of its grid; ``values`` is its weight, whose zeros stay."""
+    import numpy as np
+    import torch
+
+    groups, outputs, _ = task.weight.shape
+    spread = np.repeat(tables, len(values) // len(tables), axis=0).reshape(groups, outputs, -1)
+    alive = torch.from_numpy(values != 0).reshape(task.weight.shape).double()
+    known = {field.name: getattr(task, field.name) for field in fields(task)}
+    known |= {"scales": alive, "zeros": torch.zeros_like(alive)}
+    return OnTables(**known, tables=torch.from_numpy(spread).double())
+
+
+def _on_tables(values: Array, tables: Array) -> Array:
+    """Return each value's nearest in the table of its run of channels; zeros stay."""
+    import numpy as np
+
+    rows = values.reshape(len(tables), -1)
+    made = [own[np.searchsorted((own[1:] + own[:-1]) / 2, row)] for own, row in zip(tables, rows, strict=True)]
+    return np.where(values != 0, np.stack(made).reshape(values.shape), np.float32(0))
+
+
+def _table(values: Array, counts: Array, size: int) -> Array:
+    """Return the means of values, ascending, float32 [size]."""
     import numpy as np
 
     alive = values != 0
     room = size - int(not alive.all())
-    if not room or not alive.any():
-        return np.zeros_like(values)
-    own = means(values[alive], counts[alive], room).astype(np.float32)
-    middles = (own[1:] + own[:-1]) / 2
-    return np.where(alive, own[np.searchsorted(middles, values)], np.float32(0))
+    own = means(values[alive], counts[alive], room) if room and alive.any() else np.zeros(0)
+    whole = own if alive.all() else np.sort(np.append(own, 0.0))
+    return np.pad(whole, (0, size - len(whole)), mode="edge").astype(np.float32)
 
 
 def means(values: Array, counts: Array, size: int) -> Array:
-    """Return at most ``size`` means, ascending, of least squared distance to all values [n], each times its count [n]."""
+    """Return at most ``size`` means, ascending: of least squared distance to values [n], each ``counts`` [n] times."""
     import numpy as np
 
     order = np.argsort(values, kind="stable")

@@ -89,7 +89,7 @@ class CoremlExporter:
 def _ios(profile: DeviceProfile, plan: QuantizationPlan | None) -> int:
     """Return the iOS whose operators the program uses; that of a Mac is the iOS of the same year."""
     system, version = _asked(profile)
-    asked = MACOS.get(version) if system == "macOS" else version
+    asked = MACOS.get(version, 0) if system == "macOS" else version
     if asked not in MACOS.values():
         known = MACOS.keys() if system == "macOS" else MACOS.values()
         raise ExportError(
