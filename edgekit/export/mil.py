@@ -32,8 +32,9 @@ def run(package: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
     function = _read(package)
     count = len(next(iter(inputs.values())))
+    stored = _stored(function)
     with torch.no_grad():
-        samples = [_one(function, {n: a[i : i + 1] for n, a in inputs.items()}) for i in range(count)]
+        samples = [_one(function, {n: a[i : i + 1] for n, a in inputs.items()}, stored) for i in range(count)]
     return {name: np.concatenate([s[name] for s in samples]) for name in samples[0]}
 
 
@@ -47,12 +48,26 @@ def _read(package: Path) -> Any:  # noqa: ANN401  # coremltools is untyped
         return load(spec, spec.specificationVersion, str(folder / "weights")).functions["main"]
 
 
-def _one(function: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:  # noqa: ANN401  # coremltools is untyped
+def _stored(function: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401  # coremltools is untyped
+    """Decompress what the package stores as integers, tables or without its zeros, by the names of the results."""
+    import numpy as np
     import torch
 
-    values: dict[str, Any] = {name: torch.as_tensor(array) for name, array in inputs.items()}
+    found = {}
     for op in function.operations:
-        if op.op_type == "const":
+        if op.op_type.startswith("constexpr_"):
+            values = op.materialized_val_inference()
+            for output, value in zip(op.outputs, values if len(op.outputs) > 1 else [values], strict=True):
+                found[output.name] = torch.as_tensor(np.asarray(value, np.float32))
+    return found
+
+
+def _one(function: Any, inputs: Mapping[str, Array], stored: Mapping[str, torch.Tensor]) -> dict[str, Array]:  # noqa: ANN401  # coremltools is untyped
+    import torch
+
+    values: dict[str, Any] = {**stored, **{name: torch.as_tensor(array) for name, array in inputs.items()}}
+    for op in function.operations:
+        if op.op_type == "const" or op.op_type.startswith("constexpr_"):
             continue
         results = _compute(op, values)
         for output, result in zip(op.outputs, results, strict=True):
@@ -61,10 +76,6 @@ def _one(function: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:  # noq
 
 
 def _compute(op: Any, values: Mapping[str, Any]) -> list[torch.Tensor]:  # noqa: ANN401  # coremltools is untyped
-    import torch
-
-    if op.op_type.startswith("constexpr_"):
-        return [torch.as_tensor(op.materialized_val_inference()).float()]
     if op.op_type not in OPERATORS:
         raise NotImplementedError(f"the interpreter lacks the Core ML operator {op.op_type!r}")
     result = OPERATORS[op.op_type]({name: _value(var, values) for name, var in op.inputs.items()})

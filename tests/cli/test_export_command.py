@@ -103,9 +103,11 @@ def test_list_names_every_target_and_whether_it_can_be_written_here():
 
 
 def test_a_format_is_enough_where_no_hardware_class_is_meant(saved, tmp_path):
-    code, out, err = edgekit("export", saved, "--format", "onnx", "--format", "coreml", "-o", tmp_path / "b", "--json")
+    code, out, err = edgekit(
+        "export", saved, "--format", "onnx", "--format", "tensorrt", "-o", tmp_path / "b", "--json"
+    )
     assert code == 0, err
-    assert [row["variant"]["name"] for row in json.loads(out)["targets"]] == ["onnx", "coreml"]
+    assert [row["variant"]["name"] for row in json.loads(out)["targets"]] == ["onnx", "tensorrt"]
     assert (tmp_path / "b" / "onnx" / "model.onnx").is_file()
     code, _, err = edgekit("export", saved, "--format", "onx", "-o", tmp_path / "c")
     assert code == 2

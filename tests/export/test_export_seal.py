@@ -1,13 +1,18 @@
 """One bundle out of many targets: which survive, what is stored, and that the same input gives the same bytes."""
 
 import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
-from fakes.exportable import tiny_model, with_plan
+from fakes.exportable import llama_folder, tiny_model, with_plan
 
-from edgekit import bundle, device_profiles, runtime, workload
+from edgekit import bundle, device_profiles, plugins, runtime, workload
 from edgekit.compress import compress, recipe
 from edgekit.errors import ExportError, InputError, UsageError
 from edgekit.export import export
@@ -33,10 +38,39 @@ def test_every_target_ends_in_one_bundle_whose_every_byte_is_checked(sealed):
     assert {v.precision for v in opened.manifest.variants} == {"int8"}
 
 
-def test_the_same_input_gives_the_same_digest(sealed, tmp_path):
-    again = export(with_plan(tiny_model()), profiles(*ALL), tmp_path / "again", version="7", name="digits")
-    assert again.bundle.manifest == sealed.bundle.manifest
-    assert again.bundle.digest == sealed.bundle.digest
+JOBS = {"int8": None, "fp32": "fp32", "gguf": "q4_0"}
+PACKAGES = {"executorch": "executorch", "openvino": "openvino"}
+
+
+def written(place):
+    """Export the small model, and a small Llama as GGUF, to every format that is installed."""
+    formats = [one for one in plugins.names("edgekit.export.targets") if one != "gguf"]
+    formats = [one for one in formats if importlib.util.find_spec(PACKAGES.get(one, "torch"))]
+    for job, precision in JOBS.items():
+        language = job == "gguf"
+        given = workload.load(str(llama_folder(place / "llama"))) if language else with_plan(tiny_model())
+        classes = [device_profiles.of_format(one) for one in (["gguf"] if language else formats)]
+        done = export(given, classes, place / job, precision=precision)
+        assert done.first_error is None, done.first_error
+
+
+def test_a_fresh_process_writes_the_same_bytes_in_every_format(tmp_path):
+    """The other process has another hash seed, clock, time zone and other folders, and has done nothing before."""
+    for name in ("here", "there", "apart"):
+        (tmp_path / name).mkdir()
+    tests = Path(__file__).resolve().parents[1]
+    script = "from test_export_seal import Path, written; written(Path('../there'))"
+    paths = os.pathsep.join([str(tests / "export"), str(tests), os.environ.get("PYTHONPATH", "")])
+    changed = {"PYTHONHASHSEED": "7", "TMPDIR": str(tmp_path / "apart"), "TZ": "Asia/Kathmandu", "PYTHONPATH": paths}
+    other = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path / "apart", env={**os.environ, **changed})
+    written(tmp_path / "here")
+    assert other.wait(timeout=240) == 0
+    for job in JOBS:
+        first, second = (bundle.read(tmp_path / place / job) for place in ("here", "there"))
+        assert [(e.path, e.sha256) for e in first.manifest.files] == [(e.path, e.sha256) for e in second.manifest.files]
+        assert first.digest == second.digest, job
+        for entry in second.manifest.files:
+            assert str(tmp_path).encode() not in second.path(entry.path).read_bytes(), entry.path
 
 
 def test_equal_files_are_stored_once(sealed):

@@ -50,10 +50,6 @@ def test_precision_is_case_blind_and_an_unknown_one_is_refused(folder, tmp_path)
     assert "q4_0" in error.hint
 
 
-def test_the_same_folder_gives_the_same_digest(folder, tmp_path):
-    assert seal(folder, tmp_path / "a").bundle.digest == seal(folder, tmp_path / "b").bundle.digest
-
-
 def test_rows_that_blocks_do_not_divide_fall_back_and_the_note_says_so(tmp_path):
     odd = llama_folder(tmp_path / "odd", intermediate_size=172)
     variant = only(seal(odd, tmp_path / "b", "q4_0"))

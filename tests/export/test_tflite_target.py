@@ -73,13 +73,6 @@ def test_two_samples_ranges_join():
     assert "only" in joined
 
 
-def test_two_runs_give_the_same_bytes(tiny_int8, tmp_path):
-    write(tiny_int8, tmp_path)
-    first = (tmp_path / "model.tflite").read_bytes()
-    write(tiny_int8, tmp_path)
-    assert (tmp_path / "model.tflite").read_bytes() == first
-
-
 def test_a_weight_only_plan_shrinks_the_file(tmp_path):
     import torch
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
 from edgekit.export import coreml_weights, mil
+from edgekit.export.coreml_forms import FIRST_IOS, Table
 from edgekit.export.quiet import silence
 from edgekit.export.refusal import REFUSALS, reason
 from edgekit.export.targets import Artifact, Exporter
@@ -20,21 +21,29 @@ from edgekit.model import Model, TorchNetwork
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
 
     from edgekit.device_profiles import DeviceProfile
+    from edgekit.export.coreml_forms import Form
     from edgekit.plan import QuantizationPlan
     from edgekit.progress import Progress
     from edgekit.tensors import Array, TensorSpec
 
 PACKAGE = "model.mlpackage"
+MACOS = {12: 15, 13: 16, 14: 17, 15: 18, 26: 26}
+"""From a macOS to the iOS with the same operators."""
+WORTH = 0.9
+"""What a newer system has to take of the bytes for a note to tell of it."""
 
 
 class CoremlExporter:
-    """Writes the folder ``model.mlpackage``; its ``Manifest.json`` is the main file. Reads ``options.ios``."""
+    """Writes the folder ``model.mlpackage``; its ``Manifest.json`` is the main file.
+
+    Reads ``options.ios``, or ``options.macos`` where the hardware is a Mac: the oldest system that has to read it.
+    """
 
     extra = "export"
 
@@ -50,12 +59,11 @@ class CoremlExporter:
             raise ExportError(
                 f"{model.name} is no PyTorch network; Core ML is made from one", "give the Python workload"
             )
-        ios = max(int(profile.options.get("ios", 17)), coreml_weights.least_ios(model.plan))
+        ios = _ios(profile, model.plan)
+        system, version = _told(profile, ios).split()
         half = profile.options.get("precision") != "fp32" or model.precision == "fp16"
         graph = _graph(model, model.network)
-        program = _convert(model, graph, ios, half=half)
-        if model.plan:
-            program = coreml_weights.quantize(program, model, model.plan, graph)
+        program, forms = coreml_weights.compress(_convert(model, graph, ios, half=half), model, graph, ios)
         _save(program, folder / PACKAGE)
         return Artifact(
             main=f"{PACKAGE}/Manifest.json",
@@ -64,9 +72,9 @@ class CoremlExporter:
             inputs=tuple(_port(spec) for spec in model.inputs),
             outputs=tuple(_port(spec) for spec in model.outputs),
             batch=1,
-            requires={"ios": f">={ios}"},
+            requires={system.lower(): f">={version}"},
             operators=_operators(program),
-            notes=_notes(model.plan, ios),
+            notes=(*_plan_notes(model.plan, profile, ios), *_form_notes(forms, profile)),
         )
 
     def evaluate(self, main: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -78,17 +86,60 @@ class CoremlExporter:
         return mil.run(main.parent, inputs)
 
 
+def _ios(profile: DeviceProfile, plan: QuantizationPlan | None) -> int:
+    """Return the iOS whose operators the program uses; that of a Mac is the iOS of the same year."""
+    system, version = _asked(profile)
+    asked = MACOS.get(version, 0) if system == "macOS" else version
+    if asked not in MACOS.values():
+        known = MACOS.keys() if system == "macOS" else MACOS.values()
+        raise ExportError(
+            f"Core ML programs are not written for {system} {version}, as {profile.name} asks",
+            f"set options.{system.lower()} to one of {', '.join(map(str, known))}",
+        )
+    least = coreml_weights.least_ios(plan)
+    if asked < FIRST_IOS <= least:
+        raise ExportError(
+            f"{profile.name} asks for {system} {version}, which reads no weights of fewer than 16 bits",
+            f"these need {_told(profile, least)}: set options.{system.lower()}, or export with --precision fp32",
+        )
+    return max(asked, least)
+
+
+def _asked(profile: DeviceProfile) -> tuple[str, int]:
+    options = profile.options
+    return ("macOS", int(options["macos"])) if "macos" in options else ("iOS", int(options.get("ios", 17)))
+
+
+def _told(profile: DeviceProfile, ios: int) -> str:
+    """Name an iOS as the profile names systems."""
+    system, _ = _asked(profile)
+    return f"{system} {ios}" if system == "iOS" else f"{system} {next(m for m, i in MACOS.items() if i == ios)}"
+
+
 def _operators(program: Any) -> Counter[str]:  # noqa: ANN401  # coremltools is untyped
     main = program._mil_program.functions["main"]  # noqa: SLF001  # there is no other way to its operators
     return Counter(operator.op_type for operator in main.operations if operator.op_type != "const")
 
 
-def _notes(plan: QuantizationPlan | None, ios: int) -> tuple[str, ...]:
+def _plan_notes(plan: QuantizationPlan | None, profile: DeviceProfile, ios: int) -> tuple[str, ...]:
     if plan is None or plan.scheme == "float16":
         return ()
     notes = ["activations stay float16: Core ML quantizes them on macOS only"] if plan.scheme != "weight-only" else []
-    newest = coreml_weights.least_ios(plan) == ios
-    return (*notes, *([f"4-bit weights and scales a group need iOS {ios}"] if newest else []))
+    newest = coreml_weights.least_ios(plan) == ios > FIRST_IOS
+    return (*notes, *([f"4-bit weights and scales a group need {_told(profile, ios)}"] if newest else []))
+
+
+def _form_notes(forms: Sequence[tuple[Form, Form]], profile: DeviceProfile) -> tuple[str, ...]:
+    """Tell how weights lie in the file, where that is more than integers or floats, and what a newer system saves."""
+    told = Counter(form.told for form, _ in forms)
+    notes = []
+    if any(isinstance(form.stored, Table) or form.mask is not None for form, _ in forms):
+        notes.append("weights are stored as " + ", ".join(f"{n} x {what}" for what, n in sorted(told.items())))
+    size, least = sum(form.size for form, _ in forms), sum(best.size for _, best in forms)
+    if least < WORTH * size:
+        newer = _told(profile, max(best.ios for _, best in forms))
+        notes.append(f"weights take {size:,} bytes; for {newer} they would take {least:,}")
+    return tuple(notes)
 
 
 def _graph(model: Model, network: TorchNetwork) -> torch.export.ExportedProgram:
@@ -130,8 +181,6 @@ def _recurrent() -> dict[Any, Any]:
 def _convert(model: Model, graph: torch.export.ExportedProgram, ios: int, *, half: bool) -> Any:  # noqa: ANN401  # coremltools is untyped
     with extra("export"), silence():
         import coremltools as ct
-    if not hasattr(ct.target, f"iOS{ios}"):
-        raise ExportError(f"Core ML knows no iOS {ios}", "set options.ios to 16, 17 or 18")
     try:
         with silence():
             return ct.convert(
