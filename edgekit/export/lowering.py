@@ -35,6 +35,7 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
     if model.plan and isinstance(model.network, OnnxNetwork):
         graph = _raised(graph, max(13, least))
     proto, notes = _lowered(graph, model, scheme, progress)
+    _refuse_newer(proto, profile, model)
     path.write_bytes(write(proto))
     if model.plan and scheme.onnxruntime and model.plan.scheme != "float16":
         planned = {item.weight: item for item in planned_nodes(Weights(graph.proto), model, model.plan)}
@@ -50,6 +51,19 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
         notes=notes,
         requires={"onnxruntime": ">=1.20", "opset": str(max(o.version for o in proto.opset_import if not o.domain))},
     )
+
+
+def _refuse_newer(proto: onnx.ModelProto, profile: DeviceProfile, model: Model) -> None:
+    """Refuse a file of a newer opset than the profile asks for: its engine may not read it."""
+    written = max(opset.version for opset in proto.opset_import if not opset.domain)
+    asked = int(profile.options.get("opset", written))
+    if written > asked:
+        why = "is that of the .onnx file" if isinstance(model.network, OnnxNetwork) else f"{model.precision} needs"
+        raise ExportError(
+            f"{profile.name} asks for opset {asked}, and opset {written} {why}",
+            f"set options.opset to {written} in a profile of your own, if its engine reads that; else quantize with one"
+            " scale a channel and 8 bits, or write the .onnx anew",
+        )
 
 
 def _kernel_notes(path: Path, model: Model, planned: Mapping[str, Planned], profile: DeviceProfile) -> tuple[str, ...]:

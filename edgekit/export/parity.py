@@ -257,11 +257,19 @@ def measure(reference: Reference, outputs: Mapping[str, Array]) -> Figures:
     """Compare outputs with the reference: SQNR = 10 log10(sum of squares / sum of squared errors), capped at 200 dB.
 
     Figures are rounded, so that a manifest reads well. Outputs with NaN measure -200 dB.
+
+    Raises:
+        ParityError: an output has another shape than the reference's.
     """
     import numpy as np
 
     errors, sqnrs, same = [], [CAP_DB], []
     for name, want in reference.outputs.items():
+        if outputs[name].shape != want.shape:
+            raise ParityError(
+                f"the file gives {name!r} of shape {list(outputs[name].shape)}, the model {list(want.shape)}",
+                "use another target: this format computes an operator of the network otherwise",
+            )
         if want.dtype.kind in "iub":
             same.append(float((np.asarray(outputs[name]) == want).mean()))
             continue

@@ -16,7 +16,7 @@ from edgekit import grid
 from edgekit.errors import ExportError, UsageError
 from edgekit.export import litert_file, litert_ranges, litert_recipe, litert_weights
 from edgekit.export.quiet import silence
-from edgekit.export.refusal import REFUSALS, reason
+from edgekit.export.refusal import REFUSALS, reason, refused
 from edgekit.export.targets import Artifact, Exporter
 from edgekit.manifest import Port
 from edgekit.model import Model, TorchNetwork
@@ -176,9 +176,7 @@ def _convert(model: Model, network: TorchNetwork, ports: Sequence[Port]) -> byte
             litert_torch.convert(module, example).export(f"{scratch}/model.tflite")
             return Path(scratch, "model.tflite").read_bytes()
     except REFUSALS as error:
-        raise ExportError(
-            f"{model.name} has no LiteRT form: {reason(error)}", "replace that operator, or use another target"
-        ) from error
+        raise refused(model, "LiteRT", error) from error
 
 
 def _frozen(module: torch.nn.Module) -> torch.nn.Module:
