@@ -157,8 +157,9 @@ def _export_one(
 ) -> TargetResult:
     progress(f"export {profile.name}", 0, 0)
     folder = scratch / profile.name
-    folder.mkdir()
     try:
+        folder.mkdir()
+        _refuse_small_disk(model, scratch)
         exporter = cast("Exporter", plugins.load(PACKAGE, profile.format, "format"))
         artifact = exporter.export(model, profile, folder, progress)
         variant = _variant(profile, artifact)
@@ -184,6 +185,15 @@ def _export_one(
         return _failed(profile, out_of_memory(error) or _fault(profile, error), folder)
     size = sum((scratch / path).stat().st_size for path in variant.files)
     return TargetResult(profile.name, profile.format, variant, size)
+
+
+def _refuse_small_disk(model: Model, scratch: Path) -> None:
+    """Stop before a converter does: LiteRT's ends the process on a full disk, Core ML's leaves its half file."""
+    if not isinstance(model.network, TorchNetwork):
+        return
+    needed = sum(one.numel() * one.element_size() for one in model.network.module.parameters())
+    if lack := no_room(scratch, f"the weights of {model.name}", needed):
+        raise lack
 
 
 def _failed(profile: DeviceProfile, error: EdgekitError, folder: Path) -> TargetResult:
@@ -237,9 +247,7 @@ def _holders(model: Model, node: str, formats: Sequence[str], progress: Progress
     for number, name in enumerate(formats):
         progress(f"ask which formats hold {node}", number, len(formats))
         with tempfile.TemporaryDirectory() as scratch:
-            row = _export_one(
-                part, device_profiles.of_format(name), reference, scratch=Path(scratch), progress=silent
-            )
+            row = _export_one(part, device_profiles.of_format(name), reference, scratch=Path(scratch), progress=silent)
         if row.variant and row.variant.parity.status != "unverified":
             found.add(name)
     return found

@@ -5,7 +5,6 @@ The part grows until its ends are tensors that a file can have: a batch first, n
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import EdgekitError
@@ -61,8 +60,7 @@ def _grown(start: fx.Node) -> set[fx.Node]:
 
 def _is_port(node: fx.Node) -> bool:
     """Say whether a file can take or give what the node makes."""
-    value = node.meta.get("val")
-    shape = getattr(value, "shape", None)
+    shape = tuple(getattr(node.meta.get("val"), "shape", ()))
     return bool(shape) and not isinstance(shape[0], int) and not is_complex(node)
 
 
@@ -84,7 +82,7 @@ def _values(module: torch.nn.Module, model: Model, wanted: list[fx.Node]) -> dic
         return found
     samples = model.data.calibration.head(SAMPLES).inputs
     with torch.no_grad():
-        Watch(module).run(*[torch.as_tensor(samples[name]) for name in model.network.input_names])  # type: ignore[arg-type]  # a GraphModule
+        Watch(module).run(*[torch.as_tensor(samples[name]) for name in model.network.input_names])
     return found
 
 

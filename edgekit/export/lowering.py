@@ -35,7 +35,7 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
     if model.plan and isinstance(model.network, OnnxNetwork):
         graph = _raised(graph, max(13, least))
     proto, notes = _lowered(graph, model, scheme, progress)
-    _refuse_newer(proto, profile, model)
+    notes = (*notes, *_newer(proto, profile, model))
     path.write_bytes(write(proto))
     if model.plan and scheme.onnxruntime and model.plan.scheme != "float16":
         planned = {item.weight: item for item in planned_nodes(Weights(graph.proto), model, model.plan)}
@@ -53,17 +53,19 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
     )
 
 
-def _refuse_newer(proto: onnx.ModelProto, profile: DeviceProfile, model: Model) -> None:
-    """Refuse a file of a newer opset than the profile asks for: its engine may not read it."""
+def _newer(proto: onnx.ModelProto, profile: DeviceProfile, model: Model) -> tuple[str, ...]:
+    """Refuse a newer opset than the profile asks for, which its engine may not read; a file's own is only told."""
     written = max(opset.version for opset in proto.opset_import if not opset.domain)
     asked = int(profile.options.get("opset", written))
-    if written > asked:
-        why = "is that of the .onnx file" if isinstance(model.network, OnnxNetwork) else f"{model.precision} needs"
-        raise ExportError(
-            f"{profile.name} asks for opset {asked}, and opset {written} {why}",
-            f"set options.opset to {written} in a profile of your own, if its engine reads that; else quantize with one"
-            " scale a channel and 8 bits, or write the .onnx anew",
-        )
+    if written <= asked:
+        return ()
+    if isinstance(model.network, OnnxNetwork):
+        return (f"the .onnx file has opset {written}, {profile.name} asks for {asked}: its engine has to read that",)
+    raise ExportError(
+        f"{profile.name} asks for opset {asked}, and {model.precision} needs {written}",
+        f"set options.opset to {written} in a profile of your own, if its engine reads that, or quantize to 8 bits with"
+        " one scale a channel",
+    )
 
 
 def _kernel_notes(path: Path, model: Model, planned: Mapping[str, Planned], profile: DeviceProfile) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ _NAMED = (
     r"fx node (\w+)",  # coremltools
     r"Torch `(\w+)` op",
     r"\b[a-z_]\w*::([a-z_]\w+)",  # aten::special_zeta
+    r'\("(\w+)"\("',  # the place in an error of MLIR
 )
 
 
@@ -86,7 +87,8 @@ def refused(model: Model, form: str, error: BaseException) -> ExportError:
     imaginary = [node for node in program.graph.nodes if is_complex(node)] if program else []
     if imaginary and ("complex" in told.lower() or not found or {*found} & {*imaginary}):
         return UnsupportedOperator(
-            f"{model.name} has no {form} form: it computes with complex numbers at {places(imaginary)}: {reason(error)}",
+            f"{model.name} has no {form} form: it computes with complex numbers at {places(imaginary)}:"
+            f" {reason(error)}",
             REAL,
             [node.name for node in imaginary[:1]],
         )

@@ -53,7 +53,8 @@ class OpenvinoExporter:
             except (*REFUSALS, OpConversionFailure) as error:
                 raise located(
                     ExportError(
-                        f"{model.name} has no OpenVINO form: {_reason(error)}", "replace that operator, or export to onnx"
+                        f"{model.name} has no OpenVINO form: {_reason(error)}",
+                        "replace that operator, or export to onnx",
                     ),
                     model,
                     _lacking(error),

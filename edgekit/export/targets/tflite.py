@@ -166,6 +166,7 @@ def _convert(model: Model, network: TorchNetwork, ports: Sequence[Port]) -> byte
     with extra("export"), silence():
         import litert_torch
         import torch
+        from litert_converter._mlir.ir import MLIRError  # public nowhere; of no class that others share
     one = model.data.calibration.head(1).inputs
     example = tuple(torch.as_tensor(_as_stored(one[p.name], p)) for p in ports)
     pictures = [i for i, port in enumerate(ports) if port.axes]
@@ -175,7 +176,7 @@ def _convert(model: Model, network: TorchNetwork, ports: Sequence[Port]) -> byte
             module = litert_torch.to_channel_last_io(module, args=pictures) if pictures else module
             litert_torch.convert(module, example).export(f"{scratch}/model.tflite")
             return Path(scratch, "model.tflite").read_bytes()
-    except REFUSALS as error:
+    except (*REFUSALS, MLIRError) as error:
         raise refused(model, "LiteRT", error) from error
 
 
