@@ -106,6 +106,8 @@ def _report(terminal: Terminal, result: ExportResult, output: Path) -> None:
             terminal.say(f"{row.target}: {note}")
         if row.variant and row.variant.parity.status != "checked":
             terminal.say(f"{row.target}: {row.variant.parity.status}: {row.variant.parity.reason}")
+        if row.variant and row.variant.parity.labelled:
+            terminal.say(f"{row.target}: {row.variant.parity.labelled}")
         if row.variant and row.variant.elsewhere:
             terminal.say(f"{row.target}: {row.variant.elsewhere}")
         if row.error:
