@@ -35,7 +35,6 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
     if model.plan and isinstance(model.network, OnnxNetwork):
         graph = _raised(graph, max(13, least))
     proto, notes = _lowered(graph, model, scheme, progress)
-    notes = (*notes, *_newer(proto, profile, model))
     path.write_bytes(write(proto))
     if model.plan and scheme.onnxruntime and model.plan.scheme != "float16":
         planned = {item.weight: item for item in planned_nodes(Weights(graph.proto), model, model.plan)}
@@ -48,7 +47,7 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
         outputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.outputs),
         batch=graph.batch,
         operators=Counter(node.op_type for node in proto.graph.node),
-        notes=notes,
+        notes=(*notes, *_newer(proto, profile, model)),
         requires={"onnxruntime": ">=1.20", "opset": str(max(o.version for o in proto.opset_import if not o.domain))},
     )
 

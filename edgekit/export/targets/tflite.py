@@ -166,7 +166,7 @@ def _convert(model: Model, network: TorchNetwork, ports: Sequence[Port]) -> byte
     with extra("export"), silence():
         import litert_torch
         import torch
-        from litert_converter._mlir.ir import MLIRError  # public nowhere; of no class that others share
+        from litert_converter._mlir.ir import MLIRError  # type: ignore[import-untyped]  # public nowhere, and of no class of ours
     one = model.data.calibration.head(1).inputs
     example = tuple(torch.as_tensor(_as_stored(one[p.name], p)) for p in ports)
     pictures = [i for i, port in enumerate(ports) if port.axes]
