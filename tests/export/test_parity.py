@@ -180,8 +180,9 @@ def with_validation(model, images):
 
 
 def test_the_metric_on_labelled_data_is_measured_and_told(tiny_int8, tmp_path):
-    images = np.random.default_rng(1).random((200, 3, 8, 8), np.float32)
-    model = with_validation(tiny_int8, images)
+    images = np.random.default_rng(1).random((400, 3, 8, 8), np.float32)
+    best = np.sort(tiny_int8.network.run({"image": images})["scores"], 1)[:, -2:]
+    model = with_validation(tiny_int8, images[best[:, 1] - best[:, 0] > 0.1])  # no class hangs by a thread
     engine, evaluated = export(model, [profile_of("onnx"), profile_of("coreml")], tmp_path / "b").rows
     found = engine.variant.parity.labelled
     assert (found.metric, found.samples, found.model, found.max_loss) == ("top1", 128, 1.0, 0.05)
