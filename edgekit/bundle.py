@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgekit import manifest as manifests
-from edgekit.durable import new_folder
+from edgekit.durable import MIB, new_folder, no_room
 from edgekit.errors import BundleError, UsageError
 from edgekit.manifest import FileEntry, Manifest
 
@@ -54,11 +54,15 @@ def seal(folder: Path, draft: Manifest, sources: Mapping[str, Path | bytes]) -> 
     Raises:
         BundleError: a path of ``sources`` is unsafe, or the draft uses a file that it lacks; nothing was written.
         UsageError: ``folder`` holds something else than a bundle, which would be replaced.
+        ResourceError: its disk has less room than the files and a MiB need.
     """
     refuse_foreign(folder)
     # Before the first write: a path such as ../x or /etc/x would land outside the folder.
     unread = tuple(FileEntry(path=relative, size=0, sha256="0" * 64) for relative in sorted(sources))
     manifests.decode(manifests.encode(msgspec.structs.replace(draft, files=unread)))
+    size = sum(len(source) if isinstance(source, bytes) else source.stat().st_size for source in sources.values())
+    if lack := no_room(folder, "the bundle", size + MIB):
+        raise lack
     with new_folder(folder) as scratch:
         for relative, source in sources.items():
             target = scratch / relative

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import glob
 import os
 import shutil
@@ -12,8 +13,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from edgekit.errors import ResourceError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+MIB = 2**20
+
+
+def no_room(folder: Path, what: str, needed: int = MIB, error: BaseException | None = None) -> ResourceError | None:
+    """Return the error of a disk that has fewer than ``needed`` bytes left, or of which ``error`` says so.
+
+    ``folder`` need not be there yet; ``what`` says what has no room.
+    """
+    place = folder.resolve()
+    place = next(one for one in (place, *place.parents) if one.exists())
+    free = shutil.disk_usage(place).free
+    told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if free >= needed and not told:
+        return None
+    size = f"{needed / MIB:.1f} MiB are needed, " if needed > MIB else ""
+    is_temporary = place.is_relative_to(Path(tempfile.gettempdir()).resolve())
+    other = "let TMPDIR name a folder on another disk" if is_temporary else "choose a folder on another disk"
+    return ResourceError(
+        f"the disk of {place} has no room for {what}: {size}{free / MIB:.1f} MiB are free",
+        f"free space there, or {other}: nothing was half-written",
+    )
 
 
 def sync_folder(folder: Path) -> None:

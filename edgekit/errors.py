@@ -163,12 +163,18 @@ def out_of_memory(error: BaseException) -> ResourceError | None:
 
     PyTorch and ONNX Runtime raise a plain RuntimeError then.
     """
-    found: BaseException | None = error
-    while found is not None:
+    for found in causes(error):
         if isinstance(found, MemoryError) or any(word in str(found).lower() for word in _MEMORY):
             return ResourceError(
                 "out of memory: nothing was half-written",
                 "use a smaller batch or fewer calibration samples in the recipe, or a machine with more memory",
             )
-        found = found.__cause__
     return None
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """Return an error and what it was raised from, the deepest last; a chain that bites its tail is cut."""
+    chain = [error]
+    while chain[-1].__cause__ is not None and chain[-1].__cause__ not in chain:
+        chain.append(chain[-1].__cause__)
+    return chain

@@ -70,6 +70,23 @@ class Port(_Part, frozen=True, kw_only=True):
     zero: Annotated[int, msgspec.Meta(ge=-128, le=255)] = 0
 
 
+class Labelled(_Part, frozen=True, kw_only=True):
+    """A metric on labelled validation samples: the compressed model's, the file's, and how much less the file may have.
+
+    ``metric`` is ``top1``: the share of samples whose best class is their label.
+    """
+
+    metric: str
+    samples: int
+    model: float
+    file: float
+    max_loss: float
+
+    def __str__(self) -> str:
+        told = f"{self.metric} {self.file:.3f} on {self.samples} labelled samples, the model's {self.model:.3f}"
+        return f"{told} (at most {self.max_loss:g} less)"
+
+
 class Parity(_Part, frozen=True, kw_only=True):
     """What was measured of a file against the compressed model, and the limits it had to hold.
 
@@ -86,6 +103,7 @@ class Parity(_Part, frozen=True, kw_only=True):
     top1_agreement: float | None = None
     min_sqnr_db: float | None = None
     min_top1_agreement: float | None = None
+    labelled: Labelled | None = None
 
 
 class Expected(_Part, frozen=True, kw_only=True):

@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -133,3 +135,24 @@ def first_line(error: BaseException) -> str:
     """Shorten another library's message to what fits into ours."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def own_line(error: BaseException) -> str:
+    """Say at which line of somebody's own code an error came up, as ``net.py:29, if x.sum() > 0:``.
+
+    Empty where no line of it is theirs.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if is_own(frame.filename)]
+    return _place(own[-1].filename, own[-1].lineno or 0, own[-1].line or "") if own else ""
+
+
+def is_own(path: str) -> bool:
+    """Say whether a source file is somebody's own: neither Python's, nor an installed package's, nor edgekit's."""
+    paths = sysconfig.get_paths()
+    foreign = (paths["stdlib"], paths["purelib"], paths["platlib"], str(Path(__file__).parent))
+    return not path.startswith(("<", *foreign)) and "site-packages" not in path and Path(path).is_file()
+
+
+def _place(path: str, line: int, text: str) -> str:
+    return f"{Path(path).name}:{line}" + (f", {text.strip()[:100]}" if text.strip() else "")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import logging
 import warnings
 import weakref
 from typing import TYPE_CHECKING
@@ -10,10 +13,12 @@ from typing import TYPE_CHECKING
 from edgekit.errors import CompressionError
 from edgekit.model import Model, TorchNetwork
 from edgekit.plugins import extra
-from edgekit.sources import first_line
+from edgekit.sources import first_line, own_line
 from edgekit.tensors import DYNAMIC
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from edgekit.tensors import Array, TensorSpec
@@ -45,16 +50,46 @@ def trace(model: Model) -> torch.export.ExportedProgram:
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
         shapes = (shapes,)  # type: ignore[assignment]  # *args are one entry, a tuple of its own
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # recurrent layers keep a list of their weights, of which torch warns
+        with _quiet():
             traced = torch.export.export(module, example, dynamic_shapes=shapes)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        raise CompressionError(
-            f"{model.name} cannot be traced to a graph: {first_line(error)}",
-            "remove control flow that depends on values, or export it to ONNX yourself and give the .onnx file",
-        ) from error
+        raise CompressionError(f"{model.name} cannot be traced to a graph: {why(error)}", way_out(error)) from error
     _TRACED[module] = (state, model.inputs, traced)
     return traced
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what torch tells: a list of weights in recurrent layers, the whole graph where it cannot be made."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    nowhere = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def depends_on_values(error: BaseException) -> bool:
+    """Say whether torch.export stopped because the way through the network depends on values of a tensor."""
+    return "data-dependent" in str(error) or "DataDependent" in type(error).__name__
+
+
+def why(error: BaseException) -> str:
+    """Say why a network has no graph, with the line of its own code at which that came up."""
+    line = own_line(error)
+    if depends_on_values(error):
+        return f"its control flow depends on the values of a tensor{f' ({line})' if line else ''}"
+    return first_line(error) + (f" ({line})" if line else "")
+
+
+def way_out(error: BaseException) -> str:
+    """Return what a person does about `why`."""
+    if depends_on_values(error):
+        return "write it with torch.where or torch.cond, or move the decision out of the network"
+    return "mend that line, or export it to ONNX yourself and give the .onnx file"
 
 
 def _state(module: torch.nn.Module) -> tuple[object, ...]:

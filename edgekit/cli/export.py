@@ -11,6 +11,7 @@ import click
 from edgekit.cli._terminal import Terminal, command
 
 if TYPE_CHECKING:
+    from edgekit.errors import EdgekitError
     from edgekit.export import ExportResult, TargetResult
 
 COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "same top-1", "max error")
@@ -109,6 +110,8 @@ def _report(terminal: Terminal, result: ExportResult, output: Path) -> None:
             terminal.say(f"{row.target}: {note}")
         if row.variant and row.variant.parity.status != "checked":
             terminal.say(f"{row.target}: {row.variant.parity.status}: {row.variant.parity.reason}")
+        if row.variant and row.variant.parity.labelled:
+            terminal.say(f"{row.target}: {row.variant.parity.labelled}")
         if row.variant and row.variant.elsewhere:
             terminal.say(f"{row.target}: {row.variant.elsewhere}")
         if row.error:
@@ -123,11 +126,25 @@ def _report(terminal: Terminal, result: ExportResult, output: Path) -> None:
 
 def _cells(row: TargetResult) -> tuple[str, ...]:
     if row.variant is None:
-        return (row.target, row.format, "-", "-", "failed", "-", "-", "-")
+        return (row.target, row.format, "-", "-", f"failed: {_kind(row.error)}", "-", "-", "-")
     parity = row.variant.parity
     size = f"{row.size / 2**20:.2f}" if row.size >= 2**19 else f"{row.size / 2**20:.3f}"
     figures = (parity.sqnr_db, parity.top1_agreement, parity.max_abs_error)
     return (row.target, row.format, row.variant.precision, size, parity.status, *map(_number, figures))
+
+
+def _kind(error: EdgekitError | None) -> str:
+    """Say in two words why a target failed; the whole message stands below the table."""
+    from edgekit.errors import MissingExtra, ParityError, ResourceError
+    from edgekit.export.refusal import UnsupportedOperator
+
+    words = {
+        UnsupportedOperator: "operator missing",
+        ParityError: "computes otherwise",
+        MissingExtra: "not installed",
+        ResourceError: "no room",
+    }
+    return next((told for kind, told in words.items() if isinstance(error, kind)), "cannot hold it")
 
 
 def _number(value: float | None) -> str:

@@ -40,6 +40,8 @@ def _tell(terminal: Terminal, opened: Bundle) -> None:
     for variant in manifest.variants:
         for line in (*variant.notes, *filter(None, [variant.parity.reason])):
             terminal.say(f"{variant.name}: {line}")
+        if variant.parity.labelled:
+            terminal.say(f"{variant.name}: {variant.parity.labelled}")
         if variant.elsewhere:
             terminal.say(f"{variant.name}: {variant.elsewhere}")
         if variant.operators:

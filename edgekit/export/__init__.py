@@ -6,6 +6,7 @@ Knows no format: exporters are found by the name a device profile gives.
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 
 from edgekit import bundle as bundles
-from edgekit import plugins
-from edgekit.errors import EdgekitError, ExportError, ParityError, UsageError
-from edgekit.export import documents, elsewhere, locating, parity, targets
+from edgekit import device_profiles, plugins
+from edgekit.durable import no_room
+from edgekit.errors import EdgekitError, ExportError, ParityError, UsageError, from_os, out_of_memory
+from edgekit.export import alone, documents, elsewhere, locating, parity, targets
 from edgekit.export.golden import expected_of, golden_count, golden_of, reference_of
+from edgekit.export.refusal import REFUSALS, UnsupportedOperator, reason
 from edgekit.manifest import Manifest, Parity, Variant
 from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
 from edgekit.progress import Progress, silent
@@ -76,9 +79,12 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
     Raises:
         UsageError: no target, one given twice, a name that is no file name, a licence that is no SPDX expression, a
             folder of something else, no calibration data, or a precision the model has no plan for.
+        ExportError: the model takes or gives complex numbers, which no format does.
+        ResourceError: the bundle has no room on its disk.
     """
     documents.check_license(model.license)
     _refuse_names(name or model.name, version, [profile.name for profile in profiles])
+    _refuse_complex_ends(model)
     bundles.refuse_foreign(folder)
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as source:
         model = _with_precision(_as_language_model(model, profiles, Path(source)), precision)
@@ -87,6 +93,7 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
             _export_one(model, _adapted(profile, precision), reference, scratch=Path(scratch), progress=progress)
             for profile in profiles
         )
+        rows = _with_holders(rows, model, progress)
         done = [row for row in rows if row.variant]
         if not done:
             return ExportResult(None, rows)
@@ -102,6 +109,15 @@ def _refuse_names(name: str, version: str, given: Sequence[str]) -> None:
             raise UsageError(f"{word!r} cannot name a bundle or target", "use letters, digits, dot, dash, underscore")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,99}", version):
         raise UsageError(f"{version!r} cannot be a version", "write it as 1, 1.2.0 or 2026-05-01")
+
+
+def _refuse_complex_ends(model: Model) -> None:
+    for spec in (*model.inputs, *model.outputs):
+        if spec.dtype.startswith("complex"):
+            raise ExportError(
+                f"{spec.name!r} of {model.name} is {spec.dtype}, and no format takes or gives complex numbers",
+                "let the network take and give real and imaginary parts as floats (torch.view_as_real)",
+            )
 
 
 def _as_language_model(model: Model, profiles: Sequence[DeviceProfile], folder: Path) -> Model:
@@ -141,8 +157,9 @@ def _export_one(
 ) -> TargetResult:
     progress(f"export {profile.name}", 0, 0)
     folder = scratch / profile.name
-    folder.mkdir()
     try:
+        folder.mkdir()
+        _refuse_small_disk(model, scratch)
         exporter = cast("Exporter", plugins.load(PACKAGE, profile.format, "format"))
         artifact = exporter.export(model, profile, folder, progress)
         variant = _variant(profile, artifact)
@@ -151,7 +168,7 @@ def _export_one(
         try:
             proof = parity.check(exporter, variant, scratch, reference)
         except ParityError as error:
-            raise _located(error, model, profile, variant) from error
+            raise _located(error, model, profile, variant) from error.__cause__
         variant = msgspec.structs.replace(variant, parity=proof.parity)
         if proof.outputs:
             variant = msgspec.structs.replace(
@@ -161,9 +178,79 @@ def _export_one(
             asked = elsewhere.ask(profile, variant, proof.outputs, folder=scratch, reference=reference)
             variant = msgspec.structs.replace(variant, elsewhere=asked)
     except EdgekitError as error:
-        return TargetResult(profile.name, profile.format, error=error)
+        return _failed(profile, out_of_memory(error) or error, folder)
+    except OSError as error:
+        return _failed(profile, no_room(scratch, profile.name, error=error) or from_os(error, "export"), folder)
+    except (*REFUSALS, MemoryError) as error:  # of an exporter, a stranger's among them: the other targets go on
+        return _failed(profile, out_of_memory(error) or _fault(profile, error), folder)
     size = sum((scratch / path).stat().st_size for path in variant.files)
     return TargetResult(profile.name, profile.format, variant, size)
+
+
+def _refuse_small_disk(model: Model, scratch: Path) -> None:
+    """Stop before a converter does: LiteRT's ends the process on a full disk, Core ML's leaves its half file."""
+    if not isinstance(model.network, TorchNetwork):
+        return
+    needed = sum(one.numel() * one.element_size() for one in model.network.module.parameters())
+    if lack := no_room(scratch, f"the weights of {model.name}", needed):
+        raise lack
+
+
+def _failed(profile: DeviceProfile, error: EdgekitError, folder: Path) -> TargetResult:
+    """Keep the error of one target, and free what it has written for the targets behind it.
+
+    Engines written in C++ say of a full disk what they like.
+    """
+    error = no_room(folder, profile.name) or error
+    shutil.rmtree(folder, ignore_errors=True)
+    return TargetResult(profile.name, profile.format, error=error)
+
+
+def _fault(profile: DeviceProfile, error: BaseException) -> ExportError:
+    made = ExportError(
+        f"the exporter of {profile.format} failed: {type(error).__name__}: {reason(error)}",
+        "this is a fault of the exporter; use another target, and report it with the trace that --debug shows",
+    )
+    made.__cause__ = error
+    return made
+
+
+def _with_holders(rows: tuple[TargetResult, ...], model: Model, progress: Progress) -> tuple[TargetResult, ...]:
+    """Say with each operator that a format lacks which formats hold it; each is asked for that operator alone."""
+    known = {row.format for row in rows if row.variant}
+    asked: dict[str, set[str]] = {}
+
+    def told(row: TargetResult) -> TargetResult:
+        error = row.error
+        if not isinstance(error, UnsupportedOperator) or not error.nodes:
+            return row
+        lacking = {one.format for one in rows if isinstance(one.error, UnsupportedOperator) and
+                   set(one.error.nodes) & set(error.nodes)}  # fmt: skip
+        node = error.nodes[0]
+        if node not in asked:
+            others = [name for name in plugins.names(PACKAGE) if name not in known | lacking]
+            asked[node] = _holders(model, node, others, progress) | known
+        holders = ", ".join(sorted(asked[node])) or "none of the formats here"
+        hint = f"{error.hint}; it is held by: {holders}"
+        return replace(row, error=UnsupportedOperator(error.message, hint, error.nodes))
+
+    return tuple(map(told, rows))
+
+
+def _holders(model: Model, node: str, formats: Sequence[str], progress: Progress) -> set[str]:
+    """Return the formats that hold the part of the network around one node, in float, and compute it."""
+    part = alone.part_of(model, node)
+    if part is None:
+        return set()
+    reference = reference_of(part, "part", "1")
+    found = set()
+    for number, name in enumerate(formats):
+        progress(f"ask which formats hold {node}", number, len(formats))
+        with tempfile.TemporaryDirectory() as scratch:
+            row = _export_one(part, device_profiles.of_format(name), reference, scratch=Path(scratch), progress=silent)
+        if row.variant and row.variant.parity.status != "unverified":
+            found.add(name)
+    return found
 
 
 def _refuse_too_large(profile: DeviceProfile, variant: Variant, scratch: Path) -> None:

@@ -13,6 +13,7 @@ import msgspec
 
 from edgekit import plugins
 from edgekit.errors import MissingExtra, UsageError
+from edgekit.export.labelled import labels_of
 from edgekit.export.parity import Reference
 from edgekit.export.quiet import silence
 from edgekit.manifest import Classification, Expected, Golden, Variant
@@ -39,7 +40,7 @@ TEXT_SAMPLES = 4
 
 
 def reference_of(model: Model, name: str, version: str) -> Reference:
-    """Compute the outputs of the compressed float model on its first calibration samples.
+    """Compute the outputs of the compressed float model on its first calibration samples, and its metric on labels.
 
     Raises:
         UsageError: a tensor model without calibration data, or with less than its fixed batch.
@@ -67,7 +68,8 @@ def reference_of(model: Model, name: str, version: str) -> Reference:
         raise UsageError(f"{model.name} has no data to compare files on", "give --data file.py:function or data.npz")
     samples, size = whole_batches(model, model.data.calibration.head(PARITY_SAMPLES))
     outputs = run_batched(model.network, samples, size)
-    return Reference(samples, outputs, contract, contract.postprocess.output if contract.postprocess else None)
+    scores = contract.postprocess.output if contract.postprocess else None
+    return Reference(samples, outputs, contract, scores, labels_of(model, scores))
 
 
 def _any_batch(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:

@@ -50,8 +50,23 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
         outputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.outputs),
         batch=graph.batch,
         operators=Counter(node.op_type for node in proto.graph.node),
-        notes=notes,
+        notes=(*notes, *_newer(proto, profile, model)),
         requires={"onnxruntime": ">=1.20", "opset": str(max(o.version for o in proto.opset_import if not o.domain))},
+    )
+
+
+def _newer(proto: onnx.ModelProto, profile: DeviceProfile, model: Model) -> tuple[str, ...]:
+    """Refuse a newer opset than the profile asks for, which its engine may not read; a file's own is only told."""
+    written = max(opset.version for opset in proto.opset_import if not opset.domain)
+    asked = int(profile.options.get("opset", written))
+    if written <= asked:
+        return ()
+    if isinstance(model.network, OnnxNetwork):
+        return (f"the .onnx file has opset {written}, {profile.name} asks for {asked}: its engine has to read that",)
+    raise ExportError(
+        f"{profile.name} asks for opset {asked}, and {model.precision} needs {written}",
+        f"set options.opset to {written} in a profile of your own, if its engine reads that, or quantize to 8 bits with"
+        " one scale a channel",
     )
 
 

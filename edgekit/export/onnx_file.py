@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 
 from edgekit.errors import ExportError
 from edgekit.export.quiet import silence
-from edgekit.export.refusal import reason
+from edgekit.export.refusal import UnsupportedOperator, called, names_in, places, refused, traced
 from edgekit.model import GgufFile, LlamaFolder, Model, OnnxNetwork, TorchNetwork
 from edgekit.plugins import extra
-from edgekit.workload import trace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     import onnx
     import torch
 
 BATCH = "batch"
+NEWEST = 21
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,39 @@ def _from_file(network: OnnxNetwork) -> Graph:
 
 
 def _from_torch(model: Model, network: TorchNetwork, opset: int) -> Graph:
+    graph = traced(model)
+    proto, lowered = _exported(model, network, opset)
+    _require_opset(proto, opset)
+    _strip(proto)
+    _name_batch(proto)
+    return Graph(proto, _value_names(graph, lowered, network))
+
+
+def located(error: ExportError, model: Model, words: Collection[str]) -> ExportError:
+    """Add to an engine's refusal of ONNX operators where the network calls them.
+
+    ``words``: names of the nodes, or their types (``DFT``).
+    """
+    if not isinstance(model.network, TorchNetwork):
+        return UnsupportedOperator(error.message, error.hint)
+    proto, _ = _exported(model, model.network, NEWEST)
+    nodes = [node for node in proto.graph.node if node.name in words]
+    nodes = nodes or [node for node in proto.graph.node if node.op_type in words]
+    told = {prop.value for node in nodes for prop in node.metadata_props if prop.key == "pkg.torch.onnx.fx_node"}
+    found = called(traced(model), names_in("\n".join(told)))
+    if not found:
+        return UnsupportedOperator(error.message, error.hint)
+    return UnsupportedOperator(f"{error.message}; from {places(found)}", error.hint, [node.name for node in found])
+
+
+def _exported(model: Model, network: TorchNetwork, opset: int) -> tuple[onnx.ModelProto, torch.export.ExportedProgram]:
     with extra("export"):
         import onnxscript  # noqa: F401  # torch.onnx needs it and names it badly when it is missing
         import torch
-    traced = trace(model)
     try:
         with silence():
             program = torch.onnx.export(
-                traced,
+                traced(model),
                 (),
                 dynamo=True,
                 opset_version=opset,
@@ -84,16 +109,10 @@ def _from_torch(model: Model, network: TorchNetwork, opset: int) -> Graph:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise ExportError(
-            f"{model.name} has no ONNX form: {reason(error)}", "replace that operator, or export to another target"
-        ) from error
+        raise refused(model, "ONNX", error) from error
     if program is None or program.exported_program is None:
         raise ExportError(f"{model.name} has no ONNX form: torch.onnx gave no program")
-    proto = program.model_proto
-    _require_opset(proto, opset)
-    _strip(proto)
-    _name_batch(proto)
-    return Graph(proto, _value_names(traced, program.exported_program, network))
+    return program.model_proto, program.exported_program
 
 
 def _require_opset(proto: onnx.ModelProto, wanted: int) -> None:

@@ -15,6 +15,7 @@ import msgspec
 
 from edgekit import plugins
 from edgekit.errors import ExportError, HealthError, MissingExtra, ParityError
+from edgekit.export import labelled
 from edgekit.export.quiet import silence
 from edgekit.export.targets import Evaluator
 from edgekit.manifest import Parity
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from edgekit.export.labelled import Labels
     from edgekit.export.targets import Exporter
-    from edgekit.manifest import Variant
+    from edgekit.manifest import Labelled, Variant
     from edgekit.model import Split
     from edgekit.tensors import Array
 
@@ -89,6 +91,7 @@ class Reference:
     outputs: Mapping[str, Array]
     contract: Contract
     scores: str | None = None
+    labels: Labels | None = None
 
 
 def check(exporter: Exporter, variant: Variant, folder: Path, reference: Reference) -> Proof:
@@ -108,6 +111,7 @@ def check(exporter: Exporter, variant: Variant, folder: Path, reference: Referen
             outputs = _run(variant, folder, reference)
             judged = _judge(variant, reference, outputs, "checked")
             sizes = _same_in_small_batches(variant, folder, reference, outputs)
+            judged = msgspec.structs.replace(judged, labelled=_labelled(variant, folder, reference))
             return Proof(msgspec.structs.replace(judged, batches=sizes), outputs)
         except MissingExtra as error:
             missing = error.message
@@ -119,7 +123,27 @@ def check(exporter: Exporter, variant: Variant, folder: Path, reference: Referen
         outputs = exporter.evaluate(folder / variant.main, reference.inputs.inputs)
     except NotImplementedError as error:
         return Proof(Parity(status="unverified", reason=f"{missing}; {error}"))
+    if reference.labels is not None:
+        missing += "; its metric on labelled data is not measured, which takes an engine"
     return Proof(_judge(variant, reference, outputs, "evaluated", reason=missing))
+
+
+def _labelled(variant: Variant, folder: Path, reference: Reference) -> Labelled | None:
+    """Measure the file on labelled samples, where there are some.
+
+    Raises:
+        ParityError: it names the label less often than the model by more than its precision may cost.
+    """
+    if reference.labels is None:
+        return None
+    outputs = _run(variant, folder, replace(reference, inputs=reference.labels.split))
+    found = labelled.measured(reference.labels, outputs, variant.precision)
+    if found.model - found.file > found.max_loss:
+        raise ParityError(
+            f"{variant.main} loses too much on labelled data: {found}",
+            "calibrate on data like the validation split, leave sensitive layers in float, or use more bits",
+        )
+    return found
 
 
 def computed(exporter: Exporter, variant: Variant, folder: Path, reference: Reference) -> Mapping[str, Array]:
@@ -257,11 +281,19 @@ def measure(reference: Reference, outputs: Mapping[str, Array]) -> Figures:
     """Compare outputs with the reference: SQNR = 10 log10(sum of squares / sum of squared errors), capped at 200 dB.
 
     Figures are rounded, so that a manifest reads well. Outputs with NaN measure -200 dB.
+
+    Raises:
+        ParityError: an output has another shape than the reference's.
     """
     import numpy as np
 
     errors, sqnrs, same = [], [CAP_DB], []
     for name, want in reference.outputs.items():
+        if outputs[name].shape != want.shape:
+            raise ParityError(
+                f"the file gives {name!r} of shape {list(outputs[name].shape)}, the model {list(want.shape)}",
+                "use another target: this format computes an operator of the network otherwise",
+            )
         if want.dtype.kind in "iub":
             same.append(float((np.asarray(outputs[name]) == want).mean()))
             continue

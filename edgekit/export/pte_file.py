@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError
 from edgekit.export.quiet import silence
-from edgekit.export.refusal import REFUSALS, reason
-from edgekit.export.xnnpack_forms import module_path
+from edgekit.export.refusal import REFUSALS, WAY_OUT, UnsupportedOperator, called, module_path, places, refused
 from edgekit.plugins import extra
+from edgekit.workload import trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,13 +18,14 @@ if TYPE_CHECKING:
     import torch
     from torch import fx
 
+    from edgekit.model import Model
+
 ROUNDING = ("quantize_", "dequantize_", "choose_qparams")
 IMPLICIT = "IS_IMPLICIT_Q_DQ_TAG"
 """The mark on rounding nodes that became part of an integer kernel."""
 VOLUME = 5
 """Axes of what a 3-D convolution gives."""
 INSIDE = "xnnpack."
-WAY_OUT = "replace that operator, or use another target"
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Lowered:
         return f"{told}; ExecuTorch's own kernels run {listed}" if outside else told
 
 
-def lower(program: torch.export.ExportedProgram, name: str) -> Lowered:
-    """Return what XNNPACK makes of a program with a fixed batch; ``name`` is the model's.
+def lower(program: torch.export.ExportedProgram, model: Model) -> Lowered:
+    """Return what XNNPACK makes of a program with a fixed batch, made of ``model``.
 
     Raises:
         ExportError: an operator that ExecuTorch has no form or kernel for, or integers that no kernel takes.
@@ -64,8 +64,8 @@ def lower(program: torch.export.ExportedProgram, name: str) -> Lowered:
             _refuse_outside(graph)
             written = edge.to_executorch()
     except (*REFUSALS, SpecViolationError, own.ExportError, own.InternalError) as error:
-        raise _refusal(program, name, error) from error
-    _refuse_without_kernel(written.executorch_program, program, name)
+        raise refused(model, "ExecuTorch", error) from error
+    _refuse_without_kernel(written.executorch_program, model)
     outside = Counter(_name(node) for node in _calls(graph))
     inside = Counter(INSIDE + _name(node) for part in _delegates(graph) for node in _calls(part))
     return Lowered(bytes(written.buffer), inside + outside)
@@ -105,27 +105,7 @@ def _refuse_outside(graph: fx.GraphModule) -> None:
             raise ExportError(f"ExecuTorch has no kernel for {module_path(node)}, a 3-D convolution", WAY_OUT)
 
 
-def _refusal(program: torch.export.ExportedProgram, name: str, error: BaseException) -> ExportError:
-    """Name the operators that the message names, and the modules that they come from."""
-    told = str(error)
-    kinds = {_plain(node) for node in program.graph.nodes} - {""}
-    places = _places(program, {kind for kind in kinds if re.search(rf"aten(\.|::){kind}\b", told)})
-    return ExportError(f"{name} has no ExecuTorch form{places}: {reason(error)}", WAY_OUT)
-
-
-def _plain(node: fx.Node) -> str:
-    """Return ``special_zeta`` of ``aten.special_zeta.default``, "" for what is no operator."""
-    words = str(node.target).split(".") if node.op == "call_function" else []
-    return words[1] if len(words) > 1 else ""
-
-
-def _places(program: torch.export.ExportedProgram, kinds: set[str]) -> str:
-    """Say which modules call operators of these kinds."""
-    found = {f"{module_path(node)} ({_plain(node)})" for node in program.graph.nodes if _plain(node) in kinds}
-    return f" at {', '.join(sorted(found))}" if found else ""
-
-
-def _refuse_without_kernel(written: Any, program: torch.export.ExportedProgram, name: str) -> None:  # noqa: ANN401  # executorch is untyped
+def _refuse_without_kernel(written: Any, model: Model) -> None:  # noqa: ANN401  # executorch is untyped
     """Ask the runtime of this package for a kernel of each operator outside of XNNPACK."""
     with extra("executorch"), silence():
         from executorch.runtime import Runtime
@@ -138,6 +118,10 @@ def _refuse_without_kernel(written: Any, program: torch.export.ExportedProgram, 
     }
     missing = sorted(wanted - known)
     if missing:
-        kinds = {one.partition("::")[2].partition(".")[0] for one in missing}
-        places = _places(program, kinds)
-        raise ExportError(f"ExecuTorch's runtime has no kernel for {', '.join(missing)} of {name}{places}", WAY_OUT)
+        found = called(trace(model), {one.partition("::")[2].partition(".")[0] for one in missing})
+        place = f", which {places(found)} needs" if found else ""
+        raise UnsupportedOperator(
+            f"ExecuTorch's runtime has no kernel for {', '.join(missing)} of {model.name}{place}",
+            WAY_OUT,
+            [node.name for node in found],
+        )

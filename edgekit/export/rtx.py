@@ -50,6 +50,14 @@ class _Complaints:
         return [one for one in self.told if not any(word in one for word in OF_THE_MACHINE)]
 
 
+class Refused(ExportError):
+    """The parser does not take ``nodes``, named as in the file."""
+
+    def __init__(self, message: str, hint: str, nodes: tuple[str, ...]) -> None:
+        super().__init__(message, hint)
+        self.nodes = nodes
+
+
 def is_installed() -> bool:
     """Say whether TensorRT-RTX can be asked here."""
     return importlib.util.find_spec("tensorrt_rtx") is not None
@@ -59,7 +67,8 @@ def note_of(path: Path) -> str:
     """Parse and build an ONNX file; return what came of it in one sentence, also where nobody could be asked.
 
     Raises:
-        ExportError: TensorRT-RTX does not take an operator, or refuses to build the network; names the node.
+        Refused: TensorRT-RTX does not take an operator; names the node.
+        ExportError: it refuses to build the network.
     """
     if not is_installed():
         return f"not parsed here: TensorRT-RTX is not installed (pip install 'edgekit[{EXTRA}]')"
@@ -72,9 +81,10 @@ def note_of(path: Path) -> str:
         parser = rtx.OnnxParser(network, complaints.logger(rtx))
         is_parsed = parser.parse_from_file(str(path))
     if not is_parsed:
-        raise ExportError(
+        raise Refused(
             f"TensorRT does not take {path.name}: {_refused(parser)}",
             "replace that operator, or export to onnx; options.gate = false in a profile of your own lets it pass",
+            tuple(parser.get_error(number).node_name() for number in range(parser.num_errors)),
         )
     with silence():
         engine = builder.build_serialized_network(network, _settings(builder, network))

@@ -26,12 +26,6 @@ def argument(node: fx.Node, place: int) -> Any:  # noqa: ANN401  # a node, a num
     return node.args[place] if len(node.args) > place else None
 
 
-def module_path(node: fx.Node) -> str:
-    """Return the path of the module that a node comes from, else the node's own name."""
-    stack = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
-    return next((path for path in reversed(stack) if path), node.name)
-
-
 def rewrite(graph: fx.Graph) -> dict[str, str]:
     """Change the graph; return what stands for each node that left, by name.
 

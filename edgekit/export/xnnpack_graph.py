@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from edgekit import grid
 from edgekit.errors import ExportError
 from edgekit.export import xnnpack_values
-from edgekit.export.xnnpack_forms import argument, module_path, operator
+from edgekit.export.refusal import module_path
+from edgekit.export.xnnpack_forms import argument, operator
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgekit.errors import ExportError
-from edgekit.export.xnnpack_forms import argument, is_float, is_mean_of_pictures, module_path, operator
+from edgekit.export.refusal import module_path
+from edgekit.export.xnnpack_forms import argument, is_float, is_mean_of_pictures, operator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

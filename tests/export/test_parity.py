@@ -1,16 +1,19 @@
 """Parity: faithful files pass with their figures, wrong ones are named with figures and limits."""
 
+import dataclasses
 import math
 
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit import device_profiles, plugins
+from edgekit.cli import cli
 from edgekit.errors import ExportError, ParityError
-from edgekit.export import PACKAGE, export, parity
+from edgekit.export import PACKAGE, export, labelled, parity
 from edgekit.export.golden import reference_of
 from edgekit.export.parity import LIMITS, Reference, measure
 from edgekit.manifest import Parity, Variant
@@ -167,3 +170,44 @@ def test_a_precision_without_limits_is_refused_not_waved_through(tiny, tmp_path)
     odd = msgspec.structs.replace(variant("onnx"), precision="ternary")
     with pytest.raises(ExportError, match="nobody knows what a ternary file must hold"):
         parity.check(exporter, odd, tmp_path, reference_of(tiny, "t", "1"))
+
+
+def with_validation(model, images):
+    """Return the model with validation pictures whose labels are what the float network says."""
+    labels = model.network.run({"image": images})["scores"].argmax(1)
+    data = dataclasses.replace(model.data, validation=Split({"image": images}, labels))
+    return dataclasses.replace(model, data=data)
+
+
+def test_the_metric_on_labelled_data_is_measured_and_told(tiny_int8, tmp_path):
+    images = np.random.default_rng(1).random((400, 3, 8, 8), np.float32)
+    best = np.sort(tiny_int8.network.run({"image": images})["scores"], 1)[:, -2:]
+    model = with_validation(tiny_int8, images[best[:, 1] - best[:, 0] > 0.1])  # no class hangs by a thread
+    engine, evaluated = export(model, [profile_of("onnx"), profile_of("coreml")], tmp_path / "b").rows
+    found = engine.variant.parity.labelled
+    assert (found.metric, found.samples, found.model, found.max_loss) == ("top1", 128, 1.0, 0.05)
+    assert 0.95 <= found.file <= 1.0
+    assert evaluated.variant.parity.labelled is None
+    assert "metric on labelled data is not measured" in evaluated.variant.parity.reason
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")]).stdout
+    told = f"top1 {found.file:.3f} on 128 labelled samples, the model's 1.000 (at most 0.05 less)"
+    assert f"{engine.target}: {told}" in shown
+
+
+def test_a_file_that_loses_on_labelled_data_is_refused(tiny_int8, tmp_path):
+    """Pictures brighter than those the plan was calibrated on: SQNR on calibration samples cannot see that."""
+    bright = 30 * np.random.default_rng(1).random((64, 3, 8, 8), np.float32)
+    (row,) = export(with_validation(tiny_int8, bright), [profile_of("onnx")], tmp_path / "b").rows
+    assert isinstance(row.error, ParityError)
+    assert "loses too much on labelled data: top1 " in row.error.message
+    assert "the model's 1.000 (at most 0.05 less)" in row.error.message
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "samples", "loss"),
+    [("fp32", 128, 0.0156), ("fp32", 1000, 0.01), ("fp16", 128, 0.02), ("int8-dynamic", 128, 0.05), ("w4a8", 128, 0.3),
+     ("wmixeda8", 128, 0.3), ("w2a8", 128, 1.0), ("int8", 10, 0.2), ("int8", 1, 1.0)],
+)  # fmt: skip
+def test_what_a_file_may_lose_goes_by_its_precision(precision, samples, loss):
+    assert labelled.most_loss(precision, samples) == loss

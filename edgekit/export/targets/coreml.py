@@ -14,7 +14,7 @@ from edgekit.errors import ExportError, UsageError
 from edgekit.export import coreml_weights, mil
 from edgekit.export.coreml_forms import FIRST_IOS, Table
 from edgekit.export.quiet import silence
-from edgekit.export.refusal import REFUSALS, reason
+from edgekit.export.refusal import REFUSALS, refused
 from edgekit.export.targets import Artifact, Exporter
 from edgekit.manifest import Port
 from edgekit.model import Model, TorchNetwork
@@ -155,7 +155,7 @@ def _graph(model: Model, network: TorchNetwork) -> torch.export.ExportedProgram:
             graph: torch.export.ExportedProgram = program.run_decompositions(_recurrent())
             _skip_aliases(graph)
     except REFUSALS as error:
-        raise ExportError(f"{model.name} cannot be traced to a graph: {reason(error)}") from error
+        raise refused(model, "Core ML", error) from error
     return graph
 
 
@@ -192,9 +192,7 @@ def _convert(model: Model, graph: torch.export.ExportedProgram, ios: int, *, hal
                 skip_model_load=True,
             )
     except REFUSALS as error:
-        raise ExportError(
-            f"{model.name} has no Core ML form: {reason(error)}", "replace that operator, or use another target"
-        ) from error
+        raise refused(model, "Core ML", error) from error
 
 
 def _port(spec: TensorSpec) -> Port:

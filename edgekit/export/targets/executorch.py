@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgekit.errors import CompressionError, ExportError, UsageError
+from edgekit.errors import ExportError, UsageError
 from edgekit.export import pte_file, xnnpack_forms, xnnpack_graph
 from edgekit.export.quiet import silence
-from edgekit.export.refusal import REFUSALS, reason
+from edgekit.export.refusal import REFUSALS, refused, traced
 from edgekit.export.targets import Artifact, Exporter
 from edgekit.manifest import Port
 from edgekit.model import TorchNetwork
 from edgekit.plugins import extra
-from edgekit.workload import trace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +48,7 @@ class ExecutorchExporter:
         progress("executorch: trace", 0, 2)
         program, written = _program(model)
         progress("executorch: lower for XNNPACK", 1, 2)
-        lowered = pte_file.lower(program, model.name)
+        lowered = pte_file.lower(program, model)
         (folder / "model.pte").write_bytes(lowered.content)
         return Artifact(
             main="model.pte",
@@ -100,12 +99,7 @@ def _program(model: Model) -> tuple[torch.export.ExportedProgram, Written]:
         import torch
     one = model.data.calibration.head(1).inputs
     example = tuple(torch.as_tensor(one[spec.name]) for spec in model.inputs)
-    try:
-        with silence():
-            traced = trace(model)
-    except CompressionError as error:
-        raise ExportError(error.message, error.hint) from error
-    module = traced.module(check_guards=False)
+    module = traced(model).module(check_guards=False)
     names = {s.name: node.name for s, node in zip(model.inputs, module.graph.find_nodes(op="placeholder"), strict=True)}
     gone = xnnpack_forms.rewrite(module.graph)
     renamed = {public: node for public, node in names.items() if public != node}
@@ -118,7 +112,7 @@ def _program(model: Model) -> tuple[torch.export.ExportedProgram, Written]:
         with silence():
             return torch.export.export(module, example), written
     except REFUSALS as error:
-        raise ExportError(f"{model.name} cannot be traced to a program of batch 1: {reason(error)}") from error
+        raise refused(model, "ExecuTorch", error) from error
 
 
 PLUGIN: Exporter = ExecutorchExporter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError
 from edgekit.export import lowering, qdq
+from edgekit.export.onnx_file import located
 from edgekit.export.quiet import silence
 from edgekit.export.refusal import REFUSALS, reason
 from edgekit.plugins import extra
@@ -49,9 +51,13 @@ class OpenvinoExporter:
                     _name(made, [spec.name for spec in model.outputs])
                     openvino.save_model(made, folder / MAIN, compress_to_fp16=False)
             except (*REFUSALS, OpConversionFailure) as error:
-                raise ExportError(
-                    f"{model.name} has no OpenVINO form: {_reason(error)}",
-                    "replace that operator, or export to onnx, which OpenVINO reads as well",
+                raise located(
+                    ExportError(
+                        f"{model.name} has no OpenVINO form: {_reason(error)}",
+                        "replace that operator, or export to onnx",
+                    ),
+                    model,
+                    _lacking(error),
                 ) from error
         _forget_this_run(folder / MAIN)
         operators = Counter(operator.get_type_name() for operator in made.get_ordered_ops())
@@ -62,6 +68,12 @@ def _reason(error: BaseException) -> str:
     """Return the line that names the operators, which OpenVINO writes last."""
     told = [line.removeprefix("-- ") for line in str(error).splitlines() if "No conversion rule found" in line]
     return told[0][:300] if told else reason(error)
+
+
+def _lacking(error: BaseException) -> set[str]:
+    """Return the types of ONNX operators that OpenVINO has no rule for."""
+    listed = re.findall(r"operations: ([\w., :-]+)", str(error))
+    return {word.rpartition(".")[2] for one in listed for word in re.split(r"[ ,]+", one.strip()) if word}
 
 
 def _name(made: Any, outputs: list[str]) -> None:  # noqa: ANN401  # openvino's model has no types here

@@ -9,6 +9,7 @@ import msgspec
 
 from edgekit.errors import ExportError
 from edgekit.export import lowering, qdq, rtx
+from edgekit.export.onnx_file import located
 from edgekit.manifest import EngineBuild
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ class TensorrtExporter:
         path = folder / "model.onnx"
         artifact = lowering.write_artifact(model, profile, path, scheme=qdq.SIGNED, progress=progress)
         progress("parse and build with TensorRT-RTX", 0, 0)
-        gate = (rtx.note_of(path),) if profile.options.get("gate", True) else ()
+        try:
+            gate = (rtx.note_of(path),) if profile.options.get("gate", True) else ()
+        except rtx.Refused as error:
+            raise located(error, model, error.nodes) from error
         return replace(artifact, notes=(*artifact.notes, NOTE, *gate), engine=engine)
 
 

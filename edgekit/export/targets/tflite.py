@@ -16,7 +16,7 @@ from edgekit import grid
 from edgekit.errors import ExportError, UsageError
 from edgekit.export import litert_file, litert_ranges, litert_recipe, litert_weights
 from edgekit.export.quiet import silence
-from edgekit.export.refusal import REFUSALS, reason
+from edgekit.export.refusal import REFUSALS, reason, refused
 from edgekit.export.targets import Artifact, Exporter
 from edgekit.manifest import Port
 from edgekit.model import Model, TorchNetwork
@@ -166,6 +166,7 @@ def _convert(model: Model, network: TorchNetwork, ports: Sequence[Port]) -> byte
     with extra("export"), silence():
         import litert_torch
         import torch
+        from litert_converter._mlir.ir import MLIRError  # type: ignore[import-untyped]  # public nowhere, and of no class of ours
     one = model.data.calibration.head(1).inputs
     example = tuple(torch.as_tensor(_as_stored(one[p.name], p)) for p in ports)
     pictures = [i for i, port in enumerate(ports) if port.axes]
@@ -175,10 +176,8 @@ def _convert(model: Model, network: TorchNetwork, ports: Sequence[Port]) -> byte
             module = litert_torch.to_channel_last_io(module, args=pictures) if pictures else module
             litert_torch.convert(module, example).export(f"{scratch}/model.tflite")
             return Path(scratch, "model.tflite").read_bytes()
-    except REFUSALS as error:
-        raise ExportError(
-            f"{model.name} has no LiteRT form: {reason(error)}", "replace that operator, or use another target"
-        ) from error
+    except (*REFUSALS, MLIRError) as error:
+        raise refused(model, "LiteRT", error) from error
 
 
 def _frozen(module: torch.nn.Module) -> torch.nn.Module:
