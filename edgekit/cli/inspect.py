@@ -94,9 +94,8 @@ def _tell_tensors(terminal: Terminal, manifest: Manifest) -> None:
         terminal.say(f"picture {p.mode}, shorter side {p.resize}, crop {p.crop}, {p.interpolation}, into {p.input}")
     if manifest.postprocess:
         softmax = " by softmax" if manifest.postprocess.softmax else ""
-        terminal.say(
-            f"labels  {len(manifest.postprocess.labels)}, from {manifest.postprocess.output}{softmax}, best {manifest.postprocess.top_k}"
-        )
+        own = manifest.postprocess
+        terminal.say(f"labels  {len(own.labels)}, from {own.output}{softmax}, best {own.top_k}")
     for prompt, answer in manifest.golden.prompts:
         terminal.say(f"golden  {prompt!r} -> {answer!r}")
     terminal.say()
