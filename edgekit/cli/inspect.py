@@ -38,6 +38,9 @@ def _tell(terminal: Terminal, opened: Bundle) -> None:
     columns = ("variant", "format", "precision", "size", "batch", "parity", "SQNR dB", "same top-1", "main file")
     terminal.table(columns, [_variant_cells(manifest, name) for name in [v.name for v in manifest.variants]])
     for variant in manifest.variants:
+        if variant.requires:
+            needs = ", ".join(f"{name} {version}" for name, version in variant.requires.items())
+            terminal.say(f"{variant.name}: needs {needs}")
         for line in (*variant.notes, *filter(None, [variant.parity.reason])):
             terminal.say(f"{variant.name}: {line}")
         if variant.parity.labelled:
@@ -92,7 +95,9 @@ def _tell_tensors(terminal: Terminal, manifest: Manifest) -> None:
         p = manifest.preprocess
         terminal.say(f"picture {p.mode}, shorter side {p.resize}, crop {p.crop}, {p.interpolation}, into {p.input}")
     if manifest.postprocess:
-        terminal.say(f"labels  {len(manifest.postprocess.labels)}, from {manifest.postprocess.output}")
+        softmax = " by softmax" if manifest.postprocess.softmax else ""
+        own = manifest.postprocess
+        terminal.say(f"labels  {len(own.labels)}, from {own.output}{softmax}, best {own.top_k}")
     for prompt, answer in manifest.golden.prompts:
         terminal.say(f"golden  {prompt!r} -> {answer!r}")
     terminal.say()

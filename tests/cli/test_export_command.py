@@ -141,7 +141,8 @@ def test_inspect_shows_tensors_variants_files_and_digest(exported):
     assert code == 0
     for told in ("digits 3", bundle.read(folder).digest, "image: float32[?, 3, 8, 8]", "jetson-orin-nano", "golden/",
                  "every byte checked", "RGB, shorter side 8", "labels  10", "lineage: none recorded",
-                 "licence not told", "x86-64: operators ", "DequantizeLinear, ",
+                 "licence not told", ", from scores by softmax, best 5", "x86-64: needs onnxruntime >=1.20",
+                 "x86-64: operators ", "DequantizeLinear, ",
                  "| stem.weight      | 8    | one a channel |", "documents/"):  # fmt: skip
         assert told in out, told
 
