@@ -95,7 +95,9 @@ def optimized(path: Path, *, has_signed: bool = False) -> onnx.ModelProto:
                 f"ONNX Runtime {onnxruntime.__version__} refuses {path.name}: {str(error).splitlines()[0][:300]}",
                 "export with --precision fp32 to see whether the plan or the network is at fault",
             ) from error
-        return onnx.load(options.optimized_model_filepath)
+        made = onnx.load(options.optimized_model_filepath, load_external_data=False)
+        onnx.load_external_data_for_model(made, str(path.parent))  # weights that lie apart stay where they were
+        return made
 
 
 def refuse_floats(kernels: Kernels, name: str, planned: Mapping[str, Planned]) -> None:

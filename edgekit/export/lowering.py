@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.errors import ExportError
 from edgekit.export import kernels, onnx_dynamic, qdq
-from edgekit.export.onnx_file import Graph, float_graph, write
+from edgekit.export.onnx_file import Graph, float_graph, save
 from edgekit.export.onnx_weights import BLOCK_OPSET, Planned, Weights, as_product, pack, planned_nodes, replace_nodes
 from edgekit.export.quiet import silence
 from edgekit.export.targets import Artifact
@@ -38,20 +38,23 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
     proto, notes = _lowered(graph, model, scheme, progress)
     if profile.emulate and profile.arch == "x86_64":  # whose sums the gate looks at: no engine needs to widen them
         proto.metadata_props.add(key=SUMS, value=SUMS_CHECKED)
-    path.write_bytes(write(proto))
+    operators = Counter(node.op_type for node in proto.graph.node)
+    notes = (*notes, *_newer(proto, profile, model))
+    opset = max(o.version for o in proto.opset_import if not o.domain)
+    files = save(proto, path)
     if model.plan and scheme.onnxruntime and model.plan.scheme != "float16":
         planned = {item.weight: item for item in planned_nodes(Weights(graph.proto), model, model.plan)}
         notes = (*notes, *_kernel_notes(path, model, planned, profile))
     return Artifact(
         main=path.name,
-        files=(path.name,),
+        files=files,
         precision=model.precision,
         inputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.inputs),
         outputs=tuple(Port(name=s.name, key=s.name, dtype=s.dtype) for s in model.outputs),
         batch=graph.batch,
-        operators=Counter(node.op_type for node in proto.graph.node),
-        notes=(*notes, *_newer(proto, profile, model)),
-        requires={"onnxruntime": ">=1.20", "opset": str(max(o.version for o in proto.opset_import if not o.domain))},
+        operators=operators,
+        notes=notes,
+        requires={"onnxruntime": ">=1.20", "opset": str(opset)},
     )
 
 
@@ -133,7 +136,8 @@ def _width_note(plan: QuantizationPlan, scheme: Scheme) -> tuple[str, ...]:
 
 
 def _weight_only(graph: Graph, model: Model, plan: QuantizationPlan) -> onnx.ModelProto:
-    proto = type(graph.proto).FromString(graph.proto.SerializeToString())
+    proto = type(graph.proto)()
+    proto.CopyFrom(graph.proto)
     weights = Weights(proto)
     items = {item.node.output[0]: item for item in planned_nodes(weights, model, plan)}
     nodes: list[onnx.NodeProto] = []

@@ -31,7 +31,8 @@ GEOMETRY = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 def quantize(graph: Graph, model: Model, plan: QuantizationPlan) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """Return the graph with the plan lowered into it, and notes on what is computed in float."""
-    proto = type(graph.proto).FromString(graph.proto.SerializeToString())
+    proto = type(graph.proto)()
+    proto.CopyFrom(graph.proto)
     weights = Weights(proto)
     items = {item.node.output[0]: item for item in planned_nodes(weights, model, plan)}
     nodes: list[onnx.NodeProto] = []

@@ -16,11 +16,18 @@ from edgekit.plugins import extra
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
+    from pathlib import Path
 
     import onnx
     import torch
 
 BATCH = "batch"
+LARGE = 1 << 30
+"""Bytes of weights from which on they lie in a file of their own; protobuf ends at twice as much."""
+PAGE = 4096
+"""Smaller weights stay in the graph."""
+FOLDED = 1 << 28
+"""The largest constant, in bytes, that is computed beforehand where nothing refers to its parts by name."""
 NEWEST = 21
 
 
@@ -53,9 +60,27 @@ def float_graph(model: Model, opset: int) -> Graph:
     return _from_torch(model, model.network, opset)
 
 
-def write(proto: onnx.ModelProto) -> bytes:
-    """Serialize so that the same graph gives the same bytes."""
-    return bytes(proto.SerializeToString(deterministic=True))
+def save(proto: onnx.ModelProto, path: Path) -> tuple[str, ...]:
+    """Write a file with the shape of every value, and return the names of the files.
+
+    The same graph gives the same bytes. The weights of a large model lie beside it in one file, each where a page
+    begins, so that an engine can map them; they are taken out of ``proto``.
+    """
+    from onnx import shape_inference
+    from onnx.external_data_helper import set_external_data, write_external_data_tensors
+
+    weights = [one for one in proto.graph.initializer if one.HasField("raw_data")]
+    sizes = [len(one.raw_data) for one in weights]
+    apart = f"{path.name}.data" if sum(sizes) > LARGE else ""
+    if apart:
+        end = 0
+        for weight, size in zip(weights, sizes, strict=True):
+            if size >= PAGE:
+                set_external_data(weight, apart, offset=end)
+                end = -(-(end + size) // PAGE) * PAGE
+        write_external_data_tensors(proto, str(path.parent))
+    path.write_bytes(shape_inference.infer_shapes(proto, data_prop=True).SerializeToString(deterministic=True))
+    return (path.name, apart) if apart else (path.name,)
 
 
 def _from_file(network: OnnxNetwork) -> Graph:
@@ -95,8 +120,8 @@ def located(error: ExportError, model: Model, words: Collection[str]) -> ExportE
 
 def _exported(model: Model, network: TorchNetwork, opset: int) -> tuple[onnx.ModelProto, torch.export.ExportedProgram]:
     with extra("export"):
-        import onnxscript  # noqa: F401  # torch.onnx needs it and names it badly when it is missing
         import torch
+        from onnxscript import optimizer  # torch.onnx needs onnxscript and names it badly when it is missing
     try:
         with silence():
             program = torch.onnx.export(
@@ -112,6 +137,10 @@ def _exported(model: Model, network: TorchNetwork, opset: int) -> tuple[onnx.Mod
         raise refused(model, "ONNX", error) from error
     if program is None or program.exported_program is None:
         raise ExportError(f"{model.name} has no ONNX form: torch.onnx gave no program")
+    if model.plan is None:  # torch.onnx folds constants of some kilobytes alone
+        with silence():
+            optimizer.fold_constants(program.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
+            optimizer.remove_unused_nodes(program.model)
     return program.model_proto, program.exported_program
 
 

@@ -7,12 +7,14 @@ has no range and stays float.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit import grid
 from edgekit.errors import UsageError
-from edgekit.export.onnx_file import Graph, write
+from edgekit.export.onnx_file import Graph, save
 from edgekit.export.onnx_weights import WEIGHTED, Planned, Weights, planned_nodes, replace_nodes, store
 from edgekit.model import whole_batches
 from edgekit.plan import Range
@@ -74,7 +76,8 @@ def quantize(graph: Graph, model: Model, scheme: Scheme, progress: Progress) -> 
     """
     if model.plan is None or model.data is None:
         raise UsageError(f"{model.name} has no quantization plan", "compress it first: edgekit compress")
-    proto = type(graph.proto).FromString(graph.proto.SerializeToString())
+    proto = type(graph.proto)()
+    proto.CopyFrom(graph.proto)
     weights = Weights(proto)
     items = planned_nodes(weights, model, model.plan)
     planned = {graph.values.get(name, name): r for name, r in model.plan.activations.items()}
@@ -308,7 +311,10 @@ def measure(
     watched.CopyFrom(proto)
     del watched.graph.output[:]
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-    session = onnxruntime.InferenceSession(write(watched), providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "watched.onnx")
+        save(watched, path)
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for number, batch in enumerate(calibration.batches(size)):
         progress("calibrate", min((number + 1) * size, len(calibration)), len(calibration))
         for name, value in zip(wanted, session.run(wanted, dict(batch.inputs)), strict=True):

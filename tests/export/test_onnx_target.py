@@ -1,18 +1,20 @@
 """ONNX and TensorRT files: the plan's ranges land in the scales, names and opset are the promised ones."""
 
 import dataclasses
+import importlib.util
 
 import msgspec
 import numpy as np
 import onnx
 import pytest
+import torch
 from fakes.exportable import tied_model, tiny_model, with_plan
 from onnx import numpy_helper
 
-from edgekit import device_profiles, plugins, workload
-from edgekit.errors import ExportError, UsageError
-from edgekit.export import PACKAGE, onnx_file, onnx_weights
-from edgekit.model import OnnxNetwork
+from edgekit import bundle, device_profiles, load, plugins, workload
+from edgekit.errors import BundleError, ExportError, UsageError
+from edgekit.export import PACKAGE, export, onnx_file, onnx_weights
+from edgekit.model import Data, OnnxNetwork, Split
 from edgekit.plan import QuantizationPlan, Range
 from edgekit.progress import silent
 
@@ -144,6 +146,68 @@ def test_names_are_public_the_batch_is_dynamic_and_nothing_tells_of_this_machine
     data = (tmp_path / "model.onnx").read_bytes()
     assert __file__.encode() not in data
     assert b"stack_trace" not in data
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_every_value_has_a_shape_and_nothing_is_left_to_fold(tiny, tiny_int8, tmp_path, planned):
+    proto, _ = lower(tiny_int8 if planned else tiny, tmp_path)
+    told = {v.name for v in (*proto.graph.value_info, *proto.graph.output)}
+    assert {name for node in proto.graph.node for name in node.output} <= told
+    read = {name for node in proto.graph.node for name in node.input}
+    weights = {one.name for one in proto.graph.initializer}
+    assert weights <= read
+    rounded = {"QuantizeLinear", "DequantizeLinear"}  # of weights: they lie in the file as integers
+    assert all(set(node.input) - weights for node in proto.graph.node if node.op_type not in rounded)
+    assert not {node.op_type for node in proto.graph.node} & {"Identity", "Constant"}
+
+
+def test_constants_of_recurrent_layers_are_computed_beforehand(tmp_path):
+    class Recurrent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = torch.nn.GRU(8, 64, batch_first=True)
+
+        def forward(self, x):
+            return self.gru(x)[0]
+
+    torch.manual_seed(0)
+    data = Data(Split({"x": np.random.default_rng(0).normal(size=(4, 6, 8)).astype(np.float32)}))
+    proto, _ = lower(workload.from_module("gru", Recurrent().eval(), data), tmp_path)
+    weights = {one.name for one in proto.graph.initializer}
+    assert "GRU" in {node.op_type for node in proto.graph.node}
+    assert all(set(node.input) - weights for node in proto.graph.node)
+
+
+def test_weights_of_a_large_model_lie_beside_it(tiny, tiny_int8, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "LARGE", 1000)
+    monkeypatch.setattr(onnx_file, "PAGE", 64)
+    for model in (tiny, tiny_int8):
+        folder = tmp_path / model.precision
+        profiles = [device_profiles.load("x86-64"), device_profiles.load("jetson-orin-nano")]
+        if importlib.util.find_spec("openvino"):
+            profiles.append(device_profiles.of_format("openvino"))
+        done = export(model, profiles, folder)
+        assert done.first_error is None
+        variants = {v.name: v for v in bundle.read(folder).manifest.variants}
+        assert variants["x86-64"].files == ("x86-64/model.onnx", "x86-64/model.onnx.data")
+        assert variants["x86-64"].parity.status == "checked"
+        data = (folder / "x86-64/model.onnx.data").stat().st_size
+        assert data > 10 * (folder / "x86-64/model.onnx").stat().st_size / 100
+        shut = onnx.load(folder / "x86-64/model.onnx", load_external_data=False)
+        offsets = [int(e.value) for t in shut.graph.initializer for e in t.external_data if e.key == "offset"]
+        assert offsets
+        assert all(offset % 64 == 0 for offset in offsets)
+        inputs = model.data.calibration.head(2).inputs
+        with load(folder, variant="x86-64") as session:
+            found = session.run(inputs)["scores"]
+        monkeypatch.setattr(onnx_file, "LARGE", 1 << 30)
+        assert export(model, profiles[:1], tmp_path / "whole").first_error is None
+        with load(tmp_path / "whole") as session:
+            np.testing.assert_array_equal(session.run(inputs)["scores"], found)
+        monkeypatch.setattr(onnx_file, "LARGE", 1000)
+        (folder / "x86-64/model.onnx.data").write_bytes(b"")
+        with pytest.raises(BundleError):
+            load(folder, variant="x86-64")
 
 
 def test_a_weight_that_became_a_transposed_copy_is_known_by_its_values(tmp_path):
