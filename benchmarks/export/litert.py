@@ -123,10 +123,19 @@ def peer(model: Model, folder: Path, calibration: Array, images: Array) -> Array
     if importlib.util.find_spec("ai_edge_quantizer") is None:
         return None
     from ai_edge_litert.interpreter import Interpreter
-    from ai_edge_quantizer import qtyping, quantizer, recipe
 
     answers(model, "tflite", folder, images[:1])
-    path = next(folder.glob("**/*.tflite"))
+    made = peer_file(next(folder.glob("**/*.tflite")), calibration)
+    reader: Any = Interpreter(str(made), num_threads=1)
+    reader.allocate_tensors()
+    runner = reader.get_signature_runner()
+    return np.concatenate([next(iter(runner(args_0=one).values())) for one in last(images)])
+
+
+def peer_file(path: Path, calibration: Array) -> Path:
+    """Quantize a float file by ai-edge-quantizer's own recipe; inputs and outputs stay float."""
+    from ai_edge_quantizer import qtyping, quantizer, recipe
+
     engine = quantizer.Quantizer(str(path))
     engine.load_quantization_recipe(recipe.static_wi8_ai8())
     for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
@@ -134,10 +143,7 @@ def peer(model: Model, folder: Path, calibration: Array, images: Array) -> Array
     samples = [{"args_0": one} for one in last(calibration)]
     made = path.with_name("peer.tflite")
     engine.quantize(engine.calibrate({"serving_default": samples})).export_model(str(made), overwrite=True)
-    reader: Any = Interpreter(str(made), num_threads=1)
-    reader.allocate_tensors()
-    runner = reader.get_signature_runner()
-    return np.concatenate([next(iter(runner(args_0=one).values())) for one in last(images)])
+    return made
 
 
 def last(images: Array) -> list[Array]:
