@@ -92,9 +92,8 @@ def _ds_cnn(quick: bool) -> Subject | None:
     calibration = litert.scaled(images[litert.TRAINED : litert.TRAINED + litert.CALIBRATED])
     tested = litert.scaled(litert.read("t10k-images-idx3-ubyte.gz", 16)[:JUDGED])
     truth = litert.read("t10k-labels-idx1-ubyte.gz", 8)[:JUDGED]
-    return Subject(
-        "ds-cnn", workload.from_module("ds-cnn", network, Data(Split({"image": calibration}))), tested, truth
-    )
+    model = workload.from_module("ds-cnn", network, Data(Split({"image": calibration})))
+    return Subject("ds-cnn", model, tested, truth)
 
 
 def _resnet(quick: bool) -> Subject | None:
@@ -256,7 +255,9 @@ def _pt2e(subject: Subject, form: str, folder: Path) -> Path:
     from executorch.exir import to_edge_transform_and_lower
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    pictures = [torch.as_tensor(one[None]) for one in _calibration(subject)]
+    pictures = [
+        torch.as_tensor(one)[None].clone(memory_format=torch.contiguous_format) for one in _calibration(subject)
+    ]
     module = torch.export.export(subject.model.network.module, (pictures[0],)).module()  # type: ignore[union-attr]  # PyTorch
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     prepared = prepare_pt2e(module, quantizer)
@@ -310,7 +311,7 @@ def _in_executorch(path: Path) -> Run:
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
-    portable_lib._unsafe_reset_threadpool(1)
+    portable_lib._unsafe_reset_threadpool(1)  # noqa: SLF001  # the only way to it
     program = Runtime.get().load_program(path.read_bytes())
     method = program.load_method("forward")
     KEPT.append(program)  # a method reads the program's bytes, and does not keep them
