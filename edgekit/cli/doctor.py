@@ -15,6 +15,7 @@ from edgekit.cli._extras import Extra, find_extras
 from edgekit.cli._targets import ability
 from edgekit.cli._terminal import Terminal, command
 from edgekit.device_profiles import machine
+from edgekit.errors import HealthError
 
 PROGRAMS = {
     "mosquitto": "a broker for a real fleet, and for the MQTT tests (the embedded one needs nothing)",
@@ -38,6 +39,8 @@ def COMMAND(terminal: Terminal) -> None:  # noqa: N802  # the name by which the 
     targets = [(one.name, one.format, *ability(one)) for one in classes]
     terminal.say()
     terminal.table(("target", "format", "can be written here", "checked by"), targets)
+    graphics = _tensorrt()
+    terminal.say(f"\nTensorRT: {graphics}")
     for name, path in programs.items():
         terminal.say(f"\n{name}: {path or 'not found'} ({PROGRAMS[name]})")
     terminal.result(
@@ -48,8 +51,20 @@ def COMMAND(terminal: Terminal) -> None:  # noqa: N802  # the name by which the 
             "extras": [_document(extra) for extra in extras],
             "targets": [dict(zip(("target", "format", "export", "parity"), row, strict=True)) for row in targets],
             "programs": programs,
+            "tensorrt": graphics,
         }
     )
+
+
+def _tensorrt() -> str:
+    """Say what builds and runs TensorRT's engines here, or what is missing."""
+    from edgekit.runtime import tensorrt_tools
+
+    try:
+        found = tensorrt_tools.find()
+    except HealthError as error:
+        return f"{error.message}" + (f": {error.hint}" if error.hint else "")
+    return f"engines are built by {found.builder} for {found.gpu.name}, {found.gpu.driver}"
 
 
 def _find_program(name: str) -> str:

@@ -11,7 +11,11 @@ from click.testing import CliRunner
 from edgekit import device_profiles
 from edgekit.cli import cli
 from edgekit.cli._extras import ENABLES, Extra, Package, find_extras
+from edgekit.cli.doctor import _tensorrt
 from edgekit.device_profiles import machine
+from edgekit.errors import HealthError
+from edgekit.runtime import tensorrt_tools
+from edgekit.runtime.cuda import Gpu
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -28,6 +32,18 @@ def test_doctor_ends_well_and_names_the_machine_in_both_forms():
     text = CliRunner().invoke(cli, ["doctor"])
     assert text.exit_code == 0
     assert document["machine"]["cpu"] in text.stdout
+    assert f"TensorRT: {document['tensorrt']}" in text.stdout
+
+
+def test_doctor_says_what_tensorrt_lacks_and_what_builds_its_engines(monkeypatch):
+    def nothing():
+        raise HealthError("this machine has no NVIDIA driver")
+
+    monkeypatch.setattr(tensorrt_tools, "find", nothing)
+    assert _tensorrt() == "this machine has no NVIDIA driver"
+    tools = tensorrt_tools.Tools(Gpu("Orin 8.7", "CUDA 12060"), "tensorrt 10.3", "tensorrt", list, open)
+    monkeypatch.setattr(tensorrt_tools, "find", lambda: tools)
+    assert _tensorrt() == "engines are built by tensorrt 10.3 for Orin 8.7, CUDA 12060"
 
 
 def test_doctor_says_of_every_target_whether_it_can_be_written_here():
