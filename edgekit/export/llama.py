@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import families
+from edgekit.export import families, gguf_file
 from edgekit.export.quiet import silence
 from edgekit.plugins import extra
 
@@ -136,7 +136,7 @@ def network_of(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped he
         import numpy as np
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
-    reader = gguf.GGUFReader(path)
+    reader = gguf_file.opened(path)
     shape = families.stored_shape(reader)
     stored = {t.name for t in reader.tensors}
     settings = families.configuration(shape)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import blocks, families, llama, llama_quantize, vocabulary
+from edgekit.export import blocks, families, gguf_file, llama, llama_quantize, vocabulary
 from edgekit.export import importance as importances
 from edgekit.export.targets import Artifact
 from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
@@ -92,10 +92,8 @@ class GgufExporter:
 
 def _taken(source: Path, folder: Path) -> Artifact:
     """Take a finished file as it stands; its precision is the type that most of its bytes have."""
-    with extra("export"):
-        import gguf
     try:
-        tensors = gguf.GGUFReader(source).tensors
+        tensors = gguf_file.opened(source).tensors
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise ExportError(f"{source.name} is damaged: {error}", "fetch the file again") from error
     used: Counter[str] = Counter()
@@ -183,9 +181,7 @@ def _by_llama_cpp(path: Path, source: Path, plan: _Plan, *, progress: Progress) 
 
 def _told(path: Path, plan: _Plan) -> tuple[str, ...]:
     """Tell what the file holds, read from it: tensors by type, bits a weight, and what did not get what was asked."""
-    with extra("export"):
-        import gguf
-    tensors = gguf.GGUFReader(path).tensors
+    tensors = gguf_file.opened(path).tensors
     used = Counter(tensor.tensor_type.name for tensor in tensors)
     bits = 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors)
     reason = ""
