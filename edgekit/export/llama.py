@@ -83,15 +83,18 @@ def gguf_name(name: str, shape: Shape) -> str:
 
 def from_gguf(name: str, array: Array, shape: Shape) -> tuple[str, Array]:
     """Return a stored tensor's Hugging Face name and numbers: `to_gguf` undone."""
-    stem, _, suffix = name.rpartition(".")
     heads = _rotated_heads(name, shape)
     if _is_norm(name):
         array = array - shape.family.norm_offset
-    array = _halve(array, heads) if heads else array
+    return _transformers_name(name, shape), _halve(array, heads) if heads else array
+
+
+def _transformers_name(name: str, shape: Shape) -> str:
+    stem, _, suffix = name.rpartition(".")
     if not stem.startswith("blk."):
-        return f"{_WHOLE[stem]}.{suffix}", array
+        return f"{_WHOLE[stem]}.{suffix}"
     number = stem.split(".", 2)[1]
-    return f"model.layers.{number}.{shape.family.parts[_part(name)]}.{suffix}", array
+    return f"model.layers.{number}.{shape.family.parts[_part(name)]}.{suffix}"
 
 
 def _is_norm(name: str) -> bool:
@@ -130,27 +133,63 @@ def logits(path: Path, tokens: Array) -> Array:
 
 
 def network_of(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped here
-    """Build transformers' network of a GGUF file that edgekit wrote, from its keys and dequantized tensors."""
+    """Build transformers' network of a GGUF file that edgekit wrote, from its keys and dequantized tensors.
+
+    A block has weights while it computes only: all blocks at once would be the size of the float model.
+
+    Raises:
+        ExportError: the file lacks tensors of the network; names them.
+    """
     with extra("export"), silence():
-        import gguf
-        import numpy as np
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
     reader = gguf_file.opened(path)
     shape = families.stored_shape(reader)
-    stored = {t.name for t in reader.tensors}
+    names = {t.name for t in reader.tensors}
     settings = families.configuration(shape)
     for key, name in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_up")):
-        settings[key] = f"blk.0.{name}.bias" in stored
-    settings["tie_word_embeddings"] = "output.weight" not in stored
-    with silence():
-        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.family.model_type, **settings))
-    state = network.state_dict()
-    wanted = set(state) - ({"lm_head.weight"} if settings["tie_word_embeddings"] else set())
-    for t in reader.tensors:  # one after the other: all of them beside the network would be twice its size
-        name, array = from_gguf(t.name, gguf.quants.dequantize(t.data, t.tensor_type), shape)
-        state[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
-        wanted.remove(name)
-    if wanted:
-        raise ExportError(f"{path.name} lacks {', '.join(sorted(wanted))}", "export it again")
+        settings[key] = f"blk.0.{name}.bias" in names
+    settings["tie_word_embeddings"] = "output.weight" not in names
+    config = AutoConfig.for_model(shape.family.model_type, **settings)
+    with silence(), torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    network.model.rotary_emb = type(network.model.rotary_emb)(config)  # its numbers are computed, not stored
+    stored = {_transformers_name(t.name, shape): t for t in reader.tensors}
+    tied = {"lm_head.weight"} if settings["tie_word_embeddings"] else set()
+    if lacking := set(network.state_dict()) - set(stored) - tied:
+        raise ExportError(f"{path.name} lacks {', '.join(sorted(lacking))}", "export it again")
+    outside = [name for name in stored if not name.startswith("model.layers.")]
+    network.load_state_dict(_weights("", outside, stored, shape), strict=False, assign=True)
+    if tied:
+        network.tie_weights()
+    for number, block in enumerate(network.model.layers):
+        _let_come_and_go(block, f"model.layers.{number}.", stored, shape)
     return network.eval()
+
+
+def _let_come_and_go(block: Any, prefix: str, stored: dict[str, Any], shape: Shape) -> None:  # noqa: ANN401  # untyped
+    """Give a block its weights before it computes, and take them after."""
+    names = [name for name in stored if name.startswith(prefix)]
+
+    def come(block: Any, _: Any) -> None:  # noqa: ANN401  # torch is imported by functions only
+        block.load_state_dict(_weights(prefix, names, stored, shape), assign=True)
+
+    def go(block: Any, *_: Any) -> None:  # noqa: ANN401  # torch is imported by functions only
+        block.to("meta")
+
+    block.register_forward_pre_hook(come)
+    block.register_forward_hook(go)
+
+
+def _weights(prefix: str, names: Iterable[str], stored: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """Dequantize tensors by transformers' names, without the prefix."""
+    import gguf
+    import numpy as np
+    import torch
+
+    found = {}
+    for name in names:
+        tensor = stored[name]
+        _, array = from_gguf(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type), shape)
+        found[name.removeprefix(prefix)] = torch.from_numpy(np.array(array, order="C"))
+    return found
