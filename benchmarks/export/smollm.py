@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CALIBRATED = (64, 128)
 HELD_OUT = (8, 512)
+UNIFORM = "q5_0"
 AT_ONCE = 64
 """So many positions' scores are compared at a time, in float64."""
 
@@ -109,7 +110,7 @@ def _measured(path: Path, scratch: Path, quick: bool) -> list[Row]:
         Row("float network made of the GGUF file, perplexity", judge.judge(None).perplexity, ""),
         Row("the same before it is shuffled, KL", unshuffled.kl, "nats", goal="value <= 1e-5"),
     ]
-    plain = _exported(folder, scratch, "f16", None)
+    plain = _exported(folder, "f16", None)
     back = judge.judge(llama.network_of(plain.path))
     rows += [
         Row("F16 file, KL", back.kl, "nats", goal="value <= 1e-5"),
@@ -118,18 +119,30 @@ def _measured(path: Path, scratch: Path, quick: bool) -> list[Row]:
         *_costs("F16", plain, size),
     ]
     for precision in ("q8_0", "q4_k_m", "q4_0"):
-        rows += _with_and_without(judge, folder, scratch, precision, text=text, size=size)
-    return rows
+        rows += _with_and_without(judge, folder, precision, text=text, size=size)
+    return rows + _chosen(judge, folder, text=text, size=size)
 
 
-def _with_and_without(
-    judge: Judge, folder: Path, scratch: Path, precision: str, *, text: Array, size: float
-) -> list[Row]:
+def _chosen(judge: Judge, folder: Path, *, text: Array, size: float) -> list[Row]:
+    """Let types be chosen within the size of one type for all, on the same text; KL has to be lower."""
+    uniform = _exported(folder, UNIFORM, text)
+    asked = f"{int(100 * bits(uniform.path)) / 100:.2f}bpw"  # no more than that file has
+    mixed = _exported(folder, asked, text)
+    found, peer = (judge.judge(llama.network_of(e.path)) for e in (mixed, uniform))
+    told = f"{UNIFORM.upper()} for all, {bits(uniform.path):.2f} bits"
+    return [
+        Row(f"{asked}, {bits(mixed.path):.2f} bits a weight, KL", found.kl, "nats", told, peer.kl, "ratio < 1"),
+        Row(f"{asked}, perplexity", found.perplexity, "", told, peer.perplexity),
+        *_costs(asked, mixed, size),
+    ]
+
+
+def _with_and_without(judge: Judge, folder: Path, precision: str, *, text: Array, size: float) -> list[Row]:
     """Write the type with and without an importance matrix; KL has to be lower with it."""
     name = precision.upper()
     if precision.endswith("_k_m") and importlib.util.find_spec("llama_cpp") is None:
         return [Row(f"{name}, KL", None, "llama-cpp-python is not installed: pip install 'edgekit[llama-cpp]'")]
-    blind = _exported(folder, scratch, precision, None)
+    blind = _exported(folder, precision, None)
     without = judge.judge(llama.network_of(blind.path))
     told = f"{bits(blind.path):.2f} bits a weight"
     if precision == "q8_0":  # no scale is searched there: the matrix is not gathered
@@ -138,7 +151,7 @@ def _with_and_without(
             Row(f"{name}, perplexity", without.perplexity, ""),
             *_costs(name, blind, size),
         ]
-    seeing = _exported(folder, scratch, precision, text)
+    seeing = _exported(folder, precision, text)
     found = judge.judge(llama.network_of(seeing.path))
     return [
         Row(f"{name} with imatrix, {told}, KL", found.kl, "nats", "without", without.kl, "ratio < 1"),
@@ -173,9 +186,9 @@ def _same_tokens(path: Path, made: Path) -> float:
     return 100 * sum(ours == theirs for ours, theirs in pairs) / len(pairs)
 
 
-def _exported(folder: Path, scratch: Path, precision: str, text: Array | None) -> Exported:
-    """Export in a fresh process, so that nothing of this one counts."""
-    out = scratch / f"{precision}-{'blind' if text is None else 'seeing'}"
+def _exported(folder: Path, precision: str, text: Array | None) -> Exported:
+    """Export beside the folder in a fresh process, so that nothing of this one counts."""
+    out = folder.parent / f"{precision}-{'blind' if text is None else 'seeing'}"
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh) as pool:
         return pool.submit(_export_here, folder, out, precision, text).result()

@@ -14,7 +14,7 @@ from edgekit.export.quiet import silence
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from edgekit.export.families import Shape
