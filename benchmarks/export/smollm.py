@@ -32,8 +32,8 @@ from edgekit.model import Data, Split
 if TYPE_CHECKING:
     from edgekit.tensors import Array
 
-CALIBRATED = (64, 128)
-HELD_OUT = (8, 512)
+CALIBRATED = (32, 128)
+HELD_OUT = (8, 256)
 UNIFORM = "q5_0"
 AT_ONCE = 64
 """So many positions' scores are compared at a time, in float64."""
