@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from edgekit import blockwise
 from edgekit.errors import CompressionError, InputError, UsageError
 from edgekit.plugins import extra
 
@@ -197,10 +198,9 @@ class LlamaFolder:
         """Compute ``logits`` [batch, tokens, vocabulary] for ``input_ids`` [batch, tokens]."""
         with extra("gguf"):
             import torch
-            from transformers import AutoModelForCausalLM
-        network = AutoModelForCausalLM.from_pretrained(self.path, local_files_only=True, dtype=torch.float32).eval()
+        network = blockwise.of_folder(self.path)
         with torch.no_grad():
-            return {"logits": network(torch.as_tensor(inputs["input_ids"])).logits.numpy()}
+            return {"logits": network(torch.as_tensor(inputs["input_ids"]), use_cache=False).logits.numpy()}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgekit import blockwise
 from edgekit.errors import ExportError, UsageError
 from edgekit.export import families, gguf_file
 from edgekit.export.quiet import silence
@@ -141,8 +142,7 @@ def network_of(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped he
         ExportError: the file lacks tensors of the network; names them.
     """
     with extra("export"), silence():
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
     reader = gguf_file.opened(path)
     shape = families.stored_shape(reader)
     names = {t.name for t in reader.tensors}
@@ -151,45 +151,23 @@ def network_of(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped he
         settings[key] = f"blk.0.{name}.bias" in names
     settings["tie_word_embeddings"] = "output.weight" not in names
     config = AutoConfig.for_model(shape.family.model_type, **settings)
-    with silence(), torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config)
-    network.model.rotary_emb = type(network.model.rotary_emb)(config)  # its numbers are computed, not stored
+    with silence():
+        network = blockwise.empty(config)
     stored = {_transformers_name(t.name, shape): t for t in reader.tensors}
-    tied = {"lm_head.weight"} if settings["tie_word_embeddings"] else set()
-    if lacking := set(network.state_dict()) - set(stored) - tied:
+    if lacking := blockwise.names(network) - set(stored):
         raise ExportError(f"{path.name} lacks {', '.join(sorted(lacking))}", "export it again")
-    outside = [name for name in stored if not name.startswith("model.layers.")]
-    network.load_state_dict(_weights("", outside, stored, shape), strict=False, assign=True)
-    if tied:
-        network.tie_weights()
-    for number, block in enumerate(network.model.layers):
-        _let_come_and_go(block, f"model.layers.{number}.", stored, shape)
-    return network.eval()
+    return blockwise.fill(network, lambda wanted: _weights(wanted, stored, shape))
 
 
-def _let_come_and_go(block: Any, prefix: str, stored: dict[str, Any], shape: Shape) -> None:  # noqa: ANN401  # untyped
-    """Give a block its weights before it computes, and take them after."""
-    names = [name for name in stored if name.startswith(prefix)]
-
-    def come(block: Any, _: Any) -> None:  # noqa: ANN401  # torch is imported by functions only
-        block.load_state_dict(_weights(prefix, names, stored, shape), assign=True)
-
-    def go(block: Any, *_: Any) -> None:  # noqa: ANN401  # torch is imported by functions only
-        block.to("meta")
-
-    block.register_forward_pre_hook(come)
-    block.register_forward_hook(go)
-
-
-def _weights(prefix: str, names: Iterable[str], stored: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """Dequantize tensors by transformers' names, without the prefix."""
+def _weights(wanted: Iterable[str], stored: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """Dequantize tensors by transformers' names."""
     import gguf
     import numpy as np
     import torch
 
     found = {}
-    for name in names:
+    for name in wanted:
         tensor = stored[name]
         _, array = from_gguf(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type), shape)
-        found[name.removeprefix(prefix)] = torch.from_numpy(np.array(array, order="C"))
+        found[name] = torch.from_numpy(np.array(array, order="C"))
     return found
