@@ -15,7 +15,7 @@ from edgekit.export.quiet import silence
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from edgekit.export.families import Shape
@@ -156,18 +156,19 @@ def network_of(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped he
     stored = {_transformers_name(t.name, shape): t for t in reader.tensors}
     if lacking := blockwise.names(network) - set(stored):
         raise ExportError(f"{path.name} lacks {', '.join(sorted(lacking))}", "export it again")
-    return blockwise.fill(network, lambda wanted: _weights(wanted, stored, shape))
+    return blockwise.fill(network, lambda wanted: _weights(path, {n: stored[n] for n in wanted}, shape))
 
 
-def _weights(wanted: Iterable[str], stored: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """Dequantize tensors by transformers' names."""
+def _weights(path: Path, stored: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """Dequantize tensors by transformers' names; they are read, as pages of a mapped file stay in memory."""
     import gguf
     import numpy as np
     import torch
 
     found = {}
-    for name in wanted:
-        tensor = stored[name]
-        _, array = from_gguf(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type), shape)
+    for name, tensor in stored.items():
+        kept = tensor.data
+        data = np.fromfile(path, kept.dtype, kept.size, offset=tensor.data_offset).reshape(kept.shape)
+        _, array = from_gguf(tensor.name, gguf.quants.dequantize(data, tensor.tensor_type), shape)
         found[name] = torch.from_numpy(np.array(array, order="C"))
     return found
