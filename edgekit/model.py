@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from edgekit import blockwise
 from edgekit.errors import CompressionError, InputError, UsageError
 from edgekit.plugins import extra
 
@@ -198,7 +197,8 @@ class LlamaFolder:
         """Compute ``logits`` [batch, tokens, vocabulary] for ``input_ids`` [batch, tokens]."""
         with extra("gguf"):
             import torch
-        network = blockwise.of_folder(self.path)
+            from transformers import AutoModelForCausalLM
+        network = AutoModelForCausalLM.from_pretrained(self.path, local_files_only=True, dtype=torch.float32).eval()
         with torch.no_grad():
             return {"logits": network(torch.as_tensor(inputs["input_ids"]), use_cache=False).logits.numpy()}
 

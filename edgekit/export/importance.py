@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgekit import blockwise
 from edgekit.errors import ExportError
 from edgekit.export import llama
 from edgekit.export.quiet import silence
@@ -27,7 +26,7 @@ WINDOWS = 64
 """At most so many windows of text: the mean of squares settles long before (128 tokens each are 8192 rows)."""
 
 AT_ONCE = 8
-"""So many windows are computed at a time: each pass reads all weights anew."""
+"""So many windows are computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ def gather(folder: Path, shape: Shape, samples: Split, progress: Progress) -> Im
             f"an importance matrix needs input_ids, the data has {', '.join(samples.inputs)}",
             'give a data.toml of kind = "text"',
         )
-    with silence():
-        network = blockwise.of_folder(folder)
+    network = opened(folder)
     tied = getattr(network.config, "tie_word_embeddings", False)
     sums: dict[str, Any] = {}
     counted = 0

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgekit import blockwise
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import families, gguf_file
+from edgekit.export import blockwise, families, gguf_file
 from edgekit.export.quiet import silence
 from edgekit.plugins import extra
 
@@ -170,5 +169,5 @@ def _weights(path: Path, stored: dict[str, Any], shape: Shape) -> dict[str, Any]
         kept = tensor.data
         data = np.fromfile(path, kept.dtype, kept.size, offset=tensor.data_offset).reshape(kept.shape)
         _, array = from_gguf(tensor.name, gguf.quants.dequantize(data, tensor.tensor_type), shape)
-        found[name] = torch.from_numpy(np.array(array, order="C"))
+        found[name] = torch.from_numpy(np.ascontiguousarray(array))
     return found

@@ -9,7 +9,7 @@ from fakes.exportable import llama_folder
 
 from edgekit import device_profiles, workload
 from edgekit.errors import UsageError
-from edgekit.export import budget, export, gguf_file
+from edgekit.export import budget, export, gguf_file, llama
 from edgekit.export.parity import limit_of
 from edgekit.model import Data, Split
 
@@ -106,3 +106,11 @@ def test_a_list_that_leaves_the_file_is_damage(sealed, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(content)
     with pytest.raises((ValueError, KeyError, IndexError, OSError)):
         gguf_file.opened(tmp_path / "bad.gguf")
+
+
+def test_a_file_is_computed_without_its_blocks_staying_in_memory(sealed):
+    network = llama.network_of(sealed[0])
+    with torch.no_grad():
+        first, second = (network(torch.as_tensor(TOKENS[:2])).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert {p.device.type for p in network.model.layers.parameters()} == {"meta"}

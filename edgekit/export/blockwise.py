@@ -1,18 +1,14 @@
 """Networks of transformers whose blocks have weights while they compute only, so that they are never whole in memory.
 
-Knows no file format but safetensors. A forward pass reads every weight once: give it many samples at a time.
+Knows no file. A forward pass reads every weight once: give it many samples at a time.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
-
-from edgekit.plugins import extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
 BLOCKS = "model.layers."
 
@@ -57,36 +53,3 @@ def _let_come_and_go(block: Any, prefix: str, fetch: Callable[[], dict[str, Any]
 
     block.register_forward_pre_hook(come)
     block.register_forward_hook(go)
-
-
-def of_folder(folder: Path) -> Any:  # noqa: ANN401  # transformers is untyped here
-    """Open a Hugging Face folder in float32; whole where its tensors have other names than the network's.
-
-    Raises:
-        MissingExtra: torch, transformers or safetensors is not installed.
-    """
-    with extra("gguf"):
-        import torch
-        from safetensors import safe_open
-        from transformers import AutoConfig, AutoModelForCausalLM
-    network = empty(AutoConfig.from_pretrained(folder, local_files_only=True))
-    places = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            places |= dict.fromkeys(file.keys(), path)
-    if not hasattr(network, "model") or not hasattr(network.model, "layers") or names(network) - set(places):
-        whole = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        return whole.eval()
-
-    def fetch(wanted: Iterable[str]) -> dict[str, Any]:
-        by_file = defaultdict(list)
-        for name in wanted:
-            by_file[places[name]].append(name)
-        found = {}
-        for path, own in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                # Copied, or one tensor would hold the whole mapped file.
-                found |= {name: file.get_tensor(name).to(torch.float32, copy=True) for name in own}
-        return found
-
-    return fill(network, fetch)
