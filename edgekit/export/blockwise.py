@@ -5,6 +5,7 @@ Knows no file. A forward pass reads every weight once: give it many samples at a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def fill(network: Any, fetch: Callable[[Iterable[str]], dict[str, Any]]) -> Any:
     for number, block in enumerate(network.model.layers):
         prefix = f"{BLOCKS}{number}."
         own = [name for name in wanted if name.startswith(prefix)]
-        _let_come_and_go(block, prefix, lambda own=own: fetch(own))
+        _let_come_and_go(block, prefix, partial(fetch, own))
     return network
 
 
