@@ -200,7 +200,7 @@ class LlamaFolder:
             from transformers import AutoModelForCausalLM
         network = AutoModelForCausalLM.from_pretrained(self.path, local_files_only=True, dtype=torch.float32).eval()
         with torch.no_grad():
-            return {"logits": network(torch.as_tensor(inputs["input_ids"])).logits.numpy()}
+            return {"logits": network(torch.as_tensor(inputs["input_ids"]), use_cache=False).logits.numpy()}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 WINDOWS = 64
 """At most so many windows of text: the mean of squares settles long before (128 tokens each are 8192 rows)."""
 
+AT_ONCE = 8
+"""So many windows are computed at a time."""
+
 
 @dataclass(frozen=True)
 class Importance:
@@ -62,18 +65,20 @@ def gather(folder: Path, shape: Shape, samples: Split, progress: Progress) -> Im
         sums[name] = sums.get(name, 0) + rows.square().sum(0)
 
     for module_name, module in network.named_modules():
-        if isinstance(module, torch.nn.Linear) and not (tied and module_name == "lm_head"):
+        if isinstance(module, torch.nn.Linear) and module_name != "lm_head":
             name = llama.gguf_name(f"{module_name}.weight", shape)
             module.register_forward_pre_hook(lambda _, inputs, name=name: watch(name, inputs[0]))
     few = samples.head(WINDOWS)
-    for number, sample in enumerate(few.batches(1)):
-        progress("gather the importance matrix", number, len(few))
+    for number, sample in enumerate(few.batches(AT_ONCE)):
+        progress("gather the importance matrix", number * AT_ONCE, len(few))
         tokens = torch.as_tensor(sample.inputs["input_ids"])
         mask = torch.as_tensor(sample.inputs.get("attention_mask", torch.ones_like(tokens)))
         kept["rows"] = mask.reshape(-1) != 0
         counted += int(kept["rows"].sum())
         with torch.no_grad():
-            network(tokens, attention_mask=mask)
+            last = network.model(tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        if not tied:
+            watch(llama.gguf_name("lm_head.weight", shape), last)  # scores themselves would take the most memory
     return Importance({n: (s / max(1, counted)).float().numpy() for n, s in sums.items()}, len(few))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import families
+from edgekit.export import blockwise, families, gguf_file
 from edgekit.export.quiet import silence
 from edgekit.plugins import extra
 
@@ -83,15 +83,18 @@ def gguf_name(name: str, shape: Shape) -> str:
 
 def from_gguf(name: str, array: Array, shape: Shape) -> tuple[str, Array]:
     """Return a stored tensor's Hugging Face name and numbers: `to_gguf` undone."""
-    stem, _, suffix = name.rpartition(".")
     heads = _rotated_heads(name, shape)
     if _is_norm(name):
         array = array - shape.family.norm_offset
-    array = _halve(array, heads) if heads else array
+    return _transformers_name(name, shape), _halve(array, heads) if heads else array
+
+
+def _transformers_name(name: str, shape: Shape) -> str:
+    stem, _, suffix = name.rpartition(".")
     if not stem.startswith("blk."):
-        return f"{_WHOLE[stem]}.{suffix}", array
+        return f"{_WHOLE[stem]}.{suffix}"
     number = stem.split(".", 2)[1]
-    return f"model.layers.{number}.{shape.family.parts[_part(name)]}.{suffix}", array
+    return f"model.layers.{number}.{shape.family.parts[_part(name)]}.{suffix}"
 
 
 def _is_norm(name: str) -> bool:
@@ -130,27 +133,41 @@ def logits(path: Path, tokens: Array) -> Array:
 
 
 def network_of(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped here
-    """Build transformers' network of a GGUF file that edgekit wrote, from its keys and dequantized tensors."""
+    """Build transformers' network of a GGUF file that edgekit wrote, from its keys and dequantized tensors.
+
+    A block has weights while it computes only: all blocks at once would be the size of the float model.
+
+    Raises:
+        ExportError: the file lacks tensors of the network; names them.
+    """
     with extra("export"), silence():
-        import gguf
-        import numpy as np
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-    reader = gguf.GGUFReader(path)
+        from transformers import AutoConfig
+    reader = gguf_file.opened(path)
     shape = families.stored_shape(reader)
-    stored = {t.name for t in reader.tensors}
+    names = {t.name for t in reader.tensors}
     settings = families.configuration(shape)
     for key, name in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_up")):
-        settings[key] = f"blk.0.{name}.bias" in stored
-    settings["tie_word_embeddings"] = "output.weight" not in stored
+        settings[key] = f"blk.0.{name}.bias" in names
+    settings["tie_word_embeddings"] = "output.weight" not in names
+    config = AutoConfig.for_model(shape.family.model_type, **settings)
     with silence():
-        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.family.model_type, **settings))
-    state = network.state_dict()
-    wanted = set(state) - ({"lm_head.weight"} if settings["tie_word_embeddings"] else set())
-    for t in reader.tensors:  # one after the other: all of them beside the network would be twice its size
-        name, array = from_gguf(t.name, gguf.quants.dequantize(t.data, t.tensor_type), shape)
-        state[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
-        wanted.remove(name)
-    if wanted:
-        raise ExportError(f"{path.name} lacks {', '.join(sorted(wanted))}", "export it again")
-    return network.eval()
+        network = blockwise.empty(config)
+    stored = {_transformers_name(t.name, shape): t for t in reader.tensors}
+    if lacking := blockwise.names(network) - set(stored):
+        raise ExportError(f"{path.name} lacks {', '.join(sorted(lacking))}", "export it again")
+    return blockwise.fill(network, lambda wanted: _weights(path, {n: stored[n] for n in wanted}, shape))
+
+
+def _weights(path: Path, stored: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """Dequantize tensors by transformers' names; they are read, as pages of a mapped file stay in memory."""
+    import gguf
+    import numpy as np
+    import torch
+
+    found = {}
+    for name, tensor in stored.items():
+        kept = tensor.data
+        data = np.fromfile(path, kept.dtype, kept.size, offset=tensor.data_offset).reshape(kept.shape)
+        _, array = from_gguf(tensor.name, gguf.quants.dequantize(data, tensor.tensor_type), shape)
+        found[name] = torch.from_numpy(np.ascontiguousarray(array))
+    return found

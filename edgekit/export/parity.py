@@ -253,6 +253,8 @@ def limit_of(precision: str) -> Limit | None:
         return LIMITS[precision]
     if mixture := re.fullmatch(r"i?q(\d)_.*", precision):  # llama.cpp's: five and six bits as Q5_0, four as Q4_0
         return LIMITS[f"q{min(5, int(mixture[1]))}_0"] if int(mixture[1]) >= 4 else Limit(0.0, 0.0)
+    if mixed := re.fullmatch(r"([\d.]+)bpw", precision):  # by its bits a weight, as the plain type below it
+        return LIMITS["q8_0" if float(mixed[1]) >= 8.5 else "q5_0" if float(mixed[1]) >= 5.5 else "q4_0"]
     found = re.fullmatch(r"(?:int|w)(\d)(a8|-weights|-dynamic)", precision)
     if found is None:
         return None

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import blocks, families, llama, llama_quantize, vocabulary
+from edgekit.export import blocks, budget, families, gguf_file, llama, llama_quantize, vocabulary
 from edgekit.export import importance as importances
 from edgekit.export.targets import Artifact
 from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
@@ -45,6 +45,13 @@ class _Plan:
     words: Vocabulary
     precision: str
     importance: Importance
+    types: Mapping[str, str] = field(default_factory=dict)
+    """What was chosen for single tensors."""
+    told: tuple[str, ...] = ()
+
+    def kind(self, tensor: str, array: Array) -> str:
+        """Return the type of a tensor."""
+        return self.types.get(tensor) or tensor_type(tensor, array.shape, self.precision)
 
 
 class GgufExporter:
@@ -76,10 +83,14 @@ class GgufExporter:
         source = model.network.path
         shape = families.read_shape(source)
         words = vocabulary.read(source, shape.vocabulary)
-        importance = _importance(model, source, shape, precision, progress=progress)
-        plan = _Plan(model.name, shape, words, precision, importance)
         path = folder / "model.gguf"
-        if precision in PRECISIONS:
+        bits = budget.bits_asked(precision)
+        if bits is None:
+            importance = _importance(model, source, shape, precision, progress=progress)
+            plan = _Plan(model.name, shape, words, precision, importance)
+        else:
+            plan = _within(bits, model, _Plan(model.name, shape, words, precision, importances.Importance()), progress)
+        if bits is not None or precision in PRECISIONS:
             _write(path, source, plan, progress=progress)
         else:
             _by_llama_cpp(path, source, plan, progress=progress)
@@ -92,10 +103,8 @@ class GgufExporter:
 
 def _taken(source: Path, folder: Path) -> Artifact:
     """Take a finished file as it stands; its precision is the type that most of its bytes have."""
-    with extra("export"):
-        import gguf
     try:
-        tensors = gguf.GGUFReader(source).tensors
+        tensors = gguf_file.opened(source).tensors
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise ExportError(f"{source.name} is damaged: {error}", "fetch the file again") from error
     used: Counter[str] = Counter()
@@ -112,8 +121,15 @@ def _taken(source: Path, folder: Path) -> Artifact:
 def _refuse_unknown(precision: str, model: Model) -> None:
     if precision in PRECISIONS:
         return
+    if budget.bits_asked(precision) is not None:
+        if model.data is None:
+            raise UsageError(
+                f"{precision} chooses types by what they cost on text, and {model.name} has no calibration text",
+                "give --data data.toml, or take one type for all: q4_0, q5_0, q8_0",
+            )
+        return
     if precision not in llama_quantize.PRECISIONS:
-        known = ", ".join((*PRECISIONS, *llama_quantize.PRECISIONS))
+        known = ", ".join((*PRECISIONS, "bits a weight as 4.8bpw", *llama_quantize.PRECISIONS))
         raise UsageError(f"GGUF is not written as {precision!r}", f"choose {known}")
     if precision in llama_quantize.BLIND and model.data is None:
         raise UsageError(
@@ -128,6 +144,21 @@ def _importance(model: Model, source: Path, shape: Shape, precision: str, *, pro
     if model.data is None or tensor_type("", (BLOCK, BLOCK), precision) not in {*blocks.BITS, "K"}:
         return importances.Importance()
     return importances.gather(source, shape, model.data.calibration, progress)
+
+
+def _within(bits: float, model: Model, plan: _Plan, progress: Progress) -> _Plan:
+    """Choose the types of tensors so that the file's weights take so many bits on average.
+
+    Raises:
+        UsageError: too little text, or too few bits; names the least.
+    """
+    source, data = model.network.path, model.data  # type: ignore[union-attr]  # a folder, refused elsewhere if not
+    first, last = budget.apart(data.calibration)  # type: ignore[union-attr]  # without text it was refused
+    importance = importances.gather(source, plan.shape, first, progress)
+    groups, rest, weights = budget.measure(source, plan.shape, last, importance.columns, progress=progress)
+    chosen = budget.spend(groups, rest, weights, bits)
+    types = {tensor: chosen[group.name] for group in groups for tensor in group.tensors}
+    return replace(plan, importance=importance, types=types, told=tuple(budget.told(groups, chosen)))
 
 
 def _artifact(path: Path, precision: str, *notes: str) -> Artifact:
@@ -148,18 +179,25 @@ def _write(path: Path, source: Path, plan: _Plan, *, progress: Progress) -> None
     writer.add_name(plan.name)
     families.add_shape(writer, plan.shape)
     _add_vocabulary(writer, plan.words)
-    writer.add_file_type(PRECISIONS[plan.precision])
+    writer.add_file_type(_file_type(plan))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_importance(writer, plan.importance)
     for done, (tensor, array) in enumerate(llama.tensors(source, plan.shape), 1):
         progress("quantize tensors", done, 0)
-        kind = tensor_type(tensor, array.shape, plan.precision)
+        kind = plan.kind(tensor, array)
         number = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(tensor, blocks.quantize(array, kind, plan.importance.columns.get(tensor)), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _file_type(plan: _Plan) -> int:
+    """Return llama.cpp's number for the file: where types are mixed that of the most frequent one."""
+    if not plan.types:
+        return PRECISIONS[plan.precision]
+    return PRECISIONS[Counter(plan.types.values()).most_common(1)[0][0].lower()]
 
 
 def _add_importance(writer: Any, importance: Importance) -> None:  # noqa: ANN401  # gguf's writer is untyped here
@@ -183,14 +221,12 @@ def _by_llama_cpp(path: Path, source: Path, plan: _Plan, *, progress: Progress) 
 
 def _told(path: Path, plan: _Plan) -> tuple[str, ...]:
     """Tell what the file holds, read from it: tensors by type, bits a weight, and what did not get what was asked."""
-    with extra("export"):
-        import gguf
-    tensors = gguf.GGUFReader(path).tensors
+    tensors = gguf_file.opened(path).tensors
     used = Counter(tensor.tensor_type.name for tensor in tensors)
     bits = 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors)
     reason = ""
     matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
-    block = BLOCK if plan.precision in PRECISIONS or plan.precision == "iq4_nl" else SUPER_BLOCK
+    block = BLOCK if plan.types or plan.precision in PRECISIONS or plan.precision == "iq4_nl" else SUPER_BLOCK
     odd = (
         [t for t in matrices if t.shape[0] % block]
         if tensor_type("", (BLOCK, BLOCK), plan.precision) not in FLOATS
@@ -209,7 +245,7 @@ def _told(path: Path, plan: _Plan) -> tuple[str, ...]:
     if plan.importance.columns:
         matrix = plan.importance
         notes.append(f"importance matrix: {len(matrix.columns)} tensors, {matrix.windows} windows of calibration text")
-    return tuple(notes)
+    return (*notes, *plan.told)
 
 
 def tensor_type(name: str, shape: tuple[int, ...], precision: str) -> str:
