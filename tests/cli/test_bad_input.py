@@ -416,7 +416,7 @@ def test_a_full_disk_leaves_nothing_and_a_second_run_works(tmp_path, small):
     with disk(tmp_path / "disk") as full:
         (full / "filler").write_bytes(bytes(200_000))
         line = ["export", str(small), "--target", "x86-64", "-o", str(full / "b")]
-        refused(CliRunner().invoke(cli, line), 12, "No space left on device", "free disk space")
+        refused(CliRunner().invoke(cli, line), 12, "has no room for the bundle", str(full), "free space there")
         assert left(full) == ["filler"]
         (full / "filler").unlink()
         subprocess.run(["mount", "-o", "remount,size=4m", full], check=True)
@@ -464,7 +464,7 @@ def test_standard_output_on_a_full_disk_is_told(tmp_path, line):
 
 
 def test_a_disk_that_cannot_be_written_is_named(tmp_path, small):
-    with disk(tmp_path / "disk") as kept:
+    with disk(tmp_path / "disk", "8m") as kept:
         subprocess.run(["mount", "-o", "remount,ro", kept], check=True)
         line = ["export", str(small), "--target", "x86-64", "-o", str(kept / "b")]
         refused(CliRunner().invoke(cli, line), 12, "Read-only", str(kept), "choose a folder")
