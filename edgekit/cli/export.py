@@ -42,7 +42,8 @@ COLUMNS = ("target", "format", "precision", "MiB", "parity", "SQNR dB", "same to
 @click.option("--version", default="1", show_default=True, help="Version of the bundle.")
 @click.option(
     "--precision",
-    help="fp32 ignores the plan; language models: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, 4.8bpw to choose"
+    help="fp32 ignores the plan, fp16 makes halves of a float network;"
+    " language models: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, 4.8bpw to choose"
     " types within so many bits a weight, or with"
     " llama-cpp-python q6_k, q4_k_m, iq4_xs and llama.cpp's others.",
 )

@@ -23,6 +23,7 @@ from edgekit.export.golden import expected_of, golden_count, golden_of, referenc
 from edgekit.export.refusal import REFUSALS, UnsupportedOperator, reason
 from edgekit.manifest import Manifest, Parity, Variant
 from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
+from edgekit.plan import QuantizationPlan
 from edgekit.progress import Progress, silent
 from edgekit.workload import huggingface_folder
 
@@ -74,7 +75,8 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
     """Write the model for every profile, compare each file with the model, and seal one bundle in ``folder``.
 
     A target that fails leaves the others; nothing is written if all fail. The same input gives the same digest.
-    ``precision``: ``fp32`` ignores the plan; for language models the tensor type (``f16``, ``q8_0``, …).
+    ``precision``: ``fp32`` ignores the plan, ``fp16`` makes halves of a float network; for language models the tensor
+    type (``f16``, ``q8_0``, …).
 
     Raises:
         UsageError: no target, one given twice, a name that is no file name, a licence that is no SPDX expression, a
@@ -138,6 +140,9 @@ def _with_precision(model: Model, precision: str | None) -> Model:
         )
     if isinstance(model.network, LlamaFolder) or precision in (None, model.precision):
         return model
+    if precision == "fp16" and model.plan is None:
+        halves = QuantizationPlan(bits=16, observer="none", weights={}, activations={}, scheme="float16")
+        return replace(model, plan=halves)
     if precision == "fp32":
         return replace(model, plan=None)
     raise UsageError(

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from edgekit import device_profiles, grid, plugins, workload
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.simulation import planned_network
-from edgekit.errors import CompressionError, ExportError
+from edgekit.errors import CompressionError, ExportError, UsageError
 from edgekit.export import PACKAGE, export, kernels, qdq
 from edgekit.plan import QuantizationPlan, WeightRule
 from edgekit.progress import silent
@@ -295,3 +295,21 @@ def test_a_plan_for_another_network_is_refused(tiny, tmp_path):
     broken = msgspec.structs.replace(planned.plan, weights=weights)
     with pytest.raises(CompressionError, match=r"holds 8 scales .* it needs 16"):
         lower(dataclasses.replace(planned, plan=broken), tmp_path)
+
+
+def test_a_float_network_is_written_in_halves_and_told_where_that_is_slow(tiny, tiny_int8, tmp_path):
+    profiles = [device_profiles.load(name) for name in ("x86-64", "raspberry-pi-5")]
+    done = export(tiny, profiles, tmp_path / "half", precision="fp16")
+    assert done.first_error is None
+    slow, fast = (row.variant for row in done.rows)
+    assert {slow.precision, fast.precision} == {"fp16"}
+    assert slow.parity.status == "checked"
+    assert any("computes halves in float on x86" in note for note in slow.notes)
+    assert not any("computes halves in float" in note for note in fast.notes)
+    proto = onnx.load(tmp_path / "half" / slow.main)
+    kinds = {t.data_type for t in proto.graph.initializer if t.dims}
+    assert onnx.TensorProto.FLOAT16 in kinds
+    assert onnx.TensorProto.FLOAT not in kinds
+    assert {v.type.tensor_type.elem_type for v in proto.graph.input} == {onnx.TensorProto.FLOAT}
+    with pytest.raises(UsageError, match="cannot be exported as fp16"):
+        export(tiny_int8, profiles, tmp_path / "none", precision="fp16")
