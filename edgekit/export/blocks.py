@@ -18,7 +18,7 @@ BITS = {"Q4_0": 4, "Q5_0": 5, "Q4_1": 4, "Q5_1": 5}
 """The types whose scale is searched; the error of Q8_0 is too small to be worth it."""
 SHRUNK = tuple(1.0 - 0.025 * step for step in range(-4, 13))
 """What the range of a block is multiplied by: a tenth wider to three tenths narrower."""
-ROWS = 1 << 16
+ROWS = 1 << 14
 """So many blocks at once: the search holds a few copies of them."""
 
 

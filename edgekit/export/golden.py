@@ -161,12 +161,13 @@ def _answers(contract: Contract, variant: Variant, folder: Path) -> dict[str, st
     """Continue the prompts greedily in the real engine; empty where it is not installed."""
     if variant.format not in plugins.names(backends.__name__):
         return {}
+    sampling = Sampling(max_tokens=PROMPT_TOKENS, temperature=0.0)
     try:
-        session = open_variant(folder, variant, contract, EngineOptions(threads=1, context=256))
-        if not isinstance(session, TextSession):
-            return {}
-        sampling = Sampling(max_tokens=PROMPT_TOKENS, temperature=0.0)
-        with session:
-            return {p: "".join(piece.text for piece in session.complete(p, sampling)) for p in PROMPTS}
+        with silence():  # llama.cpp tells of every step
+            session = open_variant(folder, variant, contract, EngineOptions(threads=1, context=256))
+            if not isinstance(session, TextSession):
+                return {}
+            with session:
+                return {p: "".join(piece.text for piece in session.complete(p, sampling)) for p in PROMPTS}
     except MissingExtra:
         return {}

@@ -15,7 +15,7 @@ import msgspec
 
 from edgekit import plugins
 from edgekit.errors import ExportError, HealthError, MissingExtra, ParityError
-from edgekit.export import labelled
+from edgekit.export import labelled, spoken
 from edgekit.export.quiet import silence
 from edgekit.export.targets import Evaluator
 from edgekit.manifest import Parity
@@ -105,7 +105,6 @@ def check(exporter: Exporter, variant: Variant, folder: Path, reference: Referen
         loaded = _loads(variant, folder, reference)
         if not reference.outputs:
             return Proof(loaded)
-        missing = "engines of language models give words; logits were computed from the file's bytes in PyTorch"
     if _has_engine(variant, reference):
         try:
             outputs = _run(variant, folder, reference)
@@ -123,9 +122,28 @@ def check(exporter: Exporter, variant: Variant, folder: Path, reference: Referen
         outputs = exporter.evaluate(folder / variant.main, reference.inputs.inputs)
     except NotImplementedError as error:
         return Proof(Parity(status="unverified", reason=f"{missing}; {error}"))
+    if variant.format == "gguf" and set(outputs) == {"logits"}:
+        return Proof(_said(variant, folder, reference, outputs))
     if reference.labels is not None:
         missing += "; its metric on labelled data is not measured, which takes an engine"
     return Proof(_judge(variant, reference, outputs, "evaluated", reason=missing))
+
+
+def _said(variant: Variant, folder: Path, reference: Reference, outputs: Mapping[str, Array]) -> Parity:
+    """Judge what was computed from a language model's bytes, and ask llama.cpp whether it computes the same."""
+    told = "logits were computed from the file's bytes in PyTorch"
+    judged = _judge(variant, reference, outputs, "evaluated", reason=told)
+    try:
+        agreed = spoken.agreed(
+            folder / variant.main, variant.precision, reference.inputs.inputs["input_ids"], outputs["logits"]
+        )
+    except MissingExtra as error:
+        return msgspec.structs.replace(judged, reason=f"{told}; {error.message}")
+    except HealthError as error:
+        raise ParityError(f"{variant.name}: {error.message}", error.hint) from error
+    if not agreed:
+        return judged
+    return msgspec.structs.replace(judged, status="checked", reason=f"{told}; {agreed}")
 
 
 def _labelled(variant: Variant, folder: Path, reference: Reference) -> Labelled | None:

@@ -1,5 +1,6 @@
 """GGUF of each family of language models: the real llama.cpp scores the next token as transformers does."""
 
+import importlib.util
 import warnings
 
 import numpy as np
@@ -68,7 +69,7 @@ def seal(folder, out, precision):
 @pytest.mark.parametrize(("precision", "least"), [("f32", 120), ("q8_0", 27)])
 def test_the_file_holds_the_network(family, tmp_path, precision, least):
     parity = seal(family[1], tmp_path / "b", precision).parity
-    assert parity.status == "evaluated"
+    assert parity.status == ("checked" if importlib.util.find_spec("xllamacpp") else "evaluated")
     assert parity.sqnr_db > least
 
 

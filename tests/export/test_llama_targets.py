@@ -1,7 +1,9 @@
 """GGUF: names, row order and numbers survive; the real llama.cpp says what the float network says."""
 
+import importlib.util
 import itertools
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -11,7 +13,7 @@ from fakes.exportable import llama_folder, rewrite_config
 
 from edgekit import bundle, device_profiles, runtime, workload
 from edgekit.errors import ExportError, ParityError, UsageError
-from edgekit.export import export, families, llama, vocabulary
+from edgekit.export import export, families, llama, spoken, vocabulary
 from edgekit.export.targets.gguf import tensor_type
 from edgekit.runtime.backends import Sampling
 
@@ -39,8 +41,21 @@ def only(result):
 def test_every_precision_keeps_the_logits(folder, tmp_path, precision, least):
     variant = only(seal(folder, tmp_path / "b", precision))
     assert variant.precision == precision
-    assert variant.parity.status == "evaluated"
+    assert variant.parity.status == ("checked" if importlib.util.find_spec("xllamacpp") else "evaluated")
     assert variant.parity.sqnr_db > least
+
+
+def test_a_file_that_llama_cpp_reads_otherwise_is_refused(folder, tmp_path):
+    pytest.importorskip("xllamacpp", reason="needs an engine for GGUF")
+    main = tmp_path / "b" / only(seal(folder, tmp_path / "b", "f16")).main
+    tokens = np.random.default_rng(0).integers(3, 200, (2, 24))
+    logits = llama.logits(main, tokens)
+    said = spoken.agreed(main, "f16", tokens, logits)
+    assert re.search(r"gives the same next tokens, KL at most [\d.e-]+ in [5-8] places", said)
+    header = gguf.GGUFReader(main, "r+").fields["llama.rope.freq_base"]
+    header.parts[header.data[0]][0] = 3.0
+    with pytest.raises(ParityError, match=r"llama.cpp computes something else from model.gguf than its bytes say"):
+        spoken.agreed(main, "f16", tokens, logits)
 
 
 def test_precision_is_case_blind_and_an_unknown_one_is_refused(folder, tmp_path):

@@ -110,6 +110,10 @@ class TextEngine(Protocol):
         """Continue a text as it stands, without a template."""
         ...
 
+    def next_scores(self, tokens: Sequence[int], most: int) -> Mapping[int, float]:
+        """Return the log probabilities of the ``most`` likely next tokens; empty where the engine does not tell."""
+        ...
+
     def close(self) -> None:
         """Free memory; later calls are errors."""
         ...

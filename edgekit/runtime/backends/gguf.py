@@ -23,14 +23,19 @@ if TYPE_CHECKING:
 
     Chunk = Mapping[str, Any]
     Ask = Callable[[bool, dict[str, Any]], Iterator[Chunk]]
+    Score = Callable[[list[int], int], Mapping[int, float]]
 
 
 class GgufEngine:
-    """A loaded language model. ``ask`` yields OpenAI chunks for a chat (true) or a completion (false)."""
+    """A loaded language model. ``ask`` yields OpenAI chunks for a chat (true) or a completion (false).
 
-    def __init__(self, ask: Ask, engine: str) -> None:
+    ``score`` gives the log probabilities of what comes after some tokens.
+    """
+
+    def __init__(self, ask: Ask, engine: str, score: Score | None = None) -> None:
         self.engine = engine
         self._ask: Ask | None = ask
+        self._score = score
 
     def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[TextPiece]:
         """Answer a conversation through the model's own chat template.
@@ -49,9 +54,17 @@ class GgufEngine:
         """
         return pieces(self._open()(False, {"prompt": prompt, **_request(sampling)}))  # noqa: FBT003  # Callable takes no keywords
 
+    def next_scores(self, tokens: Sequence[int], most: int) -> Mapping[int, float]:
+        """Return the log probabilities of the ``most`` likely next tokens; llama-cpp-python tells none.
+
+        Raises:
+            InputError: llama.cpp refuses the tokens, as when there are more than its context holds.
+        """
+        return self._score(list(tokens), most) if self._score else {}
+
     def close(self) -> None:
         """Free the model once the answers in flight are done."""
-        self._ask = None
+        self._ask = self._score = None
 
     def _open(self) -> Ask:
         if self._ask is None:
@@ -143,7 +156,15 @@ def _open_xllamacpp(main: Path, threads: int, context: int) -> GgufEngine:
             request["stream_options"] = {"include_usage": True}
         return _called_back(server.handle_chat_completions if is_chat else server.handle_completions, request)
 
-    return GgufEngine(ask, f"xllamacpp {getattr(xllamacpp, '__version__', '')}".strip())
+    def score(tokens: list[int], most: int) -> dict[int, float]:
+        asked = {"prompt": tokens, "max_tokens": 1, "temperature": 0, "logprobs": most, "cache_prompt": False}
+        answer = server.handle_completions(asked)
+        if "error" in answer:
+            raise InputError(f"llama.cpp refuses the tokens: {answer['error'].get('message', answer['error'])}")
+        told = answer["choices"][0]["logprobs"]  # none behind a token that is a part of a character
+        return {one["id"]: one["logprob"] for one in told["content"][0]["top_logprobs"]} if told else {}
+
+    return GgufEngine(ask, f"xllamacpp {getattr(xllamacpp, '__version__', '')}".strip(), score)
 
 
 def _called_back(call: Callable[..., object], request: dict[str, Any]) -> Iterator[Chunk]:

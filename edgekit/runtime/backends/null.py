@@ -74,6 +74,11 @@ class NullText:
         last = TextPiece("", "stop" if len(said) == len(words) else "length", len(words), len(said))
         return itertools.chain((TextPiece(word) for word in said), (last,))
 
+    def next_scores(self, tokens: Sequence[int], most: int) -> Mapping[int, float]:
+        """Tell nothing."""
+        del tokens, most
+        return {}
+
     def close(self) -> None:
         """Refuse later calls."""
         self._closed = True
