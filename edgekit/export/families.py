@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from edgekit.tensors import Array
+
 _ATTENTION = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -70,10 +72,30 @@ FAMILIES = {
 }
 """By the architecture that config.json names."""
 
+_KNOWN_SCALINGS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""Kinds, each with its numbers."""
+_NO_SCALING = ("rope_type", "type", "rope_theta")
+_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+"""What llama.cpp and transformers take where nothing is said."""
 _SAME_ACTIVATION = {"swish": "silu", "gelu": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"}
 """Gemma's first configurations said gelu and meant its approximation; transformers computes them so."""
 _WINDOWED = {"MistralForCausalLM", "Phi3ForCausalLM"}
 """Architectures whose ``sliding_window`` counts without ``use_sliding_window``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How rotations are slowed for texts longer than ``original``, those that the network learned first."""
+
+    kind: str
+    factor: float
+    original: int = 0
+    low: float = 1.0
+    high: float = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +114,7 @@ class Shape:
     rotated: int
     epsilon: float
     theta: float
+    scaling: Scaling | None = None
 
 
 def read_shape(folder: Path) -> Shape:
@@ -123,6 +146,7 @@ def read_shape(folder: Path) -> Shape:
             rotated=int(head_size * float(config.get("partial_rotary_factor") or 1.0)),
             epsilon=float(config.get("rms_norm_eps", 1e-6)),
             theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            scaling=_scaling(rope, int(config["max_position_embeddings"])),
         )
     except (OSError, msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
@@ -149,12 +173,51 @@ def _refuse_others(config: Mapping[str, Any], family: Family, kind: str) -> None
     given = config.get("hidden_activation") or config.get("hidden_act") or family.activation
     if _SAME_ACTIVATION.get(given, given) != family.activation:
         raise ExportError(f"llama.cpp's {kind} computes {family.activation}, this one {given!r}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaling = rope.get("rope_type") or rope.get("type") or "default"
-    if scaling != "default":
-        raise ExportError(f"rope scaling {scaling!r} is not written yet", "use llama.cpp's own converter")
     if family.is_always_tied and config.get("tie_word_embeddings") is False:
         raise ExportError(f"llama.cpp's {kind} has no output matrix of its own, this one does", "tie the embeddings")
+
+
+def _scaling(rope: Mapping[str, Any], context: int) -> Scaling | None:
+    """Read how rotations are scaled; llama.cpp takes the numbers of `_KNOWN_SCALINGS`, and its own for the others."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    known = _KNOWN_SCALINGS.get(kind)
+    others = {key for key, value in rope.items() if value is not None and key not in {*(known or ()), *_NO_SCALING}}
+    others -= {key for key, value in _YARN.items() if rope.get(key) == value}
+    if known is None or others:
+        what = f" with {', '.join(sorted(others))}" if known else ""
+        raise ExportError(
+            f"rope scaling {kind!r}{what} is not written; {', '.join(_KNOWN_SCALINGS)} are",
+            "use llama.cpp's own converter",
+        )
+    return Scaling(
+        kind=kind,
+        factor=float(rope["factor"]),
+        original=int(rope["original_max_position_embeddings"] if kind == "llama3" else _original(rope, context)),
+        low=float(rope["low_freq_factor"]) if kind == "llama3" else 1.0,
+        high=float(rope["high_freq_factor"]) if kind == "llama3" else 4.0,
+    )
+
+
+def _original(rope: Mapping[str, Any], context: int) -> int:
+    return int(rope.get("original_max_position_embeddings") or context)
+
+
+def frequency_factors(shape: Shape) -> Array | None:
+    """Return what llama.cpp divides each rotation's frequency by, [rotated / 2], where Llama 3 scales them.
+
+    Long waves by the factor, short ones not at all, those between smoothly (Llama 3.1's reference code).
+    """
+    import numpy as np
+
+    scaling = shape.scaling
+    if scaling is None or scaling.kind != "llama3":
+        return None
+    waves = 2 * np.pi * shape.theta ** (np.arange(0, shape.rotated, 2) / shape.rotated)
+    smooth = np.clip((scaling.original / waves - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    factors: Array = (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)
+    return factors
 
 
 def add_shape(writer: Any, shape: Shape) -> None:  # noqa: ANN401  # gguf's writer is untyped here
@@ -171,6 +234,12 @@ def add_shape(writer: Any, shape: Shape) -> None:  # noqa: ANN401  # gguf's writ
     writer.add_rope_dimension_count(shape.rotated)
     writer.add_layer_norm_rms_eps(shape.epsilon)
     writer.add_rope_freq_base(shape.theta)
+    if shape.scaling and shape.scaling.kind != "llama3":  # that is a tensor
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType[shape.scaling.kind.upper()])
+        writer.add_rope_scaling_factor(shape.scaling.factor)
+        writer.add_rope_scaling_orig_ctx_len(shape.scaling.original)
 
 
 def stored_shape(reader: Any) -> Shape:  # noqa: ANN401  # gguf's reader is untyped here
@@ -193,12 +262,19 @@ def stored_shape(reader: Any) -> Shape:  # noqa: ANN401  # gguf's reader is unty
         rotated=value("rope.dimension_count"),
         epsilon=value("attention.layer_norm_rms_epsilon"),
         theta=value("rope.freq_base"),
+        scaling=Scaling(
+            kind=value("rope.scaling.type"),
+            factor=value("rope.scaling.factor"),
+            original=value("rope.scaling.original_context_length"),
+        )
+        if f"{arch}.rope.scaling.type" in reader.fields
+        else None,
     )
 
 
 def configuration(shape: Shape) -> dict[str, Any]:
     """Return what transformers' configuration class of the family takes for these numbers."""
-    found = {
+    found: dict[str, Any] = {
         "vocab_size": shape.vocabulary,
         "max_position_embeddings": shape.context,
         "original_max_position_embeddings": shape.context,
@@ -213,6 +289,12 @@ def configuration(shape: Shape) -> dict[str, Any]:
         "sliding_window": None,
         "pad_token_id": None,  # some classes have one beyond a small vocabulary
     }
+    if shape.scaling:
+        found["rope_scaling"] = {
+            "rope_type": shape.scaling.kind,
+            "factor": shape.scaling.factor,
+            "original_max_position_embeddings": shape.scaling.original,
+        }
     if shape.rotated != shape.head_size:
         found["partial_rotary_factor"] = shape.rotated / shape.head_size
     return found

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from edgekit.export.families import Shape
     from edgekit.tensors import Array
 
+FREQUENCIES = "rope_freqs.weight"
+"""GGUF's name of what Llama 3 divides the frequencies of its rotations by."""
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -33,6 +35,9 @@ def tensors(folder: Path, shape: Shape) -> Iterator[tuple[str, Array]]:
     with extra("export"):
         import torch
         from safetensors import SafetensorError, safe_open
+    factors = families.frequency_factors(shape)
+    if factors is not None:
+        yield FREQUENCIES, factors
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UsageError(f"{folder} has no .safetensors file", "pickled weights are not read: convert them first")
@@ -141,6 +146,8 @@ def network_of(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped he
         ExportError: the file lacks tensors of the network; names them.
     """
     with extra("export"), silence():
+        import numpy as np
+        import torch
         from transformers import AutoConfig
     reader = gguf_file.opened(path)
     shape = families.stored_shape(reader)
@@ -152,7 +159,10 @@ def network_of(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped he
     config = AutoConfig.for_model(shape.family.model_type, **settings)
     with silence():
         network = blockwise.empty(config)
-    stored = {_transformers_name(t.name, shape): t for t in reader.tensors}
+    if FREQUENCIES in names:
+        factors = next(t.data for t in reader.tensors if t.name == FREQUENCIES)
+        network.model.rotary_emb.inv_freq /= torch.from_numpy(np.array(factors))
+    stored = {_transformers_name(t.name, shape): t for t in reader.tensors if t.name != FREQUENCIES}
     if lacking := blockwise.names(network) - set(stored):
         raise ExportError(f"{path.name} lacks {', '.join(sorted(lacking))}", "export it again")
     return blockwise.fill(network, lambda wanted: _weights(path, {n: stored[n] for n in wanted}, shape))
