@@ -198,7 +198,8 @@ class LlamaFolder:
         with extra("gguf"):
             import torch
             from transformers import AutoModelForCausalLM
-        network = AutoModelForCausalLM.from_pretrained(self.path, local_files_only=True, dtype=torch.float32).eval()
+        how = {"local_files_only": True, "dtype": torch.float32, "attn_implementation": "eager"}  # others cap no scores
+        network = AutoModelForCausalLM.from_pretrained(self.path, **how).eval()
         with torch.no_grad():
             return {"logits": network(torch.as_tensor(inputs["input_ids"]), use_cache=False).logits.numpy()}
 

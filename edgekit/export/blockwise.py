@@ -5,6 +5,7 @@ Knows no file. A forward pass reads every weight once: give it many samples at a
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,25 @@ def empty(config: Any) -> Any:  # noqa: ANN401  # transformers is untyped here
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config)
-    if hasattr(network, "model") and hasattr(network.model, "rotary_emb"):
-        network.model.rotary_emb = type(network.model.rotary_emb)(config)  # its numbers are computed, not stored
+        # the only one that caps the scores of attention, as Gemma 2 does
+        network = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if hasattr(network, "model"):
+        _rotate(network.model, config)
     return network.eval()
+
+
+def _rotate(body: Any, config: Any) -> None:  # noqa: ANN401  # untyped
+    """Compute the numbers that no file stores: Gemma 3 has other rotations in its windows, and a scale."""
+    import torch
+
+    if hasattr(body.embed_tokens, "embed_scale"):
+        body.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
+    if hasattr(body, "rotary_emb"):
+        body.rotary_emb = type(body.rotary_emb)(config)
+    if hasattr(body, "rotary_emb_local"):
+        local = copy.deepcopy(config)
+        local.rope_theta, local.rope_scaling = config.rope_local_base_freq, {"rope_type": "default"}
+        body.rotary_emb_local = type(body.rotary_emb_local)(local)
 
 
 def names(network: Any) -> set[str]:  # noqa: ANN401  # transformers is untyped here

@@ -34,6 +34,14 @@ _FUSED = {
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_BETWEEN_NORMS = {
+    "attn_norm": "input_layernorm",
+    **_ATTENTION,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    **_FEED_FORWARD,
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _QKV = frozenset({"attn_q", "attn_k", "attn_v"})
 
 
@@ -42,7 +50,8 @@ class Family:
     """What a network is to llama.cpp (``arch``), and by which class of transformers its file is computed again.
 
     ``parts``: a block's tensors, GGUF's name to Hugging Face's. ``interleaved``: rotation pairs neighbouring rows.
-    ``norm_offset``: what is added to the weights of norms. ``biased``: parts that may have a bias.
+    ``norm_offset``: what is added to the weights of norms. ``biased``: parts that may have a bias. ``windows``: every
+    so many layers one sees the whole text, the others a window; 0 for none.
     """
 
     arch: str
@@ -53,6 +62,7 @@ class Family:
     biased: frozenset[str] = frozenset()
     activation: str = "silu"
     is_always_tied: bool = False
+    windows: int = 0
 
 
 _LLAMA = Family(arch="llama", model_type="llama", interleaved=True, biased=frozenset({*_ATTENTION, *_FEED_FORWARD}))
@@ -67,6 +77,24 @@ FAMILIES = {
     ),
     "GemmaForCausalLM": Family(
         arch="gemma", model_type="gemma", norm_offset=1.0, activation="gelu_pytorch_tanh", is_always_tied=True
+    ),
+    "Gemma2ForCausalLM": Family(
+        arch="gemma2",
+        model_type="gemma2",
+        parts=_BETWEEN_NORMS,
+        norm_offset=1.0,
+        activation="gelu_pytorch_tanh",
+        is_always_tied=True,
+        windows=2,
+    ),
+    "Gemma3ForCausalLM": Family(
+        arch="gemma3",
+        model_type="gemma3_text",
+        parts={**_BETWEEN_NORMS, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+        norm_offset=1.0,
+        activation="gelu_pytorch_tanh",
+        is_always_tied=True,
+        windows=6,
     ),
     "Phi3ForCausalLM": Family(arch="phi3", model_type="phi3", parts=_FUSED),
 }
@@ -115,6 +143,9 @@ class Shape:
     epsilon: float
     theta: float
     scaling: Scaling | None = None
+    window: int = 0
+    attention_cap: float = 0.0
+    final_cap: float = 0.0
 
 
 def read_shape(folder: Path) -> Shape:
@@ -147,6 +178,9 @@ def read_shape(folder: Path) -> Shape:
             epsilon=float(config.get("rms_norm_eps", 1e-6)),
             theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
             scaling=_scaling(rope, int(config["max_position_embeddings"])),
+            window=int(config["sliding_window"]) if family.windows else 0,
+            attention_cap=float(config.get("attn_logit_softcapping") or 0.0),
+            final_cap=float(config.get("final_logit_softcapping") or 0.0),
         )
     except (OSError, msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
@@ -173,8 +207,23 @@ def _refuse_others(config: Mapping[str, Any], family: Family, kind: str) -> None
     given = config.get("hidden_activation") or config.get("hidden_act") or family.activation
     if _SAME_ACTIVATION.get(given, given) != family.activation:
         raise ExportError(f"llama.cpp's {kind} computes {family.activation}, this one {given!r}")
+    if family.windows:
+        _refuse_other_windows(config, family, kind)
     if family.is_always_tied and config.get("tie_word_embeddings") is False:
         raise ExportError(f"llama.cpp's {kind} has no output matrix of its own, this one does", "tie the embeddings")
+
+
+def _refuse_other_windows(config: Mapping[str, Any], family: Family, kind: str) -> None:
+    """Refuse what llama.cpp takes for granted of Gemma: which layers see all, how scores are scaled, the local base."""
+    kinds = ["full_attention" if (n + 1) % family.windows == 0 else "sliding_attention"
+             for n in range(int(config["num_hidden_layers"]))]  # fmt: skip
+    if (config.get("layer_types") or kinds) != kinds:
+        raise ExportError(f"llama.cpp's {kind} sees all in every layer of {family.windows}, this one in others")
+    head = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    if int(config.get("query_pre_attn_scalar", 256)) != head:
+        raise ExportError(f"llama.cpp's {kind} divides scores by the root of {head}, this one of another number")
+    if float(config.get("rope_local_base_freq", 10000.0)) != 10000.0:  # llama.cpp's own
+        raise ExportError(f"llama.cpp's {kind} rotates windows by 10000, this one by another base")
 
 
 def _scaling(rope: Mapping[str, Any], context: int) -> Scaling | None:
@@ -234,6 +283,12 @@ def add_shape(writer: Any, shape: Shape) -> None:  # noqa: ANN401  # gguf's writ
     writer.add_rope_dimension_count(shape.rotated)
     writer.add_layer_norm_rms_eps(shape.epsilon)
     writer.add_rope_freq_base(shape.theta)
+    if shape.window:
+        writer.add_sliding_window(shape.window)
+    if shape.attention_cap:
+        writer.add_attn_logit_softcapping(shape.attention_cap)
+    if shape.final_cap:
+        writer.add_final_logit_softcapping(shape.final_cap)
     if shape.scaling and shape.scaling.kind != "llama3":  # that is a tensor
         import gguf
 
@@ -246,8 +301,9 @@ def stored_shape(reader: Any) -> Shape:  # noqa: ANN401  # gguf's reader is unty
     """Read those keys back from a file that edgekit wrote."""
     arch = reader.fields["general.architecture"].contents()
 
-    def value(key: str) -> Any:  # noqa: ANN401  # an integer or a float
-        return reader.fields[f"{arch}.{key}"].contents()
+    def value(key: str, absent: float = 0) -> Any:  # noqa: ANN401  # an integer or a float
+        field = reader.fields.get(f"{arch}.{key}")
+        return absent if field is None else field.contents()
 
     return Shape(
         family=next(family for family in FAMILIES.values() if family.arch == arch),
@@ -269,6 +325,9 @@ def stored_shape(reader: Any) -> Shape:  # noqa: ANN401  # gguf's reader is unty
         )
         if f"{arch}.rope.scaling.type" in reader.fields
         else None,
+        window=value("attention.sliding_window"),
+        attention_cap=value("attn_logit_softcapping"),
+        final_cap=value("final_logit_softcapping"),
     )
 
 
@@ -289,6 +348,11 @@ def configuration(shape: Shape) -> dict[str, Any]:
         "sliding_window": None,
         "pad_token_id": None,  # some classes have one beyond a small vocabulary
     }
+    if shape.family.windows:
+        found["sliding_window"] = shape.window
+        found["query_pre_attn_scalar"] = shape.head_size
+        found["attn_logit_softcapping"] = shape.attention_cap or None
+        found["final_logit_softcapping"] = shape.final_cap or None
     if shape.scaling:
         found["rope_scaling"] = {
             "rope_type": shape.scaling.kind,

@@ -88,6 +88,7 @@ def opened(folder: Path) -> Any:  # noqa: ANN401  # transformers is untyped here
         import torch
         from transformers import AutoModelForCausalLM
 
-        network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+        how = {"local_files_only": True, "dtype": torch.float32, "attn_implementation": "eager"}  # others cap no scores
+        network = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     network.config.use_cache = False
     return network

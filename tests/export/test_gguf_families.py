@@ -37,6 +37,20 @@ KINDS = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "gemma": ("gemma", {"head_dim": 16}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 16,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 10.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "num_hidden_layers": 6},
+    ),
     "phi3": ("phi3", {}),
 }
 
@@ -46,8 +60,8 @@ def network_of(kind, changes):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = transformers.AutoConfig.for_model(kind, **PLAIN, **changes)
-        network = transformers.AutoModelForCausalLM.from_config(config).eval()
+        config = transformers.AutoConfig.for_model(kind, **{**PLAIN, **changes})
+        network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for name, parameter in network.named_parameters():
         if "norm" in name:
             parameter.data.add_(0.3 * torch.randn_like(parameter))
@@ -120,6 +134,8 @@ def test_a_window_becomes_the_context(tmp_path):
     ("kind", "changes", "told"),
     [
         ("gemma", {"tie_word_embeddings": False}, "no output matrix of its own"),
+        ("gemma2", {"query_pre_attn_scalar": 224, "head_dim": 16}, "divides scores by the root of 16"),
+        ("gemma3", {"layer_types": ["full_attention"] * 2}, "sees all in every layer of 6"),
         ("qwen2", {"hidden_act": "relu"}, "computes silu, this one 'relu'"),
         ("phi3", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not written; linear, llama3, yarn are"),
         ("llama", {"rope_scaling": {**YARN, "beta_fast": 16}}, "'yarn' with beta_fast"),
@@ -129,7 +145,7 @@ def test_a_window_becomes_the_context(tmp_path):
 def test_what_llama_cpp_computes_otherwise_is_refused_by_name(tmp_path, kind, changes, told):
     import json
 
-    known = {name: architecture for architecture, one in families.FAMILIES.items() for name in (one.model_type,)}
+    known = {name: architecture for architecture, one in families.FAMILIES.items() for name in (one.arch,)}
     config = {**PLAIN, "architectures": [known.get(kind, "GPT2LMHeadModel")], **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match=told):
