@@ -36,6 +36,8 @@ OUTLIER = 3.0
 """From how many times the 99.9th percentile on the largest value is one that stretches the range."""
 PASSED_ON = 0.5
 """Which share of what the worst layer wins another wins that may have passed the outlier on to it."""
+AS_BAD = 3.0
+"""Or how many decibels clearer it is by itself: floats there win little while the next layer is as coarse."""
 
 
 class Suspect(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +106,12 @@ def _ranked(blamed: Sequence[Suspect]) -> list[Suspect]:
     ordered = sorted(blamed, key=lambda suspect: -suspect.won)
     if not ordered or ordered[0].cause != "input outlier":
         return ordered
-    touched = [s for s in ordered if s.cause == "input outlier" and s.won >= PASSED_ON * ordered[0].won]
+    worst = ordered[0]
+    touched = [
+        s
+        for s in ordered
+        if s.cause == "input outlier" and (s.won >= PASSED_ON * worst.won or s.sqnr <= worst.sqnr + AS_BAD)
+    ]
     first = max(touched, key=lambda suspect: suspect.outlier)
     return [first, *(suspect for suspect in ordered if suspect is not first)]
 

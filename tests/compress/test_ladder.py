@@ -155,7 +155,7 @@ def test_what_is_too_large_for_four_bits_is_cut_and_trained():
     assert climb.misses == {}
     assert all(t.reached.bytes > 20_000 for t in climb.tries[:-1])
     assert 10_000 < climb.best.reached.bytes <= 20_000
-    assert climb.best.reached.value > 0.8
+    assert climb.best.reached.value > 0.7
 
 
 def test_points_that_a_cut_loses_are_mended_even_where_the_uncut_candidate_ranks_first():
@@ -168,7 +168,8 @@ def test_points_that_a_cut_loses_are_mended_even_where_the_uncut_candidate_ranks
 
 
 def test_room_that_four_bits_leave_goes_to_the_layers_that_need_it():
-    climb = ladder(planted.sound(), budget={"max_drop": 0.0, "size": 45_000}, only=("fold", "mixed-precision")).climb()
+    model = planted.with_a_wide_channel(16.0)  # what four bits do not hold, however well the network was trained
+    climb = ladder(model, budget={"max_drop": 0.0, "size": 45_000}, only=("fold", "mixed-precision")).climb()
     first, last = climb.tries
     assert first.reached.drop > 0
     assert (climb.misses, last.rung) == ({}, "mixed-precision")
