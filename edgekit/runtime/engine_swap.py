@@ -1,6 +1,7 @@
 """Serves with one engine while a better one gets ready, then with that. Knows no engine's package.
 
-A run keeps the engine on which it began; the first engine is closed by the last run that leaves it.
+A run keeps the engine on which it began; the first engine is closed by the last run that leaves it. Where the better
+engine fails, the first is opened again, and the run that met the failure is answered by that.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Protocol
 
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import EdgekitError, HealthError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from edgekit.runtime.backends import Engine
     from edgekit.tensors import Array
@@ -33,10 +34,16 @@ class Prepare(Protocol):
 
 
 class SwappingEngine:
-    """Runs on ``first`` until ``prepare``, in a thread of its own, has made a better engine; ``what`` names that."""
+    """Runs on ``first`` until ``prepare``, in a thread of its own, has made a better engine; ``what`` names that.
 
-    def __init__(self, first: Engine, prepare: Prepare, what: str) -> None:
+    ``again`` opens an engine that serves where the better one fails.
+    """
+
+    def __init__(self, first: Engine, prepare: Prepare, what: str, again: Callable[[], Engine]) -> None:
         self._lock = threading.Lock()
+        self._mending = threading.Lock()
+        self._better: Engine | None = None
+        self._again = again
         self._serving: Engine | None = first
         self._runs: dict[int, int] = {}
         self._leaving: dict[int, Engine] = {}
@@ -54,12 +61,20 @@ class SwappingEngine:
         return f"{name} ({self._note})" if self._note else name
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Compute one batch on the engine of this moment; safe to call from several threads at once."""
-        with self._lock:
-            engine = self._serving
-            if engine is None:
-                raise UsageError("this engine is closed", "load the bundle again")
-            self._runs[id(engine)] = self._runs.get(id(engine), 0) + 1
+        """Compute one batch on the engine of this moment; safe to call from several threads at once.
+
+        Raises:
+            HealthError: the engine fails, and it is not the better one, or nothing serves in its place.
+        """
+        engine = self._taken()
+        try:
+            return engine.run(inputs)
+        except HealthError as error:
+            if not self._mended(engine, error):
+                raise
+        finally:
+            self._left(engine)
+        engine = self._taken()
         try:
             return engine.run(inputs)
         finally:
@@ -87,8 +102,33 @@ class SwappingEngine:
             return
         finally:
             self._note = note
+        self._better = better
         if not self._replace(better):
             better.close()
+
+    def _mended(self, engine: Engine, error: HealthError) -> bool:
+        """Put another engine in the failed one's place, however many runs it failed; say whether one may run again."""
+        if engine is not self._better:
+            return False
+        with self._mending:
+            if self._serving is not engine:  # another run has been here, or it was closed
+                return self._serving is not None
+            log.error("%s fails, and is left: %s", engine.engine, error.message)
+            other = self._again()
+            self._note = f"{self._what} failed: {error.message}"
+            if not self._replace(other):
+                other.close()
+                return False
+            return True
+
+    def _taken(self) -> Engine:
+        """Return the engine of this moment, which stays open until it is left."""
+        with self._lock:
+            engine = self._serving
+            if engine is None:
+                raise UsageError("this engine is closed", "load the bundle again")
+            self._runs[id(engine)] = self._runs.get(id(engine), 0) + 1
+            return engine
 
     def _replace(self, new: Engine | None) -> bool:
         """Let ``new`` run from the next call on; say False where the engine was closed meanwhile."""
@@ -101,7 +141,7 @@ class SwappingEngine:
             if not is_idle:
                 self._leaving[id(old)] = old
         if is_idle:
-            old.close()
+            _close(old)
         return True
 
     def _left(self, engine: Engine) -> None:
@@ -109,4 +149,12 @@ class SwappingEngine:
             self._runs[id(engine)] -= 1
             is_last = self._runs[id(engine)] == 0 and self._leaving.pop(id(engine), None) is not None
         if is_last:
-            engine.close()
+            _close(engine)
+
+
+def _close(engine: Engine) -> None:
+    """Close an engine that is needed no more; one that failed may fail at that, too, which costs nobody an answer."""
+    try:
+        engine.close()
+    except HealthError as error:
+        log.warning("%s does not close: %s", engine.engine, error.message)

@@ -142,11 +142,34 @@ def zeros(specs: Iterable[TensorSpec], batch: int = 1) -> dict[str, Array]:
     """Return zeros that fit the specs; dynamic axes beyond the first measure 1."""
     import numpy as np
 
-    arrays: dict[str, Array] = {}
-    for spec in specs:
-        shape = tuple(n if n != DYNAMIC else (batch if axis == 0 else 1) for axis, n in enumerate(spec.shape))
-        arrays[spec.name] = np.full(shape, "", object) if spec.dtype == "object" else np.zeros(shape, spec.dtype)
+    return {
+        spec.name: np.full(_measured(spec, batch), "", object)
+        if spec.dtype == "object"
+        else np.zeros(_measured(spec, batch), spec.dtype)
+        for spec in specs
+    }
+
+
+def noise(specs: Iterable[TensorSpec], batch: int = 1) -> dict[str, Array]:
+    """Return numbers that fit the specs, the same ones at every call: normal floats, and bytes or 0 and 1 as integers.
+
+    Integers often count rows of a table whose size no spec tells. Text is empty.
+    """
+    import numpy as np
+
+    chance = np.random.default_rng(0)
+    arrays = zeros(specs, batch)
+    for name, array in arrays.items():
+        if array.dtype.kind == "f":
+            arrays[name] = chance.standard_normal(array.shape).astype(array.dtype)
+        elif array.dtype.kind in "iub":
+            largest = 255 if array.dtype == np.uint8 else 1
+            arrays[name] = chance.integers(0, largest, array.shape, endpoint=True).astype(array.dtype)
     return arrays
+
+
+def _measured(spec: TensorSpec, batch: int) -> tuple[int, ...]:
+    return tuple(n if n != DYNAMIC else (batch if axis == 0 else 1) for axis, n in enumerate(spec.shape))
 
 
 def _listed(names: Iterable[str]) -> str:

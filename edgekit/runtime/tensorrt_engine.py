@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One input or output of an engine: its type in NumPy, and its room on the GPU."""
+    """One input or output of an engine: its type in NumPy, its room on the GPU, and whether it takes any batch."""
 
     name: str
     dtype: Any
     is_input: bool
+    is_batched: bool
     address: int
 
 
@@ -56,11 +57,13 @@ class TensorRtEngine:
             if self._context is None:
                 raise UsageError("this TensorRT engine is closed", "load the bundle again")
             self._cuda.enter()
-            batch = max(len(array) for array in inputs.values())
-            starts = range(0, batch, self._max_batch)
-            parts = [self._once({n: a[i : i + self._max_batch] for n, a in inputs.items()}) for i in starts]
-        return {name: np.concatenate([part[name] for part in parts]) if len(parts) > 1 else parts[0][name]
-                for name in parts[0]}  # fmt: skip
+            batched = {tensor.name for tensor in self._tensors if tensor.is_batched}
+            batch = max((len(array) for name, array in inputs.items() if name in batched), default=1)
+            cuts = [slice(start, start + self._max_batch) for start in range(0, batch, self._max_batch)]
+            parts = [self._once({n: a[cut] if n in batched else a for n, a in inputs.items()}) for cut in cuts]
+        if len(parts) == 1:
+            return parts[0]
+        return {n: np.concatenate([part[n] for part in parts]) if n in batched else parts[0][n] for n in parts[0]}
 
     def close(self) -> None:
         """Free the engine and its memory once the run in flight is done."""
@@ -84,7 +87,8 @@ class TensorRtEngine:
         for name in names:
             dtype = trt.nptype(loaded.get_tensor_dtype(name))
             size = math.prod(context.get_tensor_shape(name)) * dtype().itemsize
-            tensors.append(_Tensor(name, dtype, kinds[name], self._cuda.allocate(size)))
+            is_batched = tuple(loaded.get_tensor_shape(name))[:1] == (-1,)
+            tensors.append(_Tensor(name, dtype, kinds[name], is_batched, self._cuda.allocate(size)))
             context.set_tensor_address(name, tensors[-1].address)
         return tensors
 

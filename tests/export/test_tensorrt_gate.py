@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import msgspec
 import pytest
 from fakes.exportable import tiny_model
 
 from edgekit import device_profiles, workload
 from edgekit.errors import ExportError
 from edgekit.export import export, lowering, qdq, rtx
+from edgekit.manifest import EngineBuild
 from edgekit.model import Data, Split
 from edgekit.progress import silent
 
@@ -72,8 +74,6 @@ def test_an_operator_that_it_lacks_is_named_with_its_node(gate, tmp_path):
 
 
 def test_a_profile_of_your_own_lets_it_pass(tmp_path):
-    import msgspec
-
     loose = msgspec.structs.replace(JETSON, options={**JETSON.options, "gate": False})
     (row,) = export(determinants(tmp_path), [loose], tmp_path / "b").rows
     assert row.error is None
@@ -108,3 +108,21 @@ def test_every_node_in_the_way_is_told_up_to_three():
 
     told = "Det 'd0' (no such operator), Det 'd1' (no such operator), Det 'd2' (no such operator) and 2 more"
     assert rtx._refused(Parser()) == told
+
+
+def test_the_bundle_says_how_the_devices_of_a_profile_build_their_engines(tiny, tmp_path):
+    options = {"gate": False, "dla_core": 0, "gpu_fallback": False, "fp16": True, "max_batch": 4}
+    profile = msgspec.structs.replace(JETSON, options={**JETSON.options, **options})
+    (row,) = export(tiny, [profile], tmp_path / "b").rows
+    assert row.error is None
+    how = EngineBuild(max_batch=4, workspace_mb=1024, dla_core=0, gpu_fallback=False, fp16=True)
+    assert row.variant.engine == how
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_batch", 0), ("dla_core", 16), ("fp16", "yes")])
+def test_a_profile_that_no_engine_can_be_built_by_is_refused(tiny, tmp_path, option, value):
+    profile = msgspec.structs.replace(JETSON, options={**JETSON.options, option: value})
+    (row,) = export(tiny, [profile], tmp_path / "b").rows
+    assert isinstance(row.error, ExportError)
+    assert option in row.error.message
+    assert "max_batch" in row.error.hint

@@ -1,6 +1,7 @@
 """Serves the s8-symmetric ONNX file on CUDA or the CPU, and on a TensorRT engine of this device once that is ready.
 
-The name of the engine says which one it is, and why there is no better one. Builds only where it is asked to.
+Where that engine fails later on, the CPU serves. The name of the engine says which one it is, and why there is no
+better one. Builds only where it is asked to.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ class TensorRtBackend:
         from edgekit.runtime import tensorrt_tools
         from edgekit.runtime.tensorrt_ready import Ready
 
-        return SwappingEngine(first, Ready(main, options.own, tensorrt_tools.find), "TensorRT")
+        def on_the_cpu() -> Engine:
+            # what fails on a GPU often goes on failing there until the process ends: CUDA calls such errors sticky
+            return open_with(main, options, PREFERRED[-1:])
+
+        return SwappingEngine(first, Ready(main, options.own, tensorrt_tools.find), "TensorRT", on_the_cpu)
 
 
 PLUGIN: Backend = TensorRtBackend()
