@@ -5,7 +5,6 @@ Knows no file. A forward pass reads every weight once: give it many samples at a
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,25 +20,23 @@ def empty(config: Any) -> Any:  # noqa: ANN401  # transformers is untyped here
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        # the only one that caps the scores of attention, as Gemma 2 does
-        network = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    if hasattr(network, "model"):
-        _rotate(network.model, config)
+        network = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager"
+        )  # others drop the caps of scores
+    _compute_what_no_file_stores(network)
     return network.eval()
 
 
-def _rotate(body: Any, config: Any) -> None:  # noqa: ANN401  # untyped
-    """Compute the numbers that no file stores: Gemma 3 has other rotations in its windows, and a scale."""
+def _compute_what_no_file_stores(network: Any) -> None:  # noqa: ANN401  # transformers is untyped here
+    """Make the numbers of rotations again, and the scale of Gemma 3's embedding."""
     import torch
 
-    if hasattr(body.embed_tokens, "embed_scale"):
-        body.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
-    if hasattr(body, "rotary_emb"):
-        body.rotary_emb = type(body.rotary_emb)(config)
-    if hasattr(body, "rotary_emb_local"):
-        local = copy.deepcopy(config)
-        local.rope_theta, local.rope_scaling = config.rope_local_base_freq, {"rope_type": "default"}
-        body.rotary_emb_local = type(body.rotary_emb_local)(local)
+    inner = getattr(network, "model", None)
+    for name, module in list(inner.named_children()) if inner is not None else ():
+        if name.startswith("rotary_emb"):
+            setattr(inner, name, type(module)(module.config))
+        if hasattr(module, "embed_scale"):
+            module.embed_scale = torch.tensor(network.config.hidden_size**0.5)
 
 
 def names(network: Any) -> set[str]:  # noqa: ANN401  # transformers is untyped here

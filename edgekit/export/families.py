@@ -5,18 +5,17 @@ Knows no weights and no tokens. A family is a row of a table; what differs beyon
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from edgekit.errors import ExportError, UsageError
+from edgekit.export import rotation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    from edgekit.tensors import Array
 
 _ATTENTION = {
     "attn_q": "self_attn.q_proj",
@@ -27,6 +26,15 @@ _ATTENTION = {
 _FEED_FORWARD = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _PLAIN = {**_NORMS, **_ATTENTION, **_FEED_FORWARD}
+_SANDWICHED = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    **_ATTENTION,
+    **_FEED_FORWARD,
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _FUSED = {
     **_NORMS,
     "attn_qkv": "self_attn.qkv_proj",
@@ -34,15 +42,9 @@ _FUSED = {
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_BETWEEN_NORMS = {
-    "attn_norm": "input_layernorm",
-    **_ATTENTION,
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    **_FEED_FORWARD,
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 _QKV = frozenset({"attn_q", "attn_k", "attn_v"})
+_SCALINGS = frozenset({"default", "linear", "dynamic", "yarn"})
+"""What llama.cpp computes in every family that rotates as Llama does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,10 @@ class Family:
     """What a network is to llama.cpp (``arch``), and by which class of transformers its file is computed again.
 
     ``parts``: a block's tensors, GGUF's name to Hugging Face's. ``interleaved``: rotation pairs neighbouring rows.
-    ``norm_offset``: what is added to the weights of norms. ``biased``: parts that may have a bias. ``windows``: every
-    so many layers one sees the whole text, the others a window; 0 for none.
+    ``norm_offset``: what is added to the weights of norms. ``biased``: parts that may have a bias. ``scalings``: of
+    rotation, in transformers' words. ``whole_every``: every so-manieth block attends to all tokens, the others to a
+    window of them; 0: all do. ``by_width``: a network of so many blocks scales scores by the width over the number of
+    heads, others by a head's size: llama.cpp knows the largest Gemmas by that. ``caps_attention``: always or never.
     """
 
     arch: str
@@ -62,53 +66,54 @@ class Family:
     biased: frozenset[str] = frozenset()
     activation: str = "silu"
     is_always_tied: bool = False
-    windows: int = 0
+    scalings: frozenset[str] = _SCALINGS
+    whole_every: int = 0
+    by_width: int = 0
+    caps_attention: bool = False
 
 
-_LLAMA = Family(arch="llama", model_type="llama", interleaved=True, biased=frozenset({*_ATTENTION, *_FEED_FORWARD}))
+_LLAMA = Family(
+    arch="llama",
+    model_type="llama",
+    interleaved=True,
+    biased=frozenset({*_ATTENTION, *_FEED_FORWARD}),
+    scalings=_SCALINGS | {"llama3"},
+)
 FAMILIES = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,  # llama.cpp has no other name for it: the numbers alone differ
     "Qwen2ForCausalLM": Family(arch="qwen2", model_type="qwen2", biased=_QKV),
-    "Qwen3ForCausalLM": Family(
-        arch="qwen3",
-        model_type="qwen3",
-        parts={**_PLAIN, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
-    ),
+    "Qwen3ForCausalLM": Family(arch="qwen3", model_type="qwen3", parts={**_PLAIN, **_HEAD_NORMS}),
     "GemmaForCausalLM": Family(
         arch="gemma", model_type="gemma", norm_offset=1.0, activation="gelu_pytorch_tanh", is_always_tied=True
     ),
     "Gemma2ForCausalLM": Family(
         arch="gemma2",
         model_type="gemma2",
-        parts=_BETWEEN_NORMS,
+        parts=_SANDWICHED,
         norm_offset=1.0,
         activation="gelu_pytorch_tanh",
         is_always_tied=True,
-        windows=2,
+        whole_every=2,
+        by_width=46,
+        caps_attention=True,
     ),
     "Gemma3ForCausalLM": Family(
         arch="gemma3",
         model_type="gemma3_text",
-        parts={**_BETWEEN_NORMS, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+        parts={**_SANDWICHED, **_HEAD_NORMS},
         norm_offset=1.0,
         activation="gelu_pytorch_tanh",
         is_always_tied=True,
-        windows=6,
+        whole_every=6,
+        by_width=62,
     ),
-    "Phi3ForCausalLM": Family(arch="phi3", model_type="phi3", parts=_FUSED),
+    "Phi3ForCausalLM": Family(
+        arch="phi3", model_type="phi3", parts=_FUSED, scalings=frozenset({"default", "longrope"})
+    ),
 }
 """By the architecture that config.json names."""
 
-_KNOWN_SCALINGS: Mapping[str, tuple[str, ...]] = {
-    "linear": ("factor",),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
-"""Kinds, each with its numbers."""
-_NO_SCALING = ("rope_type", "type", "rope_theta")
-_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
-"""What llama.cpp and transformers take where nothing is said."""
 _SAME_ACTIVATION = {"swish": "silu", "gelu": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"}
 """Gemma's first configurations said gelu and meant its approximation; transformers computes them so."""
 _WINDOWED = {"MistralForCausalLM", "Phi3ForCausalLM"}
@@ -116,19 +121,12 @@ _WINDOWED = {"MistralForCausalLM", "Phi3ForCausalLM"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaling:
-    """How rotations are slowed for texts longer than ``original``, those that the network learned first."""
-
-    kind: str
-    factor: float
-    original: int = 0
-    low: float = 1.0
-    high: float = 4.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The numbers that make a network of a family. ``rotated``: how many entries of a head the position turns."""
+    """The numbers that make a network of a family. ``rotated``: how many entries of a head the position turns.
+
+    ``window``: how many tokens a block with a window sees, with a base ``window_theta`` of its own where that is not 0.
+    Scores of attention and of tokens stay below ``attention_cap`` and ``final_cap``; 0 for any.
+    """
 
     family: Family
     vocabulary: int
@@ -142,16 +140,29 @@ class Shape:
     rotated: int
     epsilon: float
     theta: float
-    scaling: Scaling | None = None
+    scaling: rotation.Scaling = field(default_factory=rotation.Scaling)
     window: int = 0
+    window_theta: float = 0.0
     attention_cap: float = 0.0
     final_cap: float = 0.0
+
+    @property
+    def query_scale(self) -> float:
+        """Return the number whose root llama.cpp divides the scores of attention by."""
+        return float(self.width // self.heads if self.layers == self.family.by_width else self.head_size)
+
+    @property
+    def has_window(self) -> tuple[bool, ...]:
+        """Say of each block whether it sees a window only."""
+        every = self.family.whole_every
+        return tuple(bool(every and (number + 1) % every) for number in range(self.layers))
 
 
 def read_shape(folder: Path) -> Shape:
     """Read ``config.json``.
 
-    llama.cpp attends to all tokens in these families: a sliding window becomes the context, within which both agree.
+    llama.cpp knows windows of Gemma 2 and 3 alone. In other families it attends to all tokens: a sliding window becomes
+    the context, within which both agree.
 
     Raises:
         UsageError: it is missing, damaged, or lacks a number.
@@ -160,32 +171,72 @@ def read_shape(folder: Path) -> Shape:
     path = folder / "config.json"
     try:
         config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        family = _family(config)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        heads = int(config["num_attention_heads"])
-        head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
-        return Shape(
-            family=family,
-            vocabulary=int(config["vocab_size"]),
-            context=min(int(config["max_position_embeddings"]), _window(config)),
-            width=int(config["hidden_size"]),
-            layers=int(config["num_hidden_layers"]),
-            feed_forward=int(config["intermediate_size"]),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_size=head_size,
-            rotated=int(head_size * float(config.get("partial_rotary_factor") or 1.0)),
-            epsilon=float(config.get("rms_norm_eps", 1e-6)),
-            theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            scaling=_scaling(rope, int(config["max_position_embeddings"])),
-            window=int(config["sliding_window"]) if family.windows else 0,
-            attention_cap=float(config.get("attn_logit_softcapping") or 0.0),
-            final_cap=float(config.get("final_logit_softcapping") or 0.0),
-        )
+        shape = _plain(_family(config), config)
+        return _windowed(shape, config) if shape.family.whole_every else shape
     except (OSError, msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{path} does not describe a language model: {error!r}", "give a Hugging Face folder"
         ) from error
+
+
+def _plain(family: Family, config: Mapping[str, Any]) -> Shape:
+    """Read what every family has."""
+    heads = int(config["num_attention_heads"])
+    head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
+    rope = rotation.of_config(config)
+    part = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    rotated = int(head_size * float(part))
+    theta = float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
+    return Shape(
+        family=family,
+        vocabulary=int(config["vocab_size"]),
+        context=min(int(config["max_position_embeddings"]), _window(config)),
+        width=int(config["hidden_size"]),
+        layers=int(config["num_hidden_layers"]),
+        feed_forward=int(config["intermediate_size"]),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_size=head_size,
+        rotated=rotated,
+        epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        theta=theta,
+        scaling=rotation.read(config, family.scalings, rotated, theta),
+    )
+
+
+def _windowed(plain: Shape, config: Mapping[str, Any]) -> Shape:
+    """Add what Gemma 2 and 3 have beyond it."""
+    in_windows = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    theta = float(config.get("rope_local_base_freq") or in_windows.get("rope_theta") or 0.0)
+    shape = replace(
+        plain,
+        window=int(config["sliding_window"]),
+        window_theta=theta,
+        attention_cap=float(config.get("attn_logit_softcapping") or 0.0),
+        final_cap=float(config.get("final_logit_softcapping") or 0.0),
+    )
+    _refuse_other_attention(shape, config, rotation.kind_of(in_windows))
+    return shape
+
+
+def _refuse_other_attention(shape: Shape, config: Mapping[str, Any], scaling: str) -> None:
+    """Refuse what llama.cpp has as a constant of the family and the configuration sets otherwise."""
+    kind, family = config["architectures"][0], shape.family
+    kinds = [("full_attention", "sliding_attention")[is_window] for is_window in shape.has_window]
+    every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or family.whole_every
+    if (config.get("layer_types") or kinds) != kinds or every != family.whole_every:
+        raise ExportError(f"llama.cpp's {kind} sees all tokens in every {family.whole_every}. block, this one does not")
+    scale = float(config.get("query_pre_attn_scalar", 256))
+    if scale != shape.query_scale:
+        raise ExportError(f"llama.cpp's {kind} has query_pre_attn_scalar {shape.query_scale:g}, this one {scale:g}")
+    if config.get("use_bidirectional_attention"):
+        raise ExportError(f"llama.cpp's {kind} looks back only, this one has use_bidirectional_attention")
+    if scaling != "default":
+        raise ExportError(f"llama.cpp's {kind} does not scale the rotation in windows, this one does: {scaling!r}")
+    if bool(shape.attention_cap) != family.caps_attention:
+        does = "caps" if family.caps_attention else "does not cap"
+        raise ExportError(f"llama.cpp's {kind} {does} attention scores; attn_logit_softcapping is "
+                          f"{config.get('attn_logit_softcapping')}")  # fmt: skip
 
 
 def _window(config: Mapping[str, Any]) -> int:
@@ -207,66 +258,8 @@ def _refuse_others(config: Mapping[str, Any], family: Family, kind: str) -> None
     given = config.get("hidden_activation") or config.get("hidden_act") or family.activation
     if _SAME_ACTIVATION.get(given, given) != family.activation:
         raise ExportError(f"llama.cpp's {kind} computes {family.activation}, this one {given!r}")
-    if family.windows:
-        _refuse_other_windows(config, family, kind)
     if family.is_always_tied and config.get("tie_word_embeddings") is False:
         raise ExportError(f"llama.cpp's {kind} has no output matrix of its own, this one does", "tie the embeddings")
-
-
-def _refuse_other_windows(config: Mapping[str, Any], family: Family, kind: str) -> None:
-    """Refuse what llama.cpp takes for granted of Gemma: which layers see all, how scores are scaled, the local base."""
-    kinds = ["full_attention" if (n + 1) % family.windows == 0 else "sliding_attention"
-             for n in range(int(config["num_hidden_layers"]))]  # fmt: skip
-    if (config.get("layer_types") or kinds) != kinds:
-        raise ExportError(f"llama.cpp's {kind} sees all in every layer of {family.windows}, this one in others")
-    head = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    if int(config.get("query_pre_attn_scalar", 256)) != head:
-        raise ExportError(f"llama.cpp's {kind} divides scores by the root of {head}, this one of another number")
-    if float(config.get("rope_local_base_freq", 10000.0)) != 10000.0:  # llama.cpp's own
-        raise ExportError(f"llama.cpp's {kind} rotates windows by 10000, this one by another base")
-
-
-def _scaling(rope: Mapping[str, Any], context: int) -> Scaling | None:
-    """Read how rotations are scaled; llama.cpp takes the numbers of `_KNOWN_SCALINGS`, and its own for the others."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    known = _KNOWN_SCALINGS.get(kind)
-    others = {key for key, value in rope.items() if value is not None and key not in {*(known or ()), *_NO_SCALING}}
-    others -= {key for key, value in _YARN.items() if rope.get(key) == value}
-    if known is None or others:
-        what = f" with {', '.join(sorted(others))}" if known else ""
-        raise ExportError(
-            f"rope scaling {kind!r}{what} is not written; {', '.join(_KNOWN_SCALINGS)} are",
-            "use llama.cpp's own converter",
-        )
-    return Scaling(
-        kind=kind,
-        factor=float(rope["factor"]),
-        original=int(rope["original_max_position_embeddings"] if kind == "llama3" else _original(rope, context)),
-        low=float(rope["low_freq_factor"]) if kind == "llama3" else 1.0,
-        high=float(rope["high_freq_factor"]) if kind == "llama3" else 4.0,
-    )
-
-
-def _original(rope: Mapping[str, Any], context: int) -> int:
-    return int(rope.get("original_max_position_embeddings") or context)
-
-
-def frequency_factors(shape: Shape) -> Array | None:
-    """Return what llama.cpp divides each rotation's frequency by, [rotated / 2], where Llama 3 scales them.
-
-    Long waves by the factor, short ones not at all, those between smoothly (Llama 3.1's reference code).
-    """
-    import numpy as np
-
-    scaling = shape.scaling
-    if scaling is None or scaling.kind != "llama3":
-        return None
-    waves = 2 * np.pi * shape.theta ** (np.arange(0, shape.rotated, 2) / shape.rotated)
-    smooth = np.clip((scaling.original / waves - scaling.low) / (scaling.high - scaling.low), 0, 1)
-    factors: Array = (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)
-    return factors
 
 
 def add_shape(writer: Any, shape: Shape) -> None:  # noqa: ANN401  # gguf's writer is untyped here
@@ -283,27 +276,28 @@ def add_shape(writer: Any, shape: Shape) -> None:  # noqa: ANN401  # gguf's writ
     writer.add_rope_dimension_count(shape.rotated)
     writer.add_layer_norm_rms_eps(shape.epsilon)
     writer.add_rope_freq_base(shape.theta)
+    rotation.add(writer, shape.scaling)
     if shape.window:
         writer.add_sliding_window(shape.window)
+        writer.add_sliding_window_pattern(shape.family.whole_every)
+    if shape.window_theta:
+        writer.add_rope_freq_base_swa(shape.window_theta)
     if shape.attention_cap:
         writer.add_attn_logit_softcapping(shape.attention_cap)
     if shape.final_cap:
         writer.add_final_logit_softcapping(shape.final_cap)
-    if shape.scaling and shape.scaling.kind != "llama3":  # that is a tensor
-        import gguf
-
-        writer.add_rope_scaling_type(gguf.RopeScalingType[shape.scaling.kind.upper()])
-        writer.add_rope_scaling_factor(shape.scaling.factor)
-        writer.add_rope_scaling_orig_ctx_len(shape.scaling.original)
 
 
 def stored_shape(reader: Any) -> Shape:  # noqa: ANN401  # gguf's reader is untyped here
     """Read those keys back from a file that edgekit wrote."""
     arch = reader.fields["general.architecture"].contents()
 
-    def value(key: str, absent: float = 0) -> Any:  # noqa: ANN401  # an integer or a float
-        field = reader.fields.get(f"{arch}.{key}")
-        return absent if field is None else field.contents()
+    def value(key: str, default: Any = None) -> Any:  # noqa: ANN401  # a number or a word
+        found = reader.fields.get(f"{arch}.{key}") if default is not None else reader.fields[f"{arch}.{key}"]
+        return found.contents() if found else default
+
+    def numbers(name: str) -> tuple[float, ...]:
+        return next((tuple(map(float, tensor.data)) for tensor in reader.tensors if tensor.name == name), ())
 
     return Shape(
         family=next(family for family in FAMILIES.values() if family.arch == arch),
@@ -318,16 +312,11 @@ def stored_shape(reader: Any) -> Shape:  # noqa: ANN401  # gguf's reader is unty
         rotated=value("rope.dimension_count"),
         epsilon=value("attention.layer_norm_rms_epsilon"),
         theta=value("rope.freq_base"),
-        scaling=Scaling(
-            kind=value("rope.scaling.type"),
-            factor=value("rope.scaling.factor"),
-            original=value("rope.scaling.original_context_length"),
-        )
-        if f"{arch}.rope.scaling.type" in reader.fields
-        else None,
-        window=value("attention.sliding_window"),
-        attention_cap=value("attn_logit_softcapping"),
-        final_cap=value("final_logit_softcapping"),
+        scaling=rotation.stored(value, numbers),
+        window=value("attention.sliding_window", 0),
+        window_theta=value("rope.freq_base_swa", 0.0),
+        attention_cap=value("attn_logit_softcapping", 0.0),
+        final_cap=value("final_logit_softcapping", 0.0),
     )
 
 
@@ -348,17 +337,16 @@ def configuration(shape: Shape) -> dict[str, Any]:
         "sliding_window": None,
         "pad_token_id": None,  # some classes have one beyond a small vocabulary
     }
-    if shape.family.windows:
-        found["sliding_window"] = shape.window
-        found["query_pre_attn_scalar"] = shape.head_size
-        found["attn_logit_softcapping"] = shape.attention_cap or None
-        found["final_logit_softcapping"] = shape.final_cap or None
-    if shape.scaling:
-        found["rope_scaling"] = {
-            "rope_type": shape.scaling.kind,
-            "factor": shape.scaling.factor,
-            "original_max_position_embeddings": shape.scaling.original,
-        }
     if shape.rotated != shape.head_size:
         found["partial_rotary_factor"] = shape.rotated / shape.head_size
-    return found
+    if shape.window:
+        found |= {
+            "sliding_window": shape.window,
+            "layer_types": [("full_attention", "sliding_attention")[is_window] for is_window in shape.has_window],
+            "query_pre_attn_scalar": shape.query_scale,
+            "attn_logit_softcapping": shape.attention_cap or None,
+            "final_logit_softcapping": shape.final_cap or None,
+        }
+    if shape.window_theta:
+        found["rope_local_base_freq"] = shape.window_theta
+    return found | rotation.configuration(shape.scaling)

@@ -1,15 +1,16 @@
 """Between a Hugging Face language model and GGUF: tensors by name, row order, both ways. Knows no tokens.
 
 llama.cpp's Llama rotates pairs of neighbouring rows, Hugging Face rows half a head apart: rows of q and k are
-reordered. Gemma's norms multiply by one more than their weight: llama.cpp wants the sum.
+reordered. Gemmas' norms multiply by one more than their weight: llama.cpp wants the sum.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import blockwise, families, gguf_file
+from edgekit.export import blockwise, families, gguf_file, rotation
 from edgekit.export.quiet import silence
 from edgekit.plugins import extra
 
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     from edgekit.export.families import Shape
     from edgekit.tensors import Array
 
-FREQUENCIES = "rope_freqs.weight"
-"""GGUF's name of what Llama 3 divides the frequencies of its rotations by."""
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 def tensors(folder: Path, shape: Shape) -> Iterator[tuple[str, Array]]:
     """Yield every tensor of the folder's safetensors files under its GGUF name, in float32, as llama.cpp wants it.
+
+    Those of a scaled rotation, which config.json describes, come last.
 
     Raises:
         UsageError: there is no safetensors file, or it is damaged.
@@ -35,9 +36,6 @@ def tensors(folder: Path, shape: Shape) -> Iterator[tuple[str, Array]]:
     with extra("export"):
         import torch
         from safetensors import SafetensorError, safe_open
-    factors = families.frequency_factors(shape)
-    if factors is not None:
-        yield FREQUENCIES, factors
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UsageError(f"{folder} has no .safetensors file", "pickled weights are not read: convert them first")
@@ -49,6 +47,7 @@ def tensors(folder: Path, shape: Shape) -> Iterator[tuple[str, Array]]:
                         yield to_gguf(name, file.get_tensor(name).to(torch.float32).numpy(), shape)
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} is damaged: {error}", "fetch the model again") from error
+    yield from rotation.tensors(shape.scaling)
 
 
 def _is_spare(name: str, shape: Shape) -> bool:
@@ -75,15 +74,20 @@ def gguf_name(name: str, shape: Shape) -> str:
     Raises:
         ExportError: no tensor of the family has that name.
     """
-    with extra("export"):
-        import gguf
     family = shape.family
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.arch.upper()], shape.layers)
-    found: str | None = table.get_name(name, try_suffixes=(".weight", ".bias"))
+    found: str | None = _names(family.arch, shape.layers).get_name(name, try_suffixes=(".weight", ".bias"))
     is_known = found is not None and _part(found) in {*family.parts, *_WHOLE}
     if found is None or not is_known or (name.endswith(".bias") and _part(found) not in family.biased):
         raise ExportError(f"tensor {name!r} has no place in GGUF's {family.arch}", "use llama.cpp's own converter")
     return found
+
+
+@cache
+def _names(arch: str, layers: int) -> Any:  # noqa: ANN401  # gguf is untyped here
+    """Return gguf's map of names, made once: it takes 20 ms for 30 blocks, and each of their tensors asks."""
+    with extra("export"):
+        import gguf
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], layers)
 
 
 def from_gguf(name: str, array: Array, shape: Shape) -> tuple[str, Array]:
@@ -146,8 +150,6 @@ def network_of(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped he
         ExportError: the file lacks tensors of the network; names them.
     """
     with extra("export"), silence():
-        import numpy as np
-        import torch
         from transformers import AutoConfig
     reader = gguf_file.opened(path)
     shape = families.stored_shape(reader)
@@ -159,10 +161,8 @@ def network_of(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped he
     config = AutoConfig.for_model(shape.family.model_type, **settings)
     with silence():
         network = blockwise.empty(config)
-    if FREQUENCIES in names:
-        factors = next(t.data for t in reader.tensors if t.name == FREQUENCIES)
-        network.model.rotary_emb.inv_freq /= torch.from_numpy(np.array(factors))
-    stored = {_transformers_name(t.name, shape): t for t in reader.tensors if t.name != FREQUENCIES}
+    rotation.apply(network.model.rotary_emb, shape.scaling)
+    stored = {_transformers_name(t.name, shape): t for t in reader.tensors if t.name not in rotation.TENSORS}
     if lacking := blockwise.names(network) - set(stored):
         raise ExportError(f"{path.name} lacks {', '.join(sorted(lacking))}", "export it again")
     return blockwise.fill(network, lambda wanted: _weights(path, {n: stored[n] for n in wanted}, shape))

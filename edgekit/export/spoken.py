@@ -53,7 +53,10 @@ def agreed(main: Path, precision: str, tokens: Array, logits: Array) -> str:
             f" {limit:g})",
             "the order of a tensor's rows, or a number of the header, is not what llama.cpp takes it for",
         )
-    return f"{engine.engine} gives the same next tokens, KL at most {worst:.2g} in {len(found)} places"
+    return (
+        f"{engine.engine} gives the same next tokens, KL at most {worst:.2g} in {len(found)} places, where {limit:g} is"
+        " allowed"
+    )
 
 
 def _divergences(engine: TextEngine, tokens: Array, logits: Array) -> Iterator[float]:

@@ -158,10 +158,11 @@ def _open_xllamacpp(main: Path, threads: int, context: int) -> GgufEngine:
 
     def score(tokens: list[int], most: int) -> dict[int, float]:
         asked = {"prompt": tokens, "max_tokens": 1, "temperature": 0, "logprobs": most, "cache_prompt": False}
-        answer = server.handle_completions(asked)
+        # An end or a half character comes without probabilities, so another token is said; they are those before that.
+        answer = server.handle_completions({**asked, "logit_bias": [["a", 1000]]})
         if "error" in answer:
             raise InputError(f"llama.cpp refuses the tokens: {answer['error'].get('message', answer['error'])}")
-        told = answer["choices"][0]["logprobs"]  # none behind a token that is a part of a character
+        told = answer["choices"][0]["logprobs"]
         return {one["id"]: one["logprob"] for one in told["content"][0]["top_logprobs"]} if told else {}
 
     return GgufEngine(ask, f"xllamacpp {getattr(xllamacpp, '__version__', '')}".strip(), score)
