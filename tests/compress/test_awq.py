@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes import digits
+from fakes import digits, planted
 
 from edgekit import grid, workload
 from edgekit.compress.layers import layers
@@ -66,7 +66,9 @@ def error(model, reference):
     return float(np.square(only(planned_network(model).run(inputs)) - only(reference.network.run(inputs))).mean())
 
 
-@pytest.mark.parametrize("model", [salient(), convolutions(), digits.model()], ids=["gated", "convolutions", "digits"])
+@pytest.mark.parametrize(
+    "model", [salient(), convolutions(), planted.with_a_wide_channel(16.0)], ids=["gated", "convolutions", "digits"]
+)
 def test_the_factors_leave_the_float_network_as_it_was(model):
     start = planned(model, bits=3)
     balanced, _, count = Awq().balanced(start, silent)
