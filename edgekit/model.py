@@ -9,7 +9,7 @@ import functools
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from edgekit.errors import CompressionError, InputError, UsageError
 from edgekit.plugins import extra
@@ -195,13 +195,21 @@ class LlamaFolder:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute ``logits`` [batch, tokens, vocabulary] for ``input_ids`` [batch, tokens]."""
-        with extra("gguf"):
+        network = self.opened()
+        import torch
+
+        with torch.no_grad():
+            return {"logits": network(torch.as_tensor(inputs["input_ids"])).logits.numpy()}
+
+    def opened(self) -> Any:  # noqa: ANN401  # transformers is untyped here
+        """Open the network in float32, without a cache of keys and values."""
+        with extra("export"):
             import torch
             from transformers import AutoModelForCausalLM
         how = {"local_files_only": True, "dtype": torch.float32, "attn_implementation": "eager"}  # others cap no scores
         network = AutoModelForCausalLM.from_pretrained(self.path, **how).eval()
-        with torch.no_grad():
-            return {"logits": network(torch.as_tensor(inputs["input_ids"]), use_cache=False).logits.numpy()}
+        network.config.use_cache = False
+        return network
 
 
 @dataclass(frozen=True)

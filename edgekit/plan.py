@@ -74,6 +74,11 @@ class QuantizationPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{_kind(widths)}-{'weights' if self.scheme == 'weight-only' else 'dynamic'}"
 
 
+def halves() -> QuantizationPlan:
+    """Return the plan of a network in 16-bit floats: nothing but that is decided."""
+    return QuantizationPlan(bits=16, observer="none", weights={}, activations={}, scheme="float16")
+
+
 def _width(widths: set[int]) -> str:
     return str(next(iter(widths))) if len(widths) == 1 else "mixed"
 

@@ -23,7 +23,7 @@ from edgekit.export.golden import expected_of, golden_count, golden_of, referenc
 from edgekit.export.refusal import REFUSALS, UnsupportedOperator, reason
 from edgekit.manifest import Manifest, Parity, Variant
 from edgekit.model import GgufFile, LlamaFolder, Model, TorchNetwork
-from edgekit.plan import QuantizationPlan
+from edgekit.plan import halves
 from edgekit.progress import Progress, silent
 from edgekit.workload import huggingface_folder
 
@@ -141,8 +141,7 @@ def _with_precision(model: Model, precision: str | None) -> Model:
     if isinstance(model.network, LlamaFolder) or precision in (None, model.precision):
         return model
     if precision == "fp16" and model.plan is None:
-        halves = QuantizationPlan(bits=16, observer="none", weights={}, activations={}, scheme="float16")
-        return replace(model, plan=halves)
+        return replace(model, plan=halves())
     if precision == "fp32":
         return replace(model, plan=None)
     raise UsageError(

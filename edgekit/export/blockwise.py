@@ -20,9 +20,8 @@ def empty(config: Any) -> Any:  # noqa: ANN401  # transformers is untyped here
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager"
-        )  # others drop the caps of scores
+        how = {"attn_implementation": "eager"}  # others cap no scores
+        network = AutoModelForCausalLM.from_config(config, **how)
     _compute_what_no_file_stores(network)
     return network.eval()
 

@@ -24,6 +24,13 @@ INTEGERS = ("int", "w", "mixed")
 DECIDES = "not verified on this instruction set; the device's own trial decides"
 
 
+def looks_at_sums(profile: DeviceProfile) -> bool:
+    """Say whether a file for an x86 without 8-bit dot products is run on such a one here: emulated, or this machine."""
+    if not profile.emulate or profile.arch != "x86_64":
+        return False
+    return not machine.describe().integer_dot_product or not emulation.lacking(emulation.isa_named(profile.emulate))
+
+
 def ask(
     profile: DeviceProfile, variant: Variant, outputs: Mapping[str, Array], *, folder: Path, reference: Reference
 ) -> Elsewhere | None:

@@ -84,24 +84,17 @@ def _postprocess(model: Model) -> Classification | None:
 
 
 def _tokens(network: LlamaFolder) -> Split:
-    """Return token sequences that any vocabulary has, spread over it without chance."""
+    """Return token sequences that any vocabulary has, spread over it without chance, with room for one token more."""
     with extra("export"):
         import numpy as np
-    size = vocabulary(network)
-    return Split({"input_ids": ((np.arange(TEXT_SAMPLES * TEXT_LENGTH) * 7919 + 3) % size).reshape(TEXT_SAMPLES, -1)})
-
-
-def vocabulary(network: LlamaFolder) -> int:
-    """Read how many tokens the language model knows.
-
-    Raises:
-        UsageError: ``config.json`` is damaged or does not say.
-    """
     path = network.path / "config.json"
     try:
-        return int(msgspec.json.decode(path.read_bytes())["vocab_size"])
+        config = msgspec.json.decode(path.read_bytes())
+        size, context = int(config["vocab_size"]), int(config.get("max_position_embeddings") or TEXT_LENGTH + 1)
     except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} does not say vocab_size: {error}", "give a Hugging Face folder of a Llama") from error
+    length = max(1, min(TEXT_LENGTH, context - 1))
+    return Split({"input_ids": ((np.arange(TEXT_SAMPLES * length) * 7919 + 3) % size).reshape(TEXT_SAMPLES, -1)})
 
 
 def golden_of(reference: Reference, variants: Sequence[Variant], folder: Path) -> tuple[Golden, dict[str, bytes]]:

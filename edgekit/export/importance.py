@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import ExportError
 from edgekit.export import llama
 from edgekit.export.quiet import silence
+from edgekit.model import LlamaFolder
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
@@ -83,12 +84,6 @@ def gather(folder: Path, shape: Shape, samples: Split, progress: Progress) -> Im
 
 
 def opened(folder: Path) -> Any:  # noqa: ANN401  # transformers is untyped here
-    """Open the folder's network in float32, without a cache of keys and values."""
-    with extra("export"), silence():
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        how = {"local_files_only": True, "dtype": torch.float32, "attn_implementation": "eager"}  # others cap no scores
-        network = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
-    network.config.use_cache = False
-    return network
+    """Open the folder's network in float32, quietly."""
+    with silence():
+        return LlamaFolder(folder).opened()

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from edgekit.errors import ExportError
-from edgekit.export import kernels, onnx_dynamic, qdq
+from edgekit.export import elsewhere, kernels, onnx_dynamic, qdq
 from edgekit.export.onnx_file import Graph, float_graph, save
 from edgekit.export.onnx_weights import BLOCK_OPSET, Planned, Weights, as_product, pack, planned_nodes, replace_nodes
 from edgekit.export.quiet import silence
@@ -36,7 +36,7 @@ def write_artifact(model: Model, profile: DeviceProfile, path: Path, *, scheme: 
     if model.plan and isinstance(model.network, OnnxNetwork):
         graph = _raised(graph, max(13, least))
     proto, notes = _lowered(graph, model, scheme, profile=profile, progress=progress)
-    if profile.emulate and profile.arch == "x86_64":  # whose sums the gate looks at: no engine needs to widen them
+    if elsewhere.looks_at_sums(profile):  # and refuses what does not fit: no engine needs to widen them
         proto.metadata_props.add(key=SUMS, value=SUMS_CHECKED)
     operators = Counter(node.op_type for node in proto.graph.node)
     notes = (*notes, *_newer(proto, profile, model))

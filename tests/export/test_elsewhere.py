@@ -171,3 +171,16 @@ def test_ask_is_silent_for_floats(tmp_path):
         name="a", format="onnx", precision="fp32", main="a/m", files=("a/m",), parity=Parity(status="checked")
     )
     assert elsewhere.ask(profile, floats, {}, folder=tmp_path, reference=None) is None
+
+
+@pytest.mark.parametrize(
+    ("dot_product", "emulator", "says"), [("avx_vnni", False, False), ("avx_vnni", True, True), ("", False, True)]
+)
+def test_a_file_says_that_its_sums_fit_only_where_somebody_looked(tmp_path, monkeypatch, dot_product, emulator, says):
+    monkeypatch.setattr(machine.Machine, "integer_dot_product", dot_product)
+    monkeypatch.setattr(emulation, "lacking", lambda _: "" if emulator else "no QEMU here")
+    monkeypatch.setattr(elsewhere, "ask", lambda *_, **__: None)
+    done = sealed(tmp_path / "b", "x86-64-v3", "x86-64-v3")
+    assert done.first_error is None
+    proto = onnx.load(tmp_path / "b" / done.rows[0].variant.main)
+    assert ((SUMS, SUMS_CHECKED) in {(one.key, one.value) for one in proto.metadata_props}) is says

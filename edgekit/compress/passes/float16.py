@@ -11,7 +11,7 @@ from edgekit.compress.passes.fold import fold
 from edgekit.errors import CompressionError
 from edgekit.manifest import Step
 from edgekit.model import GgufFile, LlamaFolder
-from edgekit.plan import QuantizationPlan
+from edgekit.plan import halves
 
 if TYPE_CHECKING:
     from edgekit.model import Model
@@ -47,9 +47,8 @@ class Float16(CompressionPass, frozen=True):
                     f"weight {layer.weight!r} holds {largest:g}; 16-bit floats end at {LARGEST:g}",
                     "quantize to int8 instead, whose scales fit any weight",
                 )
-        plan = QuantizationPlan(bits=16, observer="none", weights={}, activations={}, scheme="float16")
         note = Step(name="float16", measured={"folded": count})
-        return replace(folded, plan=plan, lineage=(*model.lineage, note))
+        return replace(folded, plan=halves(), lineage=(*model.lineage, note))
 
 
 PLUGIN: type[CompressionPass] = Float16
