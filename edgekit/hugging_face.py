@@ -78,19 +78,29 @@ def network(folder: Path, samples: Split) -> TorchNetwork:
     if len(pictures) == len(samples.inputs) == 1:
         opener, output = _head(folder)
         return TorchNetwork(_of_pictures(_opened(folder, opener), output).eval(), tuple(pictures), (output,), folder)
+    tokens = refuse_windows(folder, samples)
+    opener, output = _head(folder)
+    inner = _opened(folder, opener)
+    module = _wrapped(inner, tuple(samples.inputs), output, tokens if opener == CAUSAL else 0)
+    return TorchNetwork(module.eval(), tuple(samples.inputs), (output,), folder)
+
+
+def refuse_windows(folder: Path, samples: Split) -> int:
+    """Return the length of the samples' windows of tokens, which the folder's network has to take.
+
+    Raises:
+        UsageError: a damaged folder, samples without ``input_ids``, or longer windows than the network takes.
+    """
     if "input_ids" not in samples.inputs or samples.inputs["input_ids"].ndim != 2:
         raise UsageError(
             f"{folder.name} takes input_ids [samples, tokens], the data has {', '.join(samples.inputs)}",
             'give a data.toml of kind = "text" or "tsv", or arrays of that name',
         )
-    opener, output = _head(folder)
-    tokens = samples.inputs["input_ids"].shape[1]
-    inner = _opened(folder, opener)
-    most = getattr(inner.config, "max_position_embeddings", tokens)
+    tokens = int(samples.inputs["input_ids"].shape[1])
+    most = _config(folder).get("max_position_embeddings") or tokens
     if tokens > most:
         raise UsageError(f"the data has windows of {tokens} tokens, {folder.name} takes {most}", "state fewer tokens")
-    module = _wrapped(inner, tuple(samples.inputs), output, tokens if opener == CAUSAL else 0)
-    return TorchNetwork(module.eval(), tuple(samples.inputs), (output,), folder)
+    return tokens
 
 
 def write(model: Model, folder: Path) -> None:
@@ -145,13 +155,16 @@ def _described(folder: Path) -> dict[str, torch.Size]:
 
 
 def _architecture(folder: Path) -> str:
+    named = _config(folder).get("architectures") or [""]
+    return str(named[0])
+
+
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (msgspec.DecodeError, OSError) as error:
         raise UsageError(f"{path} is damaged: {error}", "fetch the folder again") from error
-    named = config.get("architectures") or [""]
-    return str(named[0])
 
 
 def _head(folder: Path) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from edgekit import blockwise
 from edgekit.errors import CompressionError, InputError, UsageError
 from edgekit.plugins import extra
 
@@ -195,11 +196,16 @@ class LlamaFolder:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute ``logits`` [batch, tokens, vocabulary] for ``input_ids`` [batch, tokens]."""
-        network = self.opened()
+        network = self.by_blocks()
         import torch
 
         with torch.no_grad():
-            return {"logits": network(torch.as_tensor(inputs["input_ids"])).logits.numpy()}
+            return {"logits": network(torch.as_tensor(inputs["input_ids"]), use_cache=False).logits.numpy()}
+
+    def by_blocks(self) -> Any:  # noqa: ANN401  # transformers is untyped here
+        """Open the network as `opened`; its blocks have weights while they compute only, where the folder allows it."""
+        network = blockwise.of_folder(self.path)
+        return self.opened() if network is None else network
 
     def opened(self) -> Any:  # noqa: ANN401  # transformers is untyped here
         """Open the network in float32, without a cache of keys and values."""

@@ -40,11 +40,13 @@ def load(
     data: Data | None = None,
     *,
     invent: Callable[[Path], Data] | None = None,
+    as_text: bool = False,
 ) -> Model:
     """Read a model from ``file.py:build``, ``package.module:build``, ``.pt2``, ``.onnx``, ``.gguf``, or a folder.
 
     A Hugging Face folder becomes a PyTorch network where there is data that says its inputs; that of a language model
-    stays a folder without. ``invent`` makes inputs for any other such folder that comes without data, from which no
+    stays a folder without, and with ``as_text``: what only writes its weights again need not open it. ``invent`` makes
+    inputs for any other such folder that comes without data, from which no
     range may be learned.
 
     Raises:
@@ -55,7 +57,11 @@ def load(
     path = Path(source)
     if data is None and invent is not None and hugging_face.is_folder(path) and not hugging_face.speaks(path):
         data = invent(path)
-    model = _load(source, checkpoint, data)
+    if as_text and data is not None and hugging_face.is_folder(path) and hugging_face.speaks(path):
+        hugging_face.refuse_windows(path, data.calibration)
+        model = replace(_load_hugging_face(path, None), data=data)
+    else:
+        model = _load(source, checkpoint, data)
     refuse_unfit(model)
     return model
 
@@ -269,4 +275,5 @@ def _load_hugging_face(folder: Path, data: Data | None) -> Model:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edgekit import device_profiles, workload
+from edgekit import device_profiles, hugging_face, workload
 from edgekit.cli import cli
 from edgekit.compress import evaluate
 from edgekit.compress.losses import is_language_model, truth_of
@@ -160,6 +160,18 @@ def test_without_data_a_llama_stays_a_folder_and_others_ask_for_data(tmp_path):
     bert(tmp_path / "bert")
     with pytest.raises(UsageError, match="needs data"):
         workload.load(str(tmp_path / "bert"))
+
+
+def test_as_text_a_folder_is_not_opened_and_keeps_its_data(tmp_path, monkeypatch):
+    llama(tmp_path / "llama")
+    monkeypatch.setattr(hugging_face, "network", None)
+    model = workload.load(str(tmp_path / "llama"), None, data(mask=False), as_text=True)
+    assert model.network == LlamaFolder(tmp_path / "llama")
+    assert model.task == "text-generation"
+    np.testing.assert_array_equal(model.data.calibration.inputs["input_ids"], TOKENS)
+    llama(tmp_path / "short", max_position_embeddings=8)
+    with pytest.raises(UsageError, match="windows of 12 tokens, short takes 8"):
+        workload.load(str(tmp_path / "short"), None, data(mask=False), as_text=True)
 
 
 def changed(model):

@@ -197,7 +197,7 @@ def _exported(folder: Path, precision: str, text: Array | None) -> Exported:
 def _export_here(folder: Path, out: Path, precision: str, text: Array | None) -> Exported:
     data = None if text is None else Data(Split({"input_ids": text}))
     before, began = peak_mib(), time.monotonic()
-    model = workload.load(str(folder), data=data)
+    model = workload.load(str(folder), data=data, as_text=True)
     result = export(model, [device_profiles.load("llama-cpp")], out, precision=precision)
     if result.first_error:
         raise result.first_error

@@ -90,7 +90,8 @@ def COMMAND(  # noqa: N802, PLR0913  # the name is the plugin's; each parameter 
     bundles.refuse_foreign(output)
     documents.check_license(spdx)
     data = workload.load_data(data_source) if data_source else None
-    model = workload.load(source, checkpoint, data, invent=architectures.invented)
+    as_text = all(profile.format == "gguf" for profile in profiles)
+    model = workload.load(source, checkpoint, data, invent=architectures.invented, as_text=as_text)
     if data is None and isinstance(model.network, TorchNetwork) and model.network.folder:
         terminal.warn(f"no --data: {model.name} was compared on inputs at random, which says nothing of how good it is")
     result = export(

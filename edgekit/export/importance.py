@@ -55,7 +55,8 @@ def gather(folder: Path, shape: Shape, samples: Split, progress: Progress) -> Im
             f"an importance matrix needs input_ids, the data has {', '.join(samples.inputs)}",
             'give a data.toml of kind = "text"',
         )
-    network = opened(folder)
+    with silence():
+        network = LlamaFolder(folder).by_blocks()
     tied = getattr(network.config, "tie_word_embeddings", False)
     sums: dict[str, Any] = {}
     counted = 0

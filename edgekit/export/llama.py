@@ -9,8 +9,9 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from edgekit import blockwise
 from edgekit.errors import ExportError, UsageError
-from edgekit.export import blockwise, families, gguf_file, rotation
+from edgekit.export import families, gguf_file, rotation
 from edgekit.export.quiet import silence
 from edgekit.plugins import extra
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from edgekit.export.families import Shape
     from edgekit.tensors import Array
 
+AT_ONCE = 64 << 20
+"""After so many bytes a file of weights is opened anew."""
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -35,19 +38,33 @@ def tensors(folder: Path, shape: Shape) -> Iterator[tuple[str, Array]]:
     """
     with extra("export"):
         import torch
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UsageError(f"{folder} has no .safetensors file", "pickled weights are not read: convert them first")
     for path in files:
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in sorted(file.keys()):
-                    if not _is_spare(name, shape):
-                        yield to_gguf(name, file.get_tensor(name).to(torch.float32).numpy(), shape)
+            for name, tensor in _stored(path):
+                if not _is_spare(name, shape):
+                    yield to_gguf(name, tensor.to(torch.float32).numpy(), shape)
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} is damaged: {error}", "fetch the model again") from error
     yield from rotation.tensors(shape.scaling)
+
+
+def _stored(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield a file's tensors by name. Opens it again and again: pages that were read stay while it is open."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = sorted(file.keys())
+    read = AT_ONCE
+    for name in names:
+        if read >= AT_ONCE:
+            file, read = safe_open(path, framework="pt"), 0
+        tensor = file.get_tensor(name)
+        read += tensor.nbytes
+        yield name, tensor
 
 
 def _is_spare(name: str, shape: Shape) -> bool:

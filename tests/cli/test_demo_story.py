@@ -26,6 +26,7 @@ from edgekit.cli._demo import cast, fleet, language, models, plots, report
 from edgekit.cli._demo.story import Story
 from edgekit.cli._terminal import Terminal
 from edgekit.compress import compress
+from edgekit.device_profiles.machine import Machine
 from edgekit.errors import ExportError, HealthError
 
 
@@ -247,16 +248,24 @@ def test_the_size_claim_follows_the_files(story, pair):
     assert story.checks[0].holds == (share <= 0.30)
 
 
-def test_the_latency_claim_follows_the_ratio(story, pair, monkeypatch):
+@pytest.mark.parametrize("dot_product", ["avx_vnni", ""])
+def test_the_claim_of_int8_follows_what_the_processor_can(story, pair, monkeypatch, dot_product):
+    limit, of = (0.65, "time") if dot_product else (0.8, "memory")
+
     def measure(contenders, settings, progress):
         return real(contenders, models.Settings(seconds=0.3, warmup_seconds=0.1), progress)
 
     real = models.measure
     monkeypatch.setattr(models, "measure", measure)
+    monkeypatch.setattr(Machine, "integer_dot_product", dot_product)
     models.side_by_side(story, *pair)
     (check,) = story.checks
-    assert check.holds == (float(check.seen) <= 0.65) or check.seen == "0.65"
-    assert {"fp32 p50", "int8 p99", "ms"} <= texts(story.chapters[0].parts[-3].html)
+    assert of in check.claim
+    assert check.holds == (float(check.seen) <= limit) or float(check.seen) == limit
+    plot = next(part for part in story.chapters[0].parts if hasattr(part, "html"))
+    assert {"fp32 p50", "int8 p99", "ms"} <= texts(plot.html)
+    told = " ".join(part for part in story.chapters[0].parts if isinstance(part, str))
+    assert ("saves memory here, not time" in told) == (not dot_product)
 
 
 def test_a_target_that_fails_ends_the_chapter(tmp_path):

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from edgekit import blockwise
 from edgekit.errors import ExportError, UsageError
 from edgekit.export import blocks, budget, families, gguf_file, llama, llama_quantize, vocabulary
 from edgekit.export import importance as importances
@@ -187,6 +188,7 @@ def _write(path: Path, source: Path, plan: _Plan, *, progress: Progress) -> None
         kind = plan.kind(tensor, array)
         number = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(tensor, blocks.quantize(array, kind, plan.importance.columns.get(tensor)), raw_dtype=number)
+    blockwise.trim()
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

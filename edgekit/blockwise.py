@@ -1,15 +1,21 @@
 """Networks of transformers whose blocks have weights while they compute only, so that they are never whole in memory.
 
-Knows no file. A forward pass reads every weight once: give it many samples at a time.
+Knows no file but folders of safetensors. A forward pass reads every weight once: give it many samples at a time.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import ctypes
+import os
+from collections import defaultdict
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
+
+from edgekit.plugins import extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
 BLOCKS = "model.layers."
 
@@ -63,6 +69,50 @@ def _let_come_and_go(block: Any, prefix: str, fetch: Callable[[], dict[str, Any]
 
     def go(block: Any, *_: Any) -> None:  # noqa: ANN401  # torch is imported by functions only
         block.to("meta")
+        trim()
 
     block.register_forward_pre_hook(come)
     block.register_forward_hook(go)
+
+
+@cache
+def _trimmer() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+
+
+def trim() -> None:
+    """Let glibc return what was freed: it keeps blocks up to 32 MiB, and their sizes fit the next ones badly."""
+    if called := _trimmer():
+        called(0)
+
+
+def of_folder(folder: Path) -> Any:  # noqa: ANN401  # transformers is untyped here
+    """Open a Hugging Face folder's network in float32; None where its files hold other names than the network has.
+
+    Raises:
+        MissingExtra: torch, transformers or safetensors is not installed.
+    """
+    with extra("export"):
+        import torch
+        from safetensors import safe_open
+        from transformers import AutoConfig
+    network = empty(AutoConfig.from_pretrained(folder, local_files_only=True))
+    places: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    if not hasattr(network, "model") or not hasattr(network.model, "layers") or names(network) - set(places):
+        return None
+
+    def fetch(wanted: Iterable[str]) -> dict[str, Any]:
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for name in wanted:
+            by_file[places[name]].append(name)
+        found: dict[str, Any] = {}
+        for path, own in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                # Copied, or one tensor would hold the whole mapped file.
+                found |= {name: file.get_tensor(name).to(torch.float32, copy=True) for name in own}
+        return found
+
+    return fill(network, fetch)
