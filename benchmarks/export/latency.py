@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,9 @@ def _resnet(quick: bool) -> Subject | None:
     if not _cifar.there():
         return None
     found = cifar("resnet20").smaller(JUDGED)
-    return Subject("resnet20", found.model(0), found.test.inputs[found.input], _labels(found.test))
+    return Subject(
+        "resnet20", replace(found.model(0), name="resnet20"), found.test.inputs[found.input], _labels(found.test)
+    )
 
 
 def _lite0(quick: bool) -> Subject | None:
@@ -109,7 +111,9 @@ def _lite0(quick: bool) -> Subject | None:
     if not PHOTOGRAPHS.is_file():
         return None
     found = efficientnet().smaller(JUDGED // 4)
-    return Subject("efficientnet-lite0", found.model(0), found.test.inputs[found.input], _labels(found.test))
+    return Subject(
+        "efficientnet-lite0", replace(found.model(0), name="lite0"), found.test.inputs[found.input], _labels(found.test)
+    )
 
 
 def _labels(split: Split) -> Array:
