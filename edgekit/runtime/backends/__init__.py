@@ -6,10 +6,13 @@ function that opens it.
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
+
+from edgekit.device_profiles import machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +55,14 @@ class EngineOptions:
     context: int = 2048
     own: OwnEngine | None = None
     has_dot_product: bool | None = None
+
+    @property
+    def cuts_sums(self) -> bool:
+        """Say whether products of u8 and s8 are added in 16 bits here, which cuts off what does not fit."""
+        if platform.machine() != "x86_64":
+            return False
+        has = self.has_dot_product
+        return not (machine.describe().integer_dot_product if has is None else has)
 
 
 class Engine(Protocol):

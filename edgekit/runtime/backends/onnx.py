@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 from typing import TYPE_CHECKING
 
-from edgekit.device_profiles import machine
 from edgekit.errors import HealthError, UsageError
 from edgekit.plugins import extra
 from edgekit.runtime.backends import SUMS, SUMS_CHECKED
@@ -83,7 +81,7 @@ def open_with(main: Path, options: EngineOptions, providers: Sequence[str]) -> O
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(str(main), settings, providers=list(providers))
-        if _cuts_sums(options) and session.get_modelmeta().custom_metadata_map.get(SUMS) != SUMS_CHECKED:
+        if options.cuts_sums and session.get_modelmeta().custom_metadata_map.get(SUMS) != SUMS_CHECKED:
             settings.add_session_config_entry("session.x64quantprecision", "1")  # some 10 % slower, and right
             session = onnxruntime.InferenceSession(str(main), settings, providers=list(providers))
     except engine_errors() as error:
@@ -92,14 +90,6 @@ def open_with(main: Path, options: EngineOptions, providers: Sequence[str]) -> O
             "the file is damaged or too new for this ONNX Runtime",
         ) from error
     return OnnxEngine(session, f"onnxruntime {onnxruntime.__version__} {session.get_providers()[0]}")
-
-
-def _cuts_sums(options: EngineOptions) -> bool:
-    """Say whether products of u8 and s8 are added in 16 bits here, which cuts off what does not fit."""
-    if platform.machine() != "x86_64":
-        return False
-    has = options.has_dot_product
-    return not (machine.describe().integer_dot_product if has is None else has)
 
 
 def engine_errors() -> tuple[type[Exception], ...]:

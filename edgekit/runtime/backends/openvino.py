@@ -61,7 +61,7 @@ class OpenvinoBackend:
         """
         with extra("openvino"):
             import openvino
-        settings = {
+        settings: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": options.threads or len(os.sched_getaffinity(0)),
             "NUM_STREAMS": 1,
             # processors with units for it would compute float networks in bfloat16, at 40 dB
@@ -70,6 +70,8 @@ class OpenvinoBackend:
         try:
             core = openvino.Core()
             network = core.read_model(str(main))
+            if options.cuts_sums and any(node.get_type_name() == "FakeQuantize" for node in network.get_ops()):
+                settings["LP_TRANSFORMS_MODE"] = False  # integers as floats: a quarter slower, and right
             compiled = core.compile_model(network, "CPU", settings)
         except (RuntimeError, ValueError) as error:
             raise HealthError(
