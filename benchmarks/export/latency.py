@@ -9,9 +9,9 @@ have a ratio that lies above 1 half of the time, so a goal holds where the lower
 over rounds, both files of a round together) is at most 1; the interval stands in the row.
 
 Where the processor has no 8-bit dot product, ONNX Runtime adds u8 x s8 in 16 bits: there both sides get 7-bit weights,
-edgekit's where calibration saturates, `quantize_static`'s by its ``reduce_range``. OpenVINO does the same, and gets both
-sides' integers as floats, as edgekit's runtime opens files there. SQNR to the float network and top-1
-stand beside, so that nobody is fast by being wrong.
+edgekit's where calibration saturates, `quantize_static`'s by its ``reduce_range``. OpenVINO adds so, too, and gets both
+sides' integers as floats, as edgekit's runtime opens files there. SQNR to the float network and top-1 stand beside, so
+that nobody is fast by being wrong.
 """
 
 from __future__ import annotations
