@@ -131,11 +131,11 @@ def measure(
         float_words = _words(network, tokens)
         for number, (name, own) in enumerate(members.items()):
             progress("measure what narrow types cost", number, len(members))
-            kept = [parameter.clone() for _, parameter in own]
+            kept = [parameter.data for _, parameter in own]  # swapped: written pages of a mapped file are held anew
             shares = _narrow(own, columns)
             lost = _kl(float_words, _words(network, tokens), mask)
             for (_, parameter), before in zip(own, kept, strict=True):
-                parameter.copy_(before)
+                parameter.data = before
             kl = {kind: lost * share for kind, share in shares.items()}
             groups.append(Group(name, tuple(n for n, _ in own), sum(p.numel() for _, p in own), kl))
     return groups, rest, weights
@@ -178,7 +178,7 @@ def _narrow(own: Sequence[tuple[str, Any]], columns: Mapping[str, Array]) -> dic
         unsearched += float((scale * (rounded[:: max(1, len(array) // ROWS)][:ROWS] - some) ** 2).sum())
         for kind in TYPES:
             errors[kind] += float((scale * (_rounded(some, kind, weighted) - some) ** 2).sum())
-        parameter.copy_(torch.from_numpy(rounded))
+        parameter.data = torch.from_numpy(rounded)
     return {kind: error / unsearched if unsearched else 0.0 for kind, error in errors.items()}
 
 
