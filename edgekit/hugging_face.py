@@ -78,8 +78,8 @@ def network(folder: Path, samples: Split) -> TorchNetwork:
     if len(pictures) == len(samples.inputs) == 1:
         opener, output = _head(folder)
         return TorchNetwork(_of_pictures(_opened(folder, opener), output).eval(), tuple(pictures), (output,), folder)
-    tokens = refuse_windows(folder, samples)
     opener, output = _head(folder)
+    tokens = refuse_windows(folder, samples)
     inner = _opened(folder, opener)
     module = _wrapped(inner, tuple(samples.inputs), output, tokens if opener == CAUSAL else 0)
     return TorchNetwork(module.eval(), tuple(samples.inputs), (output,), folder)
@@ -96,8 +96,14 @@ def refuse_windows(folder: Path, samples: Split) -> int:
             f"{folder.name} takes input_ids [samples, tokens], the data has {', '.join(samples.inputs)}",
             'give a data.toml of kind = "text" or "tsv", or arrays of that name',
         )
+    with extra("compress"):
+        from transformers import AutoConfig
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)  # knows defaults, and what GPT-2 calls it
+    except broken_file_errors() as error:
+        raise UsageError(f"{folder} cannot be opened: {first_line(error)}", "fetch the folder again") from error
     tokens = int(samples.inputs["input_ids"].shape[1])
-    most = _config(folder).get("max_position_embeddings") or tokens
+    most = getattr(config, "max_position_embeddings", tokens)
     if tokens > most:
         raise UsageError(f"the data has windows of {tokens} tokens, {folder.name} takes {most}", "state fewer tokens")
     return tokens
@@ -155,16 +161,13 @@ def _described(folder: Path) -> dict[str, torch.Size]:
 
 
 def _architecture(folder: Path) -> str:
-    named = _config(folder).get("architectures") or [""]
-    return str(named[0])
-
-
-def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (msgspec.DecodeError, OSError) as error:
         raise UsageError(f"{path} is damaged: {error}", "fetch the folder again") from error
+    named = config.get("architectures") or [""]
+    return str(named[0])
 
 
 def _head(folder: Path) -> tuple[str, str]:

@@ -46,8 +46,7 @@ def load(
 
     A Hugging Face folder becomes a PyTorch network where there is data that says its inputs; that of a language model
     stays a folder without, and with ``as_text``: what only writes its weights again need not open it. ``invent`` makes
-    inputs for any other such folder that comes without data, from which no
-    range may be learned.
+    inputs for any other such folder that comes without data, from which no range may be learned.
 
     Raises:
         UsageError: nothing there, not readable, or the checkpoint does not fit the network.
@@ -57,23 +56,19 @@ def load(
     path = Path(source)
     if data is None and invent is not None and hugging_face.is_folder(path) and not hugging_face.speaks(path):
         data = invent(path)
-    if as_text and data is not None and hugging_face.is_folder(path) and hugging_face.speaks(path):
-        hugging_face.refuse_windows(path, data.calibration)
-        model = replace(_load_hugging_face(path, None), data=data)
-    else:
-        model = _load(source, checkpoint, data)
+    model = _load(source, checkpoint, data, as_text=as_text)
     refuse_unfit(model)
     return model
 
 
-def _load(source: str, checkpoint: Path | None, data: Data | None) -> Model:
+def _load(source: str, checkpoint: Path | None, data: Data | None, *, as_text: bool) -> Model:
     path = Path(source)
     if ":" in source and not path.exists():
         return _load_torch(source, checkpoint, data)
     if checkpoint is not None:
         raise UsageError(f"{source} brings its own weights", "drop --checkpoint")
     if path.is_dir():
-        return _load_folder(path, data)
+        return _load_folder(path, data, as_text=as_text)
     if path.suffix == ".pt2":
         return _load_program(path, data)
     if path.suffix == ".onnx":
@@ -254,23 +249,25 @@ def _load_gguf(path: Path) -> Model:
     return Model(name=path.stem, task="text-generation", network=GgufFile(path), lineage=(step,))
 
 
-def _load_folder(folder: Path, data: Data | None) -> Model:
+def _load_folder(folder: Path, data: Data | None, *, as_text: bool) -> Model:
     if (folder / "model.json").is_file():
         return load_saved(folder, data)
     if hugging_face.is_folder(folder):
-        return _load_hugging_face(folder, data)
+        return _load_hugging_face(folder, data, as_text=as_text)
     raise UsageError(f"{folder} holds no model", "give a folder that edgekit compress wrote, or a Hugging Face folder")
 
 
-def _load_hugging_face(folder: Path, data: Data | None) -> Model:
+def _load_hugging_face(folder: Path, data: Data | None, *, as_text: bool) -> Model:
     name = folder.resolve().name
     steps = (Step(name="load", options={"source": name}),)
     if data is not None:
         digest = hashlib.sha256(b"".join(_sha256(path).encode() for path in sorted(folder.glob("*.safetensors"))))
         steps = (Step(name="load", options={"source": name, "checkpoint": digest.hexdigest()}),)
-        return _described(name, hugging_face.network(folder, data.calibration), data, steps)
+        if not (as_text and hugging_face.speaks(folder)):
+            return _described(name, hugging_face.network(folder, data.calibration), data, steps)
+        hugging_face.refuse_windows(folder, data.calibration)
     if hugging_face.speaks(folder):
-        return Model(name=name, task="text-generation", network=LlamaFolder(folder), lineage=steps)
+        return Model(name=name, task="text-generation", network=LlamaFolder(folder), data=data, lineage=steps)
     raise UsageError(f"{name} needs data that looks like the device's", "give --data data.toml with its tokenizer")
 
 

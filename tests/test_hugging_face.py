@@ -169,9 +169,20 @@ def test_as_text_a_folder_is_not_opened_and_keeps_its_data(tmp_path, monkeypatch
     assert model.network == LlamaFolder(tmp_path / "llama")
     assert model.task == "text-generation"
     np.testing.assert_array_equal(model.data.calibration.inputs["input_ids"], TOKENS)
+    assert model.lineage[0].options["checkpoint"]
+    with pytest.raises(UsageError, match="brings its own weights"):
+        workload.load(str(tmp_path / "llama"), tmp_path / "other.pt", data(mask=False), as_text=True)
     llama(tmp_path / "short", max_position_embeddings=8)
     with pytest.raises(UsageError, match="windows of 12 tokens, short takes 8"):
         workload.load(str(tmp_path / "short"), None, data(mask=False), as_text=True)
+
+
+def test_windows_longer_than_a_network_takes_are_refused_whatever_its_configuration_calls_them(tmp_path):
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=96, n_positions=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    for as_text in (True, False):
+        with pytest.raises(UsageError, match="windows of 12 tokens, gpt2 takes 8"):
+            workload.load(str(tmp_path / "gpt2"), None, data(mask=False), as_text=as_text)
 
 
 def changed(model):

@@ -83,8 +83,10 @@ def test_sums_that_leave_16_bits_are_widened_unless_the_file_says_that_they_fit(
     assert emulation.figures_of("haswell", found, native).sqnr_db < 25
 
 
-@pytest.mark.parametrize(("target", "package"), [("x86-64", "onnxruntime"), ("intel-core-ultra", "openvino")])
-def test_a_processor_without_dot_products_gives_the_same_answers(tmp_path, target, package):
+@pytest.mark.parametrize(
+    ("target", "package", "least"), [("x86-64", "onnxruntime", 60), ("intel-core-ultra", "openvino", 40)]
+)
+def test_a_processor_without_dot_products_gives_the_same_answers(tmp_path, target, package, least):
     """On such a machine this is the thing itself; on others it shows that widening changes nothing."""
     pytest.importorskip(package)
     done = sealed(tmp_path / "b", target)
@@ -95,7 +97,7 @@ def test_a_processor_without_dot_products_gives_the_same_answers(tmp_path, targe
     inputs, native = golden_arrays(tmp_path / "b", made.manifest.golden, variant)
     with open_variant(tmp_path / "b", variant, contract, EngineOptions(threads=1, has_dot_product=False)) as session:
         found = session.run(inputs)
-    assert emulation.figures_of("widened", found, native).sqnr_db > 40
+    assert emulation.figures_of("widened", found, native).sqnr_db > least
 
 
 @pytest.mark.parametrize(("target", "isa"), [("raspberry-pi-5", "cortex-a76"), ("android-arm64", "aarch64")])

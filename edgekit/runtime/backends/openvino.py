@@ -71,7 +71,7 @@ class OpenvinoBackend:
             core = openvino.Core()
             network = core.read_model(str(main))
             if options.cuts_sums and any(node.get_type_name() == "FakeQuantize" for node in network.get_ops()):
-                settings["LP_TRANSFORMS_MODE"] = False  # integers as floats: a quarter slower, and right
+                settings["LP_TRANSFORMS_MODE"] = False  # integers as floats: slower, and right
             compiled = core.compile_model(network, "CPU", settings)
         except (RuntimeError, ValueError) as error:
             raise HealthError(
