@@ -2,19 +2,21 @@
 
 A group is a part of the network in one third of its depth: narrowing tensor by tensor would take hours and measure
 noise. What a wider type costs follows from the error of the weights, weighted by the importance of their columns: KL
-grows with its square (a second-order expansion around the float network, whose KL has no slope). Writes no file.
+grows with its square (a second-order expansion around the float network, whose KL has no slope). Computes no model and
+writes no file.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
-from edgekit.export import blocks, importance, llama
-from edgekit.plugins import extra
+from edgekit.export import blocks
+from edgekit.export.narrowing import WINDOWS, Narrowing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +29,6 @@ if TYPE_CHECKING:
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 """From the smallest to the largest."""
-WINDOWS, TOKENS = 8, 64
-"""At most so many windows of text, and tokens of each, are computed once a group."""
-ROWS = 128
-"""So many rows of a matrix tell how its error shrinks with wider types: they are quantized with every one."""
 _THIRDS = ("first", "middle", "last")
 _TOGETHER = {"attn_q": "attn_q+k", "attn_k": "attn_q+k", "ffn_gate": "ffn_gate+up", "ffn_up": "ffn_gate+up"}
 
@@ -112,33 +110,20 @@ def measure(
     ``columns``: importance by GGUF tensor name. Returns the groups, the bits of all other tensors, and how many
     numbers there are in all.
     """
-    with extra("export"):
-        import torch
-
-    network = importance.opened(folder)
-    tokens, mask = _text(samples)
-    members: dict[str, list[tuple[str, Any]]] = defaultdict(list)
-    rest, weights = 0, 0
-    for name, parameter in network.named_parameters():  # a shared matrix comes once
-        weights += parameter.numel()
-        if parameter.dim() == 2 and parameter.shape[1] % blocks.BLOCK == 0:
-            stored = llama.gguf_name(name, shape)
-            members[_group(stored, shape.layers)].append((stored, parameter))
+    narrowing = Narrowing(folder, shape, samples, types=TYPES, columns=columns)
+    members: dict[str, list[str]] = defaultdict(list)
+    numbers = {name: math.prod(dims) for name, (_, dims) in narrowing.tensors.items()}
+    rest = 0
+    for name, (_, dims) in narrowing.tensors.items():
+        if len(dims) == 2 and dims[1] % blocks.BLOCK == 0:
+            members[_group(name, shape.layers)].append(name)
         else:
-            rest += parameter.numel() * (32 if parameter.dim() < 2 else 16)
+            rest += numbers[name] * (32 if len(dims) < 2 else 16)
     groups = []
-    with torch.no_grad():
-        float_words = _words(network, tokens)
-        for number, (name, own) in enumerate(members.items()):
-            progress("measure what narrow types cost", number, len(members))
-            kept = [parameter.data for _, parameter in own]  # swapped: written pages of a mapped file are held anew
-            shares = _narrow(own, columns)
-            lost = _kl(float_words, _words(network, tokens), mask)
-            for (_, parameter), before in zip(own, kept, strict=True):
-                parameter.data = before
-            kl = {kind: lost * share for kind, share in shares.items()}
-            groups.append(Group(name, tuple(n for n, _ in own), sum(p.numel() for _, p in own), kl))
-    return groups, rest, weights
+    for number, (name, own) in enumerate(members.items()):
+        progress("measure what narrow types cost", number, len(members))
+        groups.append(Group(name, tuple(own), sum(numbers[n] for n in own), narrowing.cost(own)))
+    return groups, rest, sum(numbers.values())
 
 
 def _group(name: str, layers: int) -> str:
@@ -147,61 +132,6 @@ def _group(name: str, layers: int) -> str:
         return name.removesuffix(".weight")
     _, number, part, _ = name.split(".")
     return f"{_TOGETHER.get(part, part)} {_THIRDS[3 * int(number) // layers]}"
-
-
-def _text(samples: Split) -> tuple[Any, Any]:
-    import torch
-
-    few = samples.head(WINDOWS).inputs
-    tokens = torch.as_tensor(few["input_ids"][:, :TOKENS])
-    mask = few.get("attention_mask")
-    return tokens, torch.ones_like(tokens) if mask is None else torch.as_tensor(mask[:, :TOKENS])
-
-
-def _narrow(own: Sequence[tuple[str, Any]], columns: Mapping[str, Array]) -> dict[str, float]:
-    """Round the group to the smallest type in place; return the error of each type over that one's.
-
-    It is rounded without a search for the best scale, which takes ten times as long; how much a search helps shows in
-    the errors.
-    """
-    import numpy as np
-    import torch
-
-    errors: dict[str, float] = defaultdict(float)
-    unsearched = 0.0
-    for name, parameter in own:
-        array = parameter.numpy().copy()
-        some = array[:: max(1, len(array) // ROWS)][:ROWS]
-        weighted = columns.get(name)
-        scale = (1.0 if weighted is None else weighted) * np.float32(len(array) / len(some))
-        rounded = _rounded(array, TYPES[0], None)
-        unsearched += float((scale * (rounded[:: max(1, len(array) // ROWS)][:ROWS] - some) ** 2).sum())
-        for kind in TYPES:
-            errors[kind] += float((scale * (_rounded(some, kind, weighted) - some) ** 2).sum())
-        parameter.data = torch.from_numpy(rounded)
-    return {kind: error / unsearched if unsearched else 0.0 for kind, error in errors.items()}
-
-
-def _rounded(array: Array, kind: str, weighted: Array | None) -> Array:
-    import gguf
-
-    found: Array = gguf.quants.dequantize(blocks.quantize(array, kind, weighted), gguf.GGMLQuantizationType[kind])
-    return found
-
-
-def _words(network: Any, tokens: Any) -> list[Any]:  # noqa: ANN401  # transformers and torch are untyped here
-    import torch
-
-    return [torch.log_softmax(network(row[None]).logits[0].float(), -1) for row in tokens]
-
-
-def _kl(reference: Sequence[Any], found: Sequence[Any], mask: Any) -> float:  # noqa: ANN401  # torch's tensors
-    """Return the mean over positions that are no padding, in nats."""
-    total, count = 0.0, 0
-    for theirs, ours, kept in zip(reference, found, mask.bool(), strict=True):
-        total += float((theirs.exp() * (theirs - ours)).sum(-1)[kept].double().sum())
-        count += int(kept.sum())
-    return max(0.0, total / max(1, count))
 
 
 def told(groups: Sequence[Group], chosen: Mapping[str, str]) -> Iterator[str]:
