@@ -11,7 +11,7 @@ from edgekit.cli._terminal import Terminal, command
 
 if TYPE_CHECKING:
     from edgekit.bundle import Bundle
-    from edgekit.manifest import FileEntry, Manifest, Parity, Step
+    from edgekit.manifest import FileEntry, Manifest, Parity, Port, Step, Variant
     from edgekit.plan import WeightRule
 
 
@@ -38,17 +38,7 @@ def _tell(terminal: Terminal, opened: Bundle) -> None:
     columns = ("variant", "format", "precision", "size", "batch", "parity", "SQNR dB", "same top-1", "main file")
     terminal.table(columns, [_variant_cells(manifest, name) for name in [v.name for v in manifest.variants]])
     for variant in manifest.variants:
-        if variant.requires:
-            needs = ", ".join(f"{name} {version}" for name, version in variant.requires.items())
-            terminal.say(f"{variant.name}: needs {needs}")
-        for line in (*variant.notes, *filter(None, [variant.parity.reason])):
-            terminal.say(f"{variant.name}: {line}")
-        if variant.parity.labelled:
-            terminal.say(f"{variant.name}: {variant.parity.labelled}")
-        if variant.elsewhere:
-            terminal.say(f"{variant.name}: {variant.elsewhere}")
-        if variant.operators:
-            terminal.say(f"{variant.name}: operators {_most_first(variant.operators)}")
+        _tell_variant(terminal, variant)
     _tell_weights(terminal, opened)
     terminal.say("\nfiles")
     for line in _tree(manifest.files):
@@ -56,6 +46,31 @@ def _tell(terminal: Terminal, opened: Bundle) -> None:
     terminal.say("\nlineage" if manifest.lineage else "\nlineage: none recorded")
     for number, step in enumerate(manifest.lineage, 1):
         terminal.say(f"  {number}. {_step(step)}")
+
+
+def _tell_variant(terminal: Terminal, variant: Variant) -> None:
+    if variant.requires:
+        needs = ", ".join(f"{name} {version}" for name, version in variant.requires.items())
+        terminal.say(f"{variant.name}: needs {needs}")
+    for line in (*variant.notes, *filter(None, [variant.parity.reason])):
+        terminal.say(f"{variant.name}: {line}")
+    if variant.parity.labelled:
+        terminal.say(f"{variant.name}: {variant.parity.labelled}")
+    if variant.elsewhere:
+        terminal.say(f"{variant.name}: {variant.elsewhere}")
+    for port in (*variant.inputs, *variant.outputs):
+        if told := _port(port):
+            terminal.say(f"{variant.name}: {told}")
+    if variant.operators:
+        terminal.say(f"{variant.name}: operators {_most_first(variant.operators)}")
+
+
+def _port(port: Port) -> str:
+    """Say how a tensor lies in the file where that is not as it is given: another order of axes, integers."""
+    order = f"axes {', '.join(map(str, port.axes))}" if port.axes != tuple(range(len(port.axes))) else ""
+    integers = f"{port.dtype}, value (integer - {port.zero}) * {port.scale:.6g}" if port.scale else ""
+    told = "; ".join(filter(None, [order, integers]))
+    return told and f"{port.name} lies in the file as {port.key}: {told}"
 
 
 def _most_first(operators: dict[str, int]) -> str:

@@ -5,11 +5,13 @@ import dataclasses
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fakes.exportable import tied_model, tiny_model, with_plan
 
 pytest.importorskip("litert_torch", reason="needs the export extra")
 
 from edgekit import device_profiles, grid, plugins, runtime, workload
+from edgekit.cli import cli
 from edgekit.compress import compress, recipe
 from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.simulation import planned_network
@@ -196,6 +198,10 @@ def test_int8_ends_are_rounded_at_the_edge_and_callers_see_floats(tiny_int8, tmp
     variant = result.rows[0].variant
     ends = (*variant.inputs, *variant.outputs)
     assert [(port.dtype, port.scale > 0) for port in ends] == [("int8", True)] * 2
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")]).stdout
+    port, end = ends
+    assert f"pixel-8: image lies in the file as {port.key}: axes 0, 2, 3, 1; int8, value (integer - " in shown
+    assert f"scores lies in the file as {end.key}: int8, value (integer - {end.zero}) * {end.scale:.6g}" in shown
     found = details(tmp_path / "b" / variant.main)
     assert [d["dtype"] for d in (*found.get_input_details(), *found.get_output_details())] == [np.int8] * 2
     inputs = tiny_int8.data.calibration.head(4).inputs
