@@ -224,7 +224,7 @@ def _numbers(tensor: onnx.TensorProto) -> bytes:
     from onnx import numpy_helper
 
     flat = numpy_helper.to_array(tensor).reshape(-1)
-    return np.sort(flat[flat != 0]).tobytes()
+    return np.sort(flat[flat != 0], kind="stable").tobytes()  # the other kind leaves halves unsorted on some processors
 
 
 def _owners(proto: onnx.ModelProto, marks: Mapping[str | bytes, str]) -> list[str]:
