@@ -26,8 +26,8 @@ from _report import Row, run
 from _smollm import TEXT, peak_mib, source, windows, write_folder
 
 from edgekit import device_profiles, workload
-from edgekit.export import export, importance, llama
-from edgekit.model import Data, Split
+from edgekit.export import export, llama
+from edgekit.model import Data, LlamaFolder, Split
 
 if TYPE_CHECKING:
     from edgekit.tensors import Array
@@ -102,9 +102,9 @@ def _measured(path: Path, scratch: Path, quick: bool) -> list[Row]:
     write_folder(path, folder, is_shuffled=True)
     held_out = windows(folder, "test.txt", *((2, 128) if quick else HELD_OUT))
     text = windows(folder, "valid.txt", *((4, 64) if quick else CALIBRATED))
-    judge = Judge(importance.opened(folder), held_out)
+    judge = Judge(LlamaFolder(folder).opened(), held_out)
     write_folder(path, scratch / "as-stored", is_shuffled=False)
-    unshuffled = judge.judge(importance.opened(scratch / "as-stored"))
+    unshuffled = judge.judge(LlamaFolder(scratch / "as-stored").opened())
     size = (folder / "model.safetensors").stat().st_size / 2**20
     rows = [
         Row("float network made of the GGUF file, perplexity", judge.judge(None).perplexity, ""),

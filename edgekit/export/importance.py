@@ -82,9 +82,3 @@ def gather(folder: Path, shape: Shape, samples: Split, progress: Progress) -> Im
         if not tied:
             watch(llama.gguf_name("lm_head.weight", shape), last)  # scores themselves would take the most memory
     return Importance({n: (s / max(1, counted)).float().numpy() for n, s in sums.items()}, len(few))
-
-
-def opened(folder: Path) -> Any:  # noqa: ANN401  # transformers is untyped here
-    """Open the folder's network in float32, quietly."""
-    with silence():
-        return LlamaFolder(folder).opened()

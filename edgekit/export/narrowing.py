@@ -1,7 +1,7 @@
 """Measures what narrowing a part of a language model costs: the KL of its words, and how it falls with wider types.
 
-The network is computed by blocks, and a matrix is rounded while its module computes: neither it nor the words of all
-the text are ever whole in memory. Chooses no type and writes no file.
+The network is computed by blocks, and a matrix is rounded while its module computes: neither the network
+nor the words of all the text are ever whole in memory. Chooses no type and writes no file.
 """
 
 from __future__ import annotations
@@ -100,7 +100,6 @@ class _Group:
         self._network, self._own, self._types = network, own, types
         self._errors: dict[str, float] = defaultdict(float)
         self._unsearched = 0.0
-        self._seen: set[str] = set()
         self._kept: dict[str, Any] = {}
 
     def shares(self) -> dict[str, float]:
@@ -149,9 +148,7 @@ class _Group:
         rows = max(1, AT_ONCE // array.shape[1])
         for start in range(0, len(array), rows):
             rounded[start : start + rows] = _rounded(array[start : start + rows], self._types[0], None)
-        if name not in self._seen:
-            self._seen.add(name)
-            self._add(self._own[name], array, rounded)
+        self._add(self._own[name], array, rounded)
         result = torch.from_numpy(rounded)
         if not name.startswith(BLOCKS):
             self._kept[name] = result

@@ -11,7 +11,7 @@ from edgekit import device_profiles, workload
 from edgekit.errors import MissingExtra, UsageError
 from edgekit.export import blocks, export, families, importance
 from edgekit.export.parity import limit_of
-from edgekit.model import Data, Split
+from edgekit.model import Data, LlamaFolder, Split
 from edgekit.progress import silent
 
 torch = pytest.importorskip("torch")
@@ -42,7 +42,7 @@ def text():
 
 def test_the_matrix_is_the_mean_of_squares_of_what_enters(folder):
     found = importance.gather(folder, families.read_shape(folder), Split({"input_ids": TOKENS}), silent)
-    network = importance.opened(folder)
+    network = LlamaFolder(folder).opened()
     with torch.no_grad():
         last = network.model(torch.as_tensor(TOKENS)).last_hidden_state.reshape(-1, 64)
     want = last.double().square().mean(0).numpy()

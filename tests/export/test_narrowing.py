@@ -65,3 +65,20 @@ def test_a_second_group_finds_the_first_one_wide_again(folder):
     first = found.cost(["token_embd.weight"])
     found.cost(["blk.0.ffn_down.weight"])
     assert found.cost(["token_embd.weight"]) == first
+
+
+def test_scores_that_a_family_caps_are_capped(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=0.5,
+    )  # fmt: skip
+    network = transformers.Gemma2ForCausalLM(config)
+    network.save_pretrained(tmp_path)
+    found = opened(tmp_path)
+    got = torch.cat([found._log_words(row[:20]) for row in found._float])
+    want = words(LlamaFolder(tmp_path).opened())
+    assert torch.allclose(got, want, atol=1e-4)
+    found._network.config.final_logit_softcapping = None
+    assert not torch.allclose(torch.cat([found._log_words(row[:20]) for row in found._float]), want, atol=1e-3)
