@@ -21,6 +21,8 @@ from edgekit.sources import call, first_line
 from edgekit.tensors import DYNAMIC, TensorSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgekit.model import Model
     from edgekit.tensors import Array
 
@@ -125,7 +127,8 @@ def without_overlap(data: Data) -> Data:
 
     splits = data.splits()
     left = {name: splits[name].take(np.array(rows, np.int64)) for name, rows in kept(_hashes(data)).items()}
-    return replace(Data.of(left, data.preprocess, data.labels), outputs=data.outputs)
+    found = Data.of(left, data.preprocess, data.labels)
+    return replace(found, outputs=data.outputs, text=data.text, detection=data.detection)
 
 
 def _hashes(data: Data) -> dict[str, list[str]]:
@@ -147,6 +150,7 @@ def refuse_unfit(model: Model) -> None:
     """
     if model.data is None or not model.inputs:
         return
+    _refuse_detection(model.data, [spec.name for spec in model.outputs])
     for part, split in model.data.splits().items():
         if not len(split):
             raise UsageError(f"the {part} split is empty", "give it samples, or leave the whole split out")
@@ -166,6 +170,23 @@ def refuse_unfit(model: Model) -> None:
             _refuse_nan(f"the {part} split's {spec.name}", array)
         if split.labels is not None and model.outputs:
             _refuse_labels(part, split.labels, model.outputs[0])
+
+
+def _refuse_detection(data: Data, outputs: Sequence[str]) -> None:
+    how = data.detection
+    if how is None:
+        return
+    for name in (how.boxes, how.scores):
+        if name not in outputs:
+            raise UsageError(
+                f"detection reads the output {name!r}, the network gives {', '.join(outputs)}",
+                'name them: Data(…, outputs=("boxes", "scores")), or outputs in data.toml',
+            )
+    if data.preprocess is None:
+        raise UsageError(
+            "detection needs the preprocessing of the pictures, to tell where in them the boxes lie",
+            "give Data(…, preprocess=ImagePreprocess(…)), or a data.toml of pictures",
+        )
 
 
 def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:

@@ -35,6 +35,7 @@ HEADS = {
 }
 """By the end of an architecture's name: what of transformers opens it, and which of its outputs is ours."""
 
+SINGLE = "single_label_classification"
 INNER = "inner"
 PICTURES = 4
 """Axes of a batch of pictures, [N, C, H, W]."""
@@ -62,6 +63,17 @@ def is_causal(folder: Path) -> bool:
         UsageError: a damaged folder, or an architecture that is not known.
     """
     return _head(folder)[0] == CAUSAL
+
+
+def labels(folder: Path) -> tuple[str, ...]:
+    """Return the names of the classes that the folder's network chooses one of for a sample; none where it does not."""
+    config = _config(folder)
+    named = config.get("id2label")
+    chooses = _architecture(folder).endswith(("ForSequenceClassification", "ForImageClassification"))
+    if not chooses or not isinstance(named, dict) or config.get("problem_type", SINGLE) != SINGLE:
+        return ()
+    found = tuple(str(named.get(str(number))) for number in range(len(named)))
+    return () if len(found) < 2 or found == tuple(f"LABEL_{number}" for number in range(len(found))) else found
 
 
 def network(folder: Path, samples: Split) -> TorchNetwork:
@@ -161,13 +173,16 @@ def _described(folder: Path) -> dict[str, torch.Size]:
 
 
 def _architecture(folder: Path) -> str:
+    named = _config(folder).get("architectures") or [""]
+    return str(named[0])
+
+
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (msgspec.DecodeError, OSError) as error:
         raise UsageError(f"{path} is damaged: {error}", "fetch the folder again") from error
-    named = config.get("architectures") or [""]
-    return str(named[0])
 
 
 def _head(folder: Path) -> tuple[str, str]:

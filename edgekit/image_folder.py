@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
 from edgekit.errors import InputError, UsageError
-from edgekit.manifest import ImagePreprocess
+from edgekit.manifest import Detection, ImagePreprocess
 from edgekit.model import SPLITS, Data, Split
 from edgekit.overlap import kept, refuse_shared
 from edgekit.pictures import picture_to_tensor
@@ -41,7 +42,10 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Images(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="images"):
-    """What ``data.toml`` says of pictures; nothing of the preprocessing has a default."""
+    """What ``data.toml`` says of pictures; nothing of the preprocessing has a default but that the centre is cropped.
+
+    With ``detection`` the pictures are a detector's: they need not lie in folders of classes, and have no labels.
+    """
 
     resize: Annotated[int, msgspec.Meta(ge=1, le=8192)]
     crop: Annotated[int, msgspec.Meta(ge=1, le=8192)]
@@ -49,6 +53,10 @@ class Images(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     interpolation: Literal["bicubic", "bilinear", "nearest"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    fill: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
+    detection: Detection | None = None
+    outputs: tuple[str, ...] = ()
     folder: str = "."
     input: str = "image"
     counts: dict[Literal["calibration", "train", "validation", "test"], Count] = {}
@@ -61,6 +69,8 @@ class Images(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             input=self.input,
             resize=self.resize,
             crop=self.crop,
+            fit=self.fit,
+            fill=self.fill,
             mode=self.mode,
             interpolation=self.interpolation,
             mean=self.mean,
@@ -91,7 +101,8 @@ def read(spec: Images, beside: Path) -> Data:
             "state smaller [counts] in data.toml, also for train",
         )
     splits = {name: _split(spec, paths, classes) for name, paths in chosen.items()}
-    return Data.of(splits, spec.preprocess(), tuple(classes))
+    labels = () if spec.detection else tuple(classes)
+    return replace(Data.of(splits, spec.preprocess(), labels), outputs=spec.outputs, detection=spec.detection)
 
 
 def _refuse_odd(spec: Images) -> None:
@@ -108,10 +119,15 @@ def _refuse_odd(spec: Images) -> None:
         raise UsageError(f"data.toml states std = {list(spec.std)}", "deviations are above 0, for values 0..255")
     if spec.crop > spec.resize:
         raise UsageError(f"data.toml crops {spec.crop} from a shorter side of {spec.resize}", "crop at most resize")
+    if spec.fit != "crop" and spec.crop != spec.resize:
+        raise UsageError(
+            f'data.toml states fit = "{spec.fit}" with resize = {spec.resize} and crop = {spec.crop}',
+            "the whole picture comes to one size: state it as both",
+        )
 
 
 def _chosen(spec: Images, folder: Path) -> dict[str, list[Path]]:
-    pools = _pools(folder)
+    pools = _pools(folder, classes=spec.detection is None)
     source = "train" if "train" in pools else "" if "" in pools else None
     found: dict[str, list[Path]] = {}
     for split in ("test", "validation", "calibration", "train"):  # what judges is drawn first, so it stays the same
@@ -135,18 +151,21 @@ def _chosen(spec: Images, folder: Path) -> dict[str, list[Path]]:
     return {name: paths for name, paths in found.items() if paths}
 
 
-def _pools(folder: Path) -> dict[str, list[Path]]:
-    """Return the pictures by split, or all of them under the empty name."""
+def _pools(folder: Path, *, classes: bool) -> dict[str, list[Path]]:
+    """Return the pictures by split, or all of them under the empty name; only those in folders of ``classes``."""
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}", "check folder in data.toml")
     inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if inside and set(inside) <= set(SPLITS):
-        return {name: _pictures(folder / name) for name in inside}
-    return {"": _pictures(folder)}
+        return {name: _pictures(folder / name, classes=classes) for name in inside}
+    return {"": _pictures(folder, classes=classes)}
 
 
-def _pictures(folder: Path) -> list[Path]:
-    found = [path for path in sorted(folder.glob("*/*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+def _pictures(folder: Path, *, classes: bool) -> list[Path]:
+    paths = sorted([*folder.glob("*/*"), *([] if classes else folder.glob("*"))])
+    found = [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if not found and not classes:
+        raise UsageError(f"{folder} holds no pictures", f"put some there, as NAME{SUFFIXES[0]}")
     if not found:
         raise UsageError(
             f"{folder} holds no pictures in folders of classes", f"make {folder / 'CLASS'}/NAME{SUFFIXES[0]}"
@@ -192,4 +211,6 @@ def _split(spec: Images, paths: Sequence[Path], classes: Sequence[str]) -> Split
             arrays[row] = picture_to_tensor(path.read_bytes(), how)[0]
         except InputError as error:
             raise UsageError(f"{path}: {error.message}", "delete it, or fetch it again") from error
+    if spec.detection:
+        return Split({spec.input: arrays})
     return Split({spec.input: arrays}, np.array([numbers[path.parent.name] for path in paths], np.int64))

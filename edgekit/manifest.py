@@ -15,6 +15,7 @@ from edgekit.errors import BundleError, UnknownName
 from edgekit.tensors import TensorSpec
 
 FORMAT_VERSION = 1
+Task = Literal["tensor", "classification", "detection", "text-generation"]
 MAX_MANIFEST_BYTES = 4 << 20
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")]
@@ -35,11 +36,17 @@ class FileEntry(_Part, frozen=True, kw_only=True):
 
 
 class ImagePreprocess(_Part, frozen=True, kw_only=True):
-    """From a picture to a tensor: shorter side to ``resize``, centre crop, ``(value - mean) / std`` on 0..255."""
+    """From a picture to a tensor of ``crop`` x ``crop`` pixels, ``(value - mean) / std`` on 0..255.
+
+    ``fit`` "crop": the shorter side becomes ``resize``, and the centre is cut out. The others take the whole picture,
+    and ``resize`` is ``crop``: "pad" makes the longer side that long and centres it on ``fill``, "stretch" both sides.
+    """
 
     input: str
     resize: Annotated[int, msgspec.Meta(ge=1, le=8192)]
     crop: Annotated[int, msgspec.Meta(ge=1, le=8192)]
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    fill: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
     mode: Literal["RGB", "L"] = "RGB"
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     mean: tuple[float, ...] = (0.0,)
@@ -53,6 +60,46 @@ class Classification(_Part, frozen=True, kw_only=True):
     labels: tuple[str, ...] = ()
     softmax: bool = True
     top_k: int = 5
+
+
+class Detection(_Part, frozen=True, kw_only=True):
+    """From boxes and scores to objects: each candidate's best class, without those that overlap a better one (NMS).
+
+    ``boxes`` [batch, candidates, 4] and ``scores`` [batch, candidates, classes] name outputs. Where both name the same,
+    a candidate's numbers are its box, then with ``objectness`` how sure it is of any object, then its classes; without
+    ``objectness`` nothing stands between. ``channels_first``: candidates lie on the last axis instead.
+
+    Boxes are in pixels of the network's input, or ``normalized`` by its sides. ``background``: class 0 is none.
+    Candidates below ``score_threshold`` are dropped, and those of the same class (of any class if ``class_agnostic``)
+    that overlap a better one by more than ``iou_threshold``; 1 keeps all.
+    """
+
+    boxes: str
+    scores: str
+    box_format: Literal["xyxy", "yxyx", "xywh", "cxcywh"] = "xyxy"
+    normalized: bool = False
+    channels_first: bool = False
+    objectness: bool = False
+    activation: Literal["none", "sigmoid", "softmax"] = "none"
+    background: bool = False
+    labels: tuple[str, ...] = ()
+    score_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
+    iou_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.45
+    class_agnostic: bool = False
+    max_detections: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
+
+
+class TextPreprocess(_Part, frozen=True, kw_only=True):
+    """From a text, or a pair of texts, to its tokens' numbers, special ones included: cut, or filled up with zeros.
+
+    ``tokenizer`` is a ``tokenizer.json`` of Hugging Face; ``ids`` and ``mask`` name inputs [batch, ``tokens``] of
+    int64, no mask where that is empty.
+    """
+
+    tokenizer: RelativePath
+    tokens: Annotated[int, msgspec.Meta(ge=2, le=1 << 20)]
+    ids: str = "input_ids"
+    mask: str = "attention_mask"
 
 
 class Port(_Part, frozen=True, kw_only=True):
@@ -200,11 +247,13 @@ class Manifest(_Part, frozen=True, kw_only=True):
     format: Literal[1] = 1
     name: Name
     version: str
-    task: Literal["tensor", "classification", "text-generation"]
+    task: Task
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     preprocess: ImagePreprocess | None = None
+    text: TextPreprocess | None = None
     postprocess: Classification | None = None
+    detection: Detection | None = None
     variants: Annotated[tuple[Variant, ...], msgspec.Meta(min_length=1)]
     golden: Golden = msgspec.field(default_factory=Golden)
     lineage: tuple[Step, ...] = ()
@@ -272,6 +321,7 @@ def _check(manifest: Manifest) -> None:
     golden = manifest.golden
     used = {path for v in manifest.variants for path in (v.main, *v.claims)}
     used |= {*golden.inputs.values(), *golden.outputs.values(), *manifest.documents.values()}
+    used |= {manifest.text.tokenizer} if manifest.text else set()
     missing = used - set(listed)
     if missing:
         raise BundleError(f"the manifest uses {min(missing)!r} but does not list it")
@@ -284,3 +334,19 @@ def _check(manifest: Manifest) -> None:
     names = [v.name for v in manifest.variants]
     if len(set(names)) != len(names):
         raise BundleError("the manifest names a variant twice")
+    _check_processing(manifest)
+
+
+def _check_processing(manifest: Manifest) -> None:
+    """Refuse what would only be found out at the first picture or text."""
+    image, text, labels, found = manifest.preprocess, manifest.text, manifest.postprocess, manifest.detection
+    inputs, outputs = ({spec.name for spec in specs} for specs in (manifest.inputs, manifest.outputs))
+    read = ([image.input] if image else []) + ([text.ids, *filter(None, [text.mask])] if text else [])
+    told = ([labels.output] if labels else []) + ([found.boxes, found.scores] if found else [])
+    for kind, names, there in (("input", read, inputs), ("output", told, outputs)):
+        if missing := set(names) - there:
+            raise BundleError(f"the manifest prepares or reads the {kind} {min(missing)!r}, which the model has not")
+    if image and image.fit != "crop" and image.resize != image.crop:
+        raise BundleError(
+            f"a picture is fitted by {image.fit!r} to {image.resize} and to {image.crop} pixels: it takes one size"
+        )

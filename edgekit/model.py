@@ -9,7 +9,7 @@ import functools
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekit import blockwise
 from edgekit.errors import CompressionError, InputError, UsageError
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     import onnxruntime
     import torch
 
-    from edgekit.manifest import ImagePreprocess, Step
+    from edgekit.manifest import Detection, ImagePreprocess, Step, Task
     from edgekit.plan import QuantizationPlan
     from edgekit.tensors import Array, TensorSpec
-
-Task = Literal["tensor", "classification", "text-generation"]
 
 BATCH = 16
 """How many samples a network computes at once where it takes any number."""
@@ -81,10 +79,19 @@ SPLITS = ("calibration", "train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Data:
-    """The splits of a data set, how its pictures and labels read, and the names of the outputs if they are told.
+class TextReading:
+    """How a text, or a pair, became ``input_ids``: by a ``tokenizer.json``, cut or filled up to that many tokens."""
 
-    ``calibration`` and ``validation`` steer, ``train`` trains, ``test`` is read once at the end.
+    tokenizer: bytes = field(repr=False)
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of a data set, how its pictures, texts and labels read, and the names of the outputs if they are told.
+
+    ``detection`` says how objects are read from the outputs of a detector. ``calibration`` and
+    ``validation`` steer, ``train`` trains, ``test`` is read once at the end.
     """
 
     calibration: Split
@@ -94,6 +101,8 @@ class Data:
     preprocess: ImagePreprocess | None = None
     labels: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    text: TextReading | None = None
+    detection: Detection | None = None
 
     @classmethod
     def of(
@@ -109,8 +118,9 @@ class Data:
         return {name: split for name, split in found.items() if split is not None}
 
     def digest(self) -> str:
-        """Return the SHA-256 over every array with its name, type and shape, the labels' names, the preprocessing."""
-        total = hashlib.sha256(repr((self.preprocess, self.labels, self.outputs)).encode())
+        """Return the SHA-256 over every array with its name, type and shape, and how pictures, texts, labels read."""
+        total = hashlib.sha256(repr((self.preprocess, self.labels, self.outputs, self.text, self.detection)).encode())
+        total.update(self.text.tokenizer if self.text else b"")
         for part, split in self.splits().items():
             for name, array in (*split.inputs.items(), ("labels", split.labels), ("groups", split.groups)):
                 if array is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgekit.errors import InputError
@@ -22,17 +23,46 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ORIENTATION = 0x0112
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where an upright picture of that size lies in a tensor: x there is x * ``scale[0]`` + ``offset[0]``, y alike."""
+
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    offset: tuple[float, float]
+
+
 def picture_to_tensor(data: bytes, how: ImagePreprocess) -> Array:
-    """Decode, resize the shorter side, crop the centre, normalize: float32 [1, channels, crop, crop].
+    """Decode, resize, crop or pad, normalize: float32 [1, channels, crop, crop].
 
     Resizing is Pillow's, as in training; size and offset are rounded as torchvision does.
 
     Raises:
         InputError: not a picture, or larger than ``MAX_PIXELS``.
     """
+    return placed(data, how)[0]
+
+
+def placed(data: bytes, how: ImagePreprocess) -> tuple[Array, Placement]:
+    """Return what `picture_to_tensor` does, and where in it the picture lies.
+
+    Raises:
+        InputError: not a picture, or larger than ``MAX_PIXELS``.
+    """
+    whole = _decoded(data, how.mode)
+    size, (left, top) = _fit(whole.size, how)
+    picture = _resized(whole, size, how)
+    if how.fit == "pad":
+        picture = _padded(picture, (left, top), how)
+    else:
+        picture = picture.crop((-left, -top, how.crop - left, how.crop - top))
+    scale = (size[0] / whole.width, size[1] / whole.height)
+    return _normalized(picture, how), Placement(whole.size, scale, (float(left), float(top)))
+
+
+def _normalized(picture: Image.Image, how: ImagePreprocess) -> Array:
     import numpy as np
 
-    picture = _cropped(_decoded(data, how.mode), how)
     values = np.asarray(picture, dtype=np.float32)
     values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
     mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (how.mean, how.std))
@@ -70,7 +100,28 @@ def _upright(picture: Image.Image) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def _cropped(picture: Image.Image, how: ImagePreprocess) -> Image.Image:
+def _fit(size: tuple[int, int], how: ImagePreprocess) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the size that a picture is resized to, and where its corner comes to lie in the tensor."""
+    if how.fit == "stretch":
+        return (how.crop, how.crop), (0, 0)
+    if how.fit == "pad":
+        width, height = (max(1, round(how.crop * length / max(size))) for length in size)
+        return (width, height), ((how.crop - width) // 2, (how.crop - height) // 2)
+    width, height = (max(1, int(how.resize * length / min(size))) for length in size)
+    if width * height > MAX_PIXELS:
+        raise InputError(f"the picture measures {size[0]} x {size[1]}: its shorter side cannot become {how.resize}")
+    return (width, height), (-round((width - how.crop) / 2), -round((height - how.crop) / 2))
+
+
+def _padded(picture: Image.Image, corner: tuple[int, int], how: ImagePreprocess) -> Image.Image:
+    from PIL import Image
+
+    whole = Image.new(how.mode, (how.crop, how.crop), (how.fill,) * len(how.mode))
+    whole.paste(picture, corner)
+    return whole
+
+
+def _resized(picture: Image.Image, size: tuple[int, int], how: ImagePreprocess) -> Image.Image:
     from PIL import Image
 
     filters = {
@@ -78,10 +129,4 @@ def _cropped(picture: Image.Image, how: ImagePreprocess) -> Image.Image:
         "bilinear": Image.Resampling.BILINEAR,
         "nearest": Image.Resampling.NEAREST,
     }
-    width, height = picture.size
-    short = min(width, height)
-    size = (max(1, int(how.resize * width / short)), max(1, int(how.resize * height / short)))
-    if size != picture.size:
-        picture = picture.resize(size, filters[how.interpolation])
-    left, top = round((size[0] - how.crop) / 2), round((size[1] - how.crop) / 2)
-    return picture.crop((left, top, left + how.crop, top + how.crop))
+    return picture if size == picture.size else picture.resize(size, filters[how.interpolation])

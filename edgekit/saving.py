@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -12,8 +13,8 @@ import msgspec
 from edgekit import hugging_face, network_files
 from edgekit.durable import new_folder
 from edgekit.errors import UsageError
-from edgekit.manifest import ImagePreprocess, Step
-from edgekit.model import Data, Model, OnnxNetwork, Split, Task, TorchNetwork
+from edgekit.manifest import Detection, ImagePreprocess, Step, Task
+from edgekit.model import Data, Model, OnnxNetwork, Split, TextReading, TorchNetwork
 from edgekit.plan import FILE as PLAN
 from edgekit.plan import QuantizationPlan
 from edgekit.plugins import extra
@@ -31,6 +32,9 @@ MAX_SAMPLES = 128
 ORIGIN = "huggingface"
 """Configuration and tokenizer of a network that came from a Hugging Face folder: with them it can be one again."""
 
+
+TOKENIZER = "tokenizer.json"
+"""What turns texts into a model's inputs, where its data told."""
 
 BOM, CARD = "bom.cdx.json", "MODEL_CARD.md"
 """What `edgekit compress` writes beside the model: all files with their hashes, and what a person fills in."""
@@ -63,6 +67,8 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     preprocess: ImagePreprocess | None
     labels: tuple[str, ...]
     lineage: tuple[Step, ...]
+    detection: Detection | None = None
+    tokens: int = 0
 
 
 def save(model: Model, folder: Path, extra_files: Mapping[str, bytes] | None = None) -> None:
@@ -100,7 +106,11 @@ def write(model: Model, folder: Path) -> None:
         lineage=model.lineage,
         preprocess=data.preprocess if data else None,
         labels=data.labels if data else (),
+        detection=data.detection if data else None,
+        tokens=data.text.tokens if data and data.text else 0,
     )
+    if data and data.text:
+        (folder / TOKENIZER).write_bytes(data.text.tokenizer)
     (folder / "model.json").write_bytes(msgspec.json.format(msgspec.json.encode(description)))
     if model.plan:
         (folder / PLAN).write_bytes(msgspec.json.format(msgspec.json.encode(model.plan)))
@@ -174,6 +184,8 @@ def whole_onnx(path: Path) -> bytes:
 def load_saved(folder: Path, data: Data | None) -> Model:
     """Read a folder that `save` wrote; without ``data`` its few samples calibrate.
 
+    How pictures, texts and labels read is what was saved, where ``data`` does not tell.
+
     Raises:
         UsageError: a file is missing or damaged.
     """
@@ -185,7 +197,8 @@ def load_saved(folder: Path, data: Data | None) -> Model:
         plan = msgspec.json.decode(plan_file.read_bytes(), type=QuantizationPlan) if plan_file.exists() else None
         if data is None and (folder / "samples.npz").exists():
             with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
-                data = Data(Split(dict(arrays)), preprocess=saved.preprocess, labels=saved.labels)
+                data = Data(Split(dict(arrays)))
+        data = data and _reading_of(folder, saved, data)
     except (msgspec.DecodeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{folder} is damaged: {first_line(error)}", "run edgekit compress again") from error
     return Model(
@@ -202,6 +215,17 @@ def load_saved(folder: Path, data: Data | None) -> Model:
             for name, file in ((CARD, CARD), (f"model.{BOM}", BOM))
             if (folder / file).is_file()
         },
+    )
+
+
+def _reading_of(folder: Path, saved: Saved, data: Data) -> Data:
+    text = TextReading((folder / TOKENIZER).read_bytes(), saved.tokens) if saved.tokens else None
+    return replace(
+        data,
+        preprocess=data.preprocess or saved.preprocess,
+        labels=data.labels or saved.labels,
+        text=data.text or text,
+        detection=data.detection or saved.detection,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
 from edgekit import token_numbers
 from edgekit.errors import UsageError
-from edgekit.model import Data, Split
+from edgekit.model import Data, Split, TextReading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -89,7 +90,8 @@ def read_table(spec: Table, beside: Path) -> Data:
         )
         labels = _labels([row[spec.label] for row in rows], kind, classes) if spec.label else None
         splits[name] = Split(inputs, labels, _strings([row[spec.group] for row in rows]) if spec.group else None)
-    return Data.of(splits, labels=classes)
+    written = tokenizer.written()
+    return replace(Data.of(splits, labels=classes), text=TextReading(written, spec.tokens) if written else None)
 
 
 def _paths(files: Mapping[Name, str], beside: Path) -> dict[Name, Path]:

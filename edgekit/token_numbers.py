@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
         """Return one or two texts as an encoder wants them, special tokens included, at most ``most``."""
         ...
 
+    def written(self) -> bytes | None:
+        """Return it as a ``tokenizer.json`` that frames texts alike on a device; None where that cannot be."""
+        ...
+
 
 def read(folder: Path) -> Tokenizer:
     """Read a folder's tokenizer; llama2.c's ``tok*.bin`` may also lie beside the folder.
@@ -80,6 +84,17 @@ class _HuggingFace:
         """Cut the longer text first, as the tokenizer does."""
         return list(self._tokenizer(*texts, truncation=True, max_length=most)["input_ids"])
 
+    def written(self) -> bytes | None:
+        """Leave out how long texts were cut and filled up: that is the reader's."""
+        if not self._tokenizer.is_fast:
+            return None
+        from tokenizers import Tokenizer
+
+        copy = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+        return str(copy.to_str(pretty=True)).encode()
+
 
 class _Llama2c:
     """Byte-pair merges by score; a token never reaches over a space, so words are encoded one by one."""
@@ -109,6 +124,9 @@ class _Llama2c:
     def framed(self, texts: Sequence[str], most: int) -> list[int]:
         """Begin with the token that begins a text."""
         return [1, *(number for text in texts for number in self.encode(text))][:most]
+
+    def written(self) -> None:
+        """It has no such form."""
 
 
 def _merged(scores: Mapping[bytes, tuple[float, int]], word: str) -> tuple[int, ...]:

@@ -16,8 +16,8 @@ from edgekit import checkpoints, hugging_face
 from edgekit.datasets import load_data, refuse_unfit
 from edgekit.errors import UsageError
 from edgekit.hugging_face import write as huggingface_folder
-from edgekit.manifest import Step
-from edgekit.model import Data, GgufFile, LlamaFolder, Model, OnnxNetwork, Split, Task, TorchNetwork, scores_first
+from edgekit.manifest import Step, Task
+from edgekit.model import Data, GgufFile, LlamaFolder, Model, OnnxNetwork, Split, TorchNetwork, scores_first
 from edgekit.plugins import extra
 from edgekit.saving import load_saved, refuse_foreign, save, whole_onnx
 from edgekit.sources import call, first_line, named_object
@@ -167,6 +167,8 @@ def _output_names(data: Data, count: int) -> tuple[str, ...]:
 
 def _task(data: Data) -> Task:
     """Tell by the labels; a class for each position is none for the sample, which a device could name."""
+    if data.detection:
+        return "detection"
     labels = [split.labels for split in data.splits().values() if split.labels is not None]
     ranks = {array.ndim for array in labels if array.dtype.kind in "iu"}
     return "classification" if ranks == {1} or (data.labels and not ranks) else "tensor"
@@ -264,6 +266,7 @@ def _load_hugging_face(folder: Path, data: Data | None, *, as_text: bool) -> Mod
         digest = hashlib.sha256(b"".join(_sha256(path).encode() for path in sorted(folder.glob("*.safetensors"))))
         steps = (Step(name="load", options={"source": name, "checkpoint": digest.hexdigest()}),)
         if not (as_text and hugging_face.speaks(folder)):
+            data = replace(data, labels=data.labels or hugging_face.labels(folder))
             return _described(name, hugging_face.network(folder, data.calibration), data, steps)
         hugging_face.refuse_windows(folder, data.calibration)
     if hugging_face.speaks(folder):

@@ -304,6 +304,37 @@ def test_more_pictures_than_memory_are_refused_before_they_are_read(tmp_path):
         datasets.load_data(stated(painted(tmp_path / "pets", {"cat": 12}), text, calibration=12))
 
 
+DETECTOR = (
+    STATED.replace("resize = 10", 'fit = "pad"\nfill = 9\nresize = 8')
+    + """
+outputs = ["boxes", "scores"]
+
+[detection]
+boxes = "boxes"
+scores = "scores"
+labels = ["cat", "dog"]
+"""
+)
+
+
+def test_a_detectors_pictures_need_no_folders_of_classes(tmp_path):
+    folder = painted(tmp_path / "street", {"near": 3})
+    for path in (folder / "near").iterdir():
+        path.rename(folder / path.name)
+    (folder / "near").rmdir()
+    data = datasets.load_data(stated(folder, DETECTOR, calibration=2))
+    assert data.calibration.inputs["image"].shape == (2, 3, 8, 8)
+    assert (data.calibration.labels, data.labels, data.outputs) == (None, (), ("boxes", "scores"))
+    assert (data.preprocess.fit, data.preprocess.fill, data.detection.labels) == ("pad", 9, ("cat", "dog"))
+    with pytest.raises(UsageError, match="folders of classes"):
+        datasets.load_data(stated(folder, STATED, calibration=2))
+
+
+def test_a_whole_picture_has_one_size(tmp_path):
+    with pytest.raises(UsageError, match=r'states fit = "pad" with resize = 10 and crop = 8'):
+        datasets.load_data(stated(painted(tmp_path / "pets", {"cat": 2}), STATED + 'fit = "pad"\n', calibration=1))
+
+
 # --- text
 
 
@@ -393,6 +424,15 @@ def test_a_table_becomes_padded_tokens_labels_and_groups(tmp_path):
     assert data.labels == ("angry", "glad", "sad")
     assert (data.calibration.labels.tolist(), data.test.labels.tolist()) == ([2, 1], [0])
     assert data.calibration.groups.tolist() == ["old", "young"]
+
+
+def test_a_table_keeps_the_tokenizer_that_a_device_will_read_texts_with(tmp_path):
+    source = table_toml(tmp_path, ["one\tsad\told\tthree"])
+    text = datasets.load_data(source).text
+    assert text.tokens == 5
+    found = pytest.importorskip("tokenizers").Tokenizer.from_str(text.tokenizer.decode())
+    assert found.encode("one two", "three").ids == [2, 3, 4, 2, 5]
+    assert (found.padding, found.truncation) == (None, None)
 
 
 @pytest.mark.parametrize(("moods", "kind"), [(["0", "2"], "i"), (["0.5", "2"], "f"), (["-1", "1"], "f")])

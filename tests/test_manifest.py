@@ -12,6 +12,7 @@ from edgekit import manifest as manifests
 from edgekit.errors import BundleError, UnknownName
 from edgekit.manifest import (
     Classification,
+    Detection,
     FileEntry,
     Golden,
     ImagePreprocess,
@@ -19,6 +20,7 @@ from edgekit.manifest import (
     Parity,
     Port,
     Step,
+    TextPreprocess,
     Variant,
 )
 from edgekit.tensors import TensorSpec
@@ -64,8 +66,26 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
 SHORT = st.text(max_size=9)
-PICTURES = st.builds(ImagePreprocess, input=NAMES, resize=st.integers(1, 8192), crop=st.just(8))
-LABELS = st.builds(Classification, output=NAMES, labels=st.tuples(SHORT))
+PICTURES = st.builds(ImagePreprocess, input=st.just("p"), resize=st.integers(1, 8192), crop=st.just(8))
+WHOLE_PICTURES = st.builds(
+    ImagePreprocess, input=st.just("p"), resize=st.just(8), crop=st.just(8), fit=st.sampled_from(["pad", "stretch"])
+)
+TEXTS = st.builds(
+    TextPreprocess,
+    tokenizer=st.just("m/model.onnx"),
+    tokens=st.integers(2, 99),
+    ids=st.just("p"),
+    mask=st.sampled_from(["", "p"]),
+)
+LABELS = st.builds(Classification, output=st.just("q"), labels=st.tuples(SHORT))
+DETECTIONS = st.builds(
+    Detection,
+    boxes=st.just("q"),
+    scores=st.just("q"),
+    labels=st.tuples(SHORT),
+    box_format=st.sampled_from(["xyxy", "yxyx", "xywh", "cxcywh"]),
+    iou_threshold=st.floats(0, 1),
+)
 PARITIES = st.builds(Parity, status=st.just("unverified"), reason=SHORT, sqnr_db=st.none() | FINITE)
 SHAPES = st.tuples(st.integers(-1, 9), st.integers(-1, 9))
 
@@ -78,10 +98,13 @@ def whole(draw):
     return manifest(
         name=draw(NAMES),
         version=draw(SHORT),
-        task=draw(st.sampled_from(["tensor", "classification", "text-generation"])),
-        inputs=tuple(TensorSpec(n, "float32", draw(SHAPES)) for n in names),
-        preprocess=draw(st.none() | PICTURES),
+        task=draw(st.sampled_from(["tensor", "classification", "detection", "text-generation"])),
+        inputs=tuple(TensorSpec(n, "float32", draw(SHAPES)) for n in [*names, "p"]),
+        outputs=(TensorSpec("q", "float32", draw(SHAPES)),),
+        preprocess=draw(st.none() | PICTURES | WHOLE_PICTURES),
+        text=draw(st.none() | TEXTS),
         postprocess=draw(st.none() | LABELS),
+        detection=draw(st.none() | DETECTIONS),
         variants=tuple(variant(n, inputs=(port,), parity=draw(PARITIES)) for n in names),
         golden=Golden(prompts=tuple(draw(st.lists(st.tuples(SHORT, SHORT), max_size=2)))),
         lineage=(Step(name="prune", options=options, measured={"top1": draw(FINITE)}),),
@@ -139,6 +162,28 @@ def test_a_path_that_is_accepted_stays_inside_the_folder(path):
 def test_a_file_listed_twice_is_refused():
     with pytest.raises(BundleError, match="lists a file twice"):
         decode(document(files=[msgspec.to_builtins(entry())] * 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preprocess": {"input": "gone", "resize": 8, "crop": 8}}, "input 'gone', which the model has not"),
+        ({"postprocess": {"output": "gone"}}, "output 'gone', which the model has not"),
+        ({"detection": {"boxes": "q", "scores": "gone"}}, "output 'gone', which the model has not"),
+        ({"text": {"tokenizer": "m/model.onnx", "tokens": 4, "ids": "p", "mask": "gone"}}, "input 'gone'"),
+        ({"text": {"tokenizer": "m/gone.json", "tokens": 4, "ids": "p", "mask": ""}}, "uses 'm/gone.json'"),
+        ({"text": {"tokenizer": "../up.json", "tokens": 4, "ids": "p", "mask": ""}}, "no manifest of format"),
+        ({"preprocess": {"input": "p", "resize": 9, "crop": 8, "fit": "pad"}}, "'pad' to 9 and to 8 pixels"),
+        ({"preprocess": {"input": "p", "resize": 8, "crop": 8, "fit": "pad", "fill": 256}}, "no manifest of format"),
+        ({"detection": {"boxes": "q", "scores": "q", "iou_threshold": 1.5}}, "no manifest of format"),
+    ],
+)
+def test_what_a_device_could_not_prepare_or_read_is_refused(changes, message):
+    tensors = {
+        name: [{"name": key, "dtype": "float32", "shape": [-1, 4]}] for name, key in (("inputs", "p"), ("outputs", "q"))
+    }
+    with pytest.raises(BundleError, match=message):
+        decode(document(**tensors, **changes))
 
 
 def test_a_variant_named_twice_is_refused():

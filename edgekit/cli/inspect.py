@@ -11,7 +11,7 @@ from edgekit.cli._terminal import Terminal, command
 
 if TYPE_CHECKING:
     from edgekit.bundle import Bundle
-    from edgekit.manifest import FileEntry, Manifest, Parity, Port, Step, Variant
+    from edgekit.manifest import Detection, FileEntry, Manifest, Parity, Port, Step, Variant
     from edgekit.plan import WeightRule
 
 
@@ -108,14 +108,27 @@ def _tell_tensors(terminal: Terminal, manifest: Manifest) -> None:
             terminal.say(f"{title:<7} {spec}")
     if manifest.preprocess:
         p = manifest.preprocess
-        terminal.say(f"picture {p.mode}, shorter side {p.resize}, crop {p.crop}, {p.interpolation}, into {p.input}")
+        fits = {"crop": f"shorter side {p.resize}, crop {p.crop}", "stretch": f"stretched to {p.crop} x {p.crop}",
+                "pad": f"longer side {p.crop}, padded with {p.fill}"}  # fmt: skip
+        terminal.say(f"picture {p.mode}, {fits[p.fit]}, {p.interpolation}, into {p.input}")
+    if manifest.text:
+        into = " and ".join(filter(None, [manifest.text.ids, manifest.text.mask]))
+        terminal.say(f"text    by {manifest.text.tokenizer}, {manifest.text.tokens} tokens, into {into}")
     if manifest.postprocess:
         softmax = " by softmax" if manifest.postprocess.softmax else ""
         own = manifest.postprocess
         terminal.say(f"labels  {len(own.labels)}, from {own.output}{softmax}, best {own.top_k}")
+    if manifest.detection:
+        terminal.say(f"objects {_detection(manifest.detection)}")
     for prompt, answer in manifest.golden.prompts:
         terminal.say(f"golden  {prompt!r} -> {answer!r}")
     terminal.say()
+
+
+def _detection(how: Detection) -> str:
+    where = " and ".join(dict.fromkeys([how.boxes, how.scores]))
+    limits = f"scores from {how.score_threshold:g}, overlap (IoU) up to {how.iou_threshold:g}"
+    return f"of {len(how.labels)} labels, from {where} as {how.box_format}, {limits}, at most {how.max_detections}"
 
 
 def _variant_cells(manifest: Manifest, name: str) -> tuple[str, ...]:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from edgekit.runtime import Session, TextSession
     from edgekit.tensors import Array
 
+ARRAYS = (".npy", ".npz")
 
-@command(short_help="Run a bundle once, on a picture, an array or a prompt.")
+
+@command(short_help="Run a bundle once, on a picture, an array or a text.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("source", metavar="INPUT")
 @click.option("--variant", help="Variant to run; by default the one of this hardware.")
@@ -32,8 +34,9 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
 ) -> None:
     """Run BUNDLE once on INPUT.
 
-    INPUT is a picture (its best labels are printed), a .npy or .npz file of arrays by input name (the outputs are
-    summarized, or written with -o), or, for a language model, the prompt (the answer is streamed).
+    INPUT is a picture (its best labels or the objects in it are printed), a .npy or .npz file of arrays by input name
+    (the outputs are summarized, or written with -o), a text for a model that reads texts, or, for a language model,
+    the prompt (the answer is streamed).
     """
     from edgekit.errors import UsageError
     from edgekit.runtime import TextSession, load
@@ -43,16 +46,29 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
             _chat(terminal, session, source, limits["max_tokens"])
             return
         path = Path(source)
+        if session.contract.text and path.suffix not in ARRAYS:
+            _labels(terminal, session, session.text_inputs(source), limits["top"])
+            return
         if not path.is_file():
             raise UsageError(f"there is no file {source}", "give a picture, a .npy or a .npz file")
-        if path.suffix in (".npy", ".npz"):
+        if path.suffix in ARRAYS:
             _tensors(terminal, session, path, output)
+        elif session.contract.detection:
+            _objects(terminal, session, path)
         else:
-            _picture(terminal, session, path, limits["top"])
+            _labels(terminal, session, session.picture_inputs(path.read_bytes()), limits["top"])
 
 
-def _picture(terminal: Terminal, session: Session, path: Path, top: int) -> None:
-    labels = session.labels(session.run(session.picture_inputs(path.read_bytes())), top)[0]
+def _objects(terminal: Terminal, session: Session, path: Path) -> None:
+    found = session.detect(path.read_bytes())
+    rows = [(one.label, f"{one.score:.1%}", ", ".join(f"{number:.1f}" for number in one.box)) for one in found]
+    terminal.table(("label", "score", "left, top, right, bottom"), rows)
+    listed = [{"label": one.label, "score": one.score, "box": list(one.box)} for one in found]
+    terminal.result({**_about(session), "objects": listed})
+
+
+def _labels(terminal: Terminal, session: Session, inputs: dict[str, Array], top: int) -> None:
+    labels = session.labels(session.run(inputs), top)[0]
     terminal.table(("label", "probability"), [(name, f"{share:.1%}") for name, share in labels])
     terminal.result({**_about(session), "labels": [{"label": name, "probability": share} for name, share in labels]})
 

@@ -81,7 +81,7 @@ def _verified(folder: Path, opened: Bundle, variant: Variant, isas: list[Isa]) -
     if variant.expected is None:
         return unverified("the file never ran where it was exported, so there is nothing to compare with", places)
     rows: list[tuple[Variant, Elsewhere, bool]] = []
-    contract = contract_of(manifest, opened.digest)
+    contract = contract_of(opened)
     for place in places:
         try:
             found = emulation.answers(folder, variant, contract, inputs=inputs, isa=place)

@@ -23,8 +23,8 @@ from edgekit.compress import fingerprint, module_changes
 from edgekit.compress.training import resumable
 from edgekit.durable import new_folder
 from edgekit.errors import CompressionError, EdgekitError
-from edgekit.manifest import Step
-from edgekit.model import OnnxNetwork, Task, TorchNetwork
+from edgekit.manifest import Step, Task
+from edgekit.model import OnnxNetwork, TorchNetwork
 from edgekit.plan import QuantizationPlan
 from edgekit.plugins import extra
 from edgekit.saving import onnx_bytes

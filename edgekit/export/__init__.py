@@ -295,6 +295,8 @@ def _seal(model: Model, reference: Reference, rows: Sequence[TargetResult], *, s
     variants, sources = _stored_once([row.variant for row in rows if row.variant], scratch)
     golden, golden_files = golden_of(reference, variants, scratch)
     contract = reference.contract
+    if contract.text and model.data and model.data.text:
+        sources[contract.text.tokenizer] = model.data.text.tokenizer
     draft = Manifest(
         name=contract.name,
         version=contract.version,
@@ -302,7 +304,9 @@ def _seal(model: Model, reference: Reference, rows: Sequence[TargetResult], *, s
         inputs=contract.inputs,
         outputs=contract.outputs,
         preprocess=contract.preprocess,
+        text=contract.text,
         postprocess=contract.postprocess,
+        detection=contract.detection,
         variants=variants,
         golden=golden,
         lineage=model.lineage,
@@ -315,9 +319,9 @@ def _seal(model: Model, reference: Reference, rows: Sequence[TargetResult], *, s
     return bundles.seal(folder, draft, {**sources, **golden_files, **named})
 
 
-def _stored_once(variants: Sequence[Variant], scratch: Path) -> tuple[tuple[Variant, ...], dict[str, Path]]:
+def _stored_once(variants: Sequence[Variant], scratch: Path) -> tuple[tuple[Variant, ...], dict[str, Path | bytes]]:
     """Let variants whose single files are equal share one file."""
-    sources: dict[str, Path] = {}
+    sources: dict[str, Path | bytes] = {}
     first: dict[str, str] = {}
     kept = []
     for variant in variants:

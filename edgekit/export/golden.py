@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgekit import plugins
-from edgekit.errors import MissingExtra, UsageError
+from edgekit.errors import HealthError, MissingExtra, UsageError
 from edgekit.export.labelled import labels_of
 from edgekit.export.parity import Reference
 from edgekit.export.quiet import silence
-from edgekit.manifest import Classification, Expected, Golden, Variant
+from edgekit.manifest import Classification, Expected, Golden, TextPreprocess, Variant
 from edgekit.model import GgufFile, LlamaFolder, Model, Split, run_batched, whole_batches
 from edgekit.plugins import extra
 from edgekit.runtime import Contract, TextSession, backends, open_variant
@@ -33,6 +33,7 @@ GOLDEN_SAMPLES = 8
 GOLDEN_BYTES = 8 << 20
 """Golden inputs and outputs together stay below this, but for one sample: every device fetches them."""
 PARITY_SAMPLES = 64
+TOKENIZER = "preprocess/tokenizer.json"
 PROMPTS = ("Once upon a time", "The quick brown fox")
 PROMPT_TOKENS = 16
 TEXT_LENGTH = 48
@@ -55,7 +56,9 @@ def reference_of(model: Model, name: str, version: str) -> Reference:
         inputs=_any_batch(model.inputs),
         outputs=_any_batch(model.outputs),
         preprocess=model.data.preprocess if model.data else None,
+        text=_text(model),
         postprocess=_postprocess(model),
+        detection=model.data.detection if model.data else None,
     )
     if isinstance(model.network, LlamaFolder):
         tokens = _tokens(model.network)
@@ -68,6 +71,7 @@ def reference_of(model: Model, name: str, version: str) -> Reference:
         raise UsageError(f"{model.name} has no data to compare files on", "give --data file.py:function or data.npz")
     samples, size = whole_batches(model, model.data.calibration.head(PARITY_SAMPLES))
     outputs = run_batched(model.network, samples, size)
+    _refuse_unreadable(contract, outputs)
     scores = contract.postprocess.output if contract.postprocess else None
     return Reference(samples, outputs, contract, scores, labels_of(model, scores))
 
@@ -81,6 +85,29 @@ def _postprocess(model: Model) -> Classification | None:
     if model.task != "classification":
         return None
     return Classification(output=model.outputs[0].name, labels=model.data.labels if model.data else ())
+
+
+def _text(model: Model) -> TextPreprocess | None:
+    if model.data is None or model.data.text is None:
+        return None
+    names = [spec.name for spec in model.inputs]
+    how = TextPreprocess(tokenizer=TOKENIZER, tokens=model.data.text.tokens)
+    if how.ids not in names:  # it goes to llama.cpp, which reads texts by itself
+        return None
+    return how if how.mask in names else msgspec.structs.replace(how, mask="")
+
+
+def _refuse_unreadable(contract: Contract, outputs: Mapping[str, Array]) -> None:
+    """Read objects as a device will, from what the model itself gives."""
+    how, picture = contract.detection, contract.preprocess
+    if how is None or picture is None:
+        return
+    from edgekit.runtime import detection
+
+    try:
+        detection.objects(outputs, how, picture.crop, (None,) * len(outputs[how.boxes]))
+    except HealthError as error:
+        raise UsageError(error.message, "check detection in data.toml or in Data(…)") from error
 
 
 def _tokens(network: LlamaFolder) -> Split:

@@ -13,16 +13,20 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from edgekit.errors import EdgekitError, InputError, UsageError
 from edgekit.runtime.session import Session, TextSession
 from edgekit.runtime.telemetry import Statistics, Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from edgekit.runtime.detection import Detected
     from edgekit.tensors import Array
+
+    Told = TypeVar("Told")
+    Question = Callable[[Session], tuple[dict[str, Array], Callable[[dict[str, Array]], Told]]]
 
 MAX_SHADOWED = 8
 MAX_REMEMBERED = 16
@@ -120,16 +124,43 @@ class Host:
         """Return the best labels for an encoded picture, and the digest of the bundle.
 
         Raises:
-            InputError: the bytes are no picture, or the model takes none.
+            InputError: the bytes are no picture, or the model takes none or gives no labels.
             HealthError: the engine fails.
         """
+        return self._asked(lambda session: (session.picture_inputs(picture), lambda out: session.labels(out)[0]))
+
+    def run_text(self, texts: Sequence[str]) -> tuple[list[tuple[str, float]], str]:
+        """Return the best labels for a text or a pair, and the digest of the bundle.
+
+        Raises:
+            InputError: the model takes no text, or gives no labels.
+            HealthError: the engine fails.
+        """
+        return self._asked(lambda session: (session.text_inputs(*texts), lambda out: session.labels(out)[0]))
+
+    def detect(self, picture: bytes) -> tuple[list[Detected], str]:
+        """Return the objects in an encoded picture, and the digest of the bundle.
+
+        Raises:
+            InputError: the bytes are no picture, or the model takes none or finds no objects.
+            HealthError: the engine fails.
+        """
+
+        def question(session: Session) -> tuple[dict[str, Array], Callable[[dict[str, Array]], list[Detected]]]:
+            inputs, placement = session.placed(picture)
+            return inputs, lambda outputs: session.objects(outputs, (placement,))[0]
+
+        return self._asked(question)
+
+    def _asked(self, question: Question[Told]) -> tuple[Told, str]:
+        """Prepare inputs, compute, and tell of the outputs, all by the session that serves now."""
         with self.lease() as leased:
             session = _of_tensors(leased)
-            inputs = session.picture_inputs(picture)
+            inputs, told = question(session)
             outputs = session.run(inputs)
-            labels, digest = session.labels(outputs)[0], session.digest
+            answer, digest = told(outputs), session.digest
         self._observe(digest, inputs, outputs)
-        return labels, digest
+        return answer, digest
 
     def swap(self, new: Session | TextSession, *, shadow: bool = False) -> None:
         """Let ``new`` serve from the next request on; requests in flight finish where they began.

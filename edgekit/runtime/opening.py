@@ -47,7 +47,7 @@ def load(
     for candidate, choice in candidates(folder, manifest, variant):
         checked = bundle.read(folder, candidate.name)
         try:
-            contract = contract_of(checked.manifest, checked.digest)
+            contract = contract_of(checked)
             own = None if engines is None else _own_engine(folder, checked.manifest, candidate, engines)
             return open_variant(folder, candidate, contract, EngineOptions(threads, own=own), choice=choice)
         except MissingExtra as error:
@@ -136,8 +136,9 @@ def _own_engine(folder: Path, manifest: Manifest, variant: Variant, engines: Pat
     )
 
 
-def contract_of(manifest: Manifest, digest: str) -> Contract:
-    """Take from a manifest what a session needs."""
+def contract_of(opened: bundle.Bundle) -> Contract:
+    """Take from a bundle what a session needs."""
+    manifest = opened.manifest
     return Contract(
         inputs=manifest.inputs,
         outputs=manifest.outputs,
@@ -145,8 +146,11 @@ def contract_of(manifest: Manifest, digest: str) -> Contract:
         name=manifest.name,
         version=manifest.version,
         preprocess=manifest.preprocess,
+        text=manifest.text,
         postprocess=manifest.postprocess,
-        digest=digest,
+        detection=manifest.detection,
+        digest=opened.digest,
+        folder=opened.folder,
     )
 
 

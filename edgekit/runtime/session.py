@@ -5,8 +5,9 @@ Knows no engine's package; `opening` chooses and opens.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from edgekit.errors import InputError, UsageError
 from edgekit.runtime import ports
@@ -15,24 +16,34 @@ from edgekit.tensors import DYNAMIC
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
-    from edgekit.manifest import Classification, ImagePreprocess, Variant
+    from edgekit.manifest import Classification, Detection, ImagePreprocess, Task, TextPreprocess, Variant
+    from edgekit.pictures import Placement
     from edgekit.runtime.backends import Engine, TextEngine, TextPiece
+    from edgekit.runtime.detection import Detected
+    from edgekit.runtime.tokens import TextReader
     from edgekit.tensors import Array, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
-    """What a model promises whatever variant runs it: its part of the manifest, known before a bundle is sealed."""
+    """What a model promises whatever variant runs it: its part of the manifest, known before a bundle is sealed.
+
+    ``folder`` is where the files lie that it names, None where there are none yet.
+    """
 
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
-    task: Literal["tensor", "classification", "text-generation"] = "tensor"
+    task: Task = "tensor"
     name: str = "model"
     version: str = "0"
     preprocess: ImagePreprocess | None = None
+    text: TextPreprocess | None = None
     postprocess: Classification | None = None
+    detection: Detection | None = None
     digest: str = ""
+    folder: Path | None = None
 
 
 class Session:
@@ -83,9 +94,27 @@ class Session:
         """Return the best labels with their probabilities for one encoded picture (JPEG, PNG, …).
 
         Raises:
-            InputError: the bytes are no picture, or the model takes none.
+            InputError: the bytes are no picture, or the model takes none or gives no labels.
         """
         return self.labels(self.run(self.picture_inputs(picture)))[0]
+
+    def run_text(self, *texts: str) -> list[tuple[str, float]]:
+        """Return the best labels with their probabilities for one text, or for a pair.
+
+        Raises:
+            InputError: the model takes no text, or gives no labels.
+            MissingExtra: the tokenizer's package is not installed.
+        """
+        return self.labels(self.run(self.text_inputs(*texts)))[0]
+
+    def detect(self, picture: bytes) -> list[Detected]:
+        """Return the objects in one encoded picture, best first, their boxes in its pixels.
+
+        Raises:
+            InputError: the bytes are no picture, or the model takes none or finds no objects.
+        """
+        inputs, placement = self.placed(picture)
+        return self.objects(self.run(inputs), (placement,))[0]
 
     def picture_inputs(self, picture: bytes) -> dict[str, Array]:
         """Turn one encoded picture into the inputs of `run`.
@@ -93,15 +122,33 @@ class Session:
         Raises:
             InputError: the bytes are no picture, or the model takes none.
         """
+        return self.placed(picture)[0]
+
+    def placed(self, picture: bytes) -> tuple[dict[str, Array], Placement]:
+        """Turn one encoded picture into the inputs of `run`, and say where it lies in them.
+
+        Raises:
+            InputError: the bytes are no picture, or the model takes none.
+        """
         from edgekit import pictures
 
         how = self.contract.preprocess
-        if how is None or self.contract.postprocess is None:
+        if how is None:
             raise InputError(
                 f"{self.contract.name} does not say how to read a picture",
-                "its manifest has no preprocess/postprocess: give arrays",
+                "its manifest has no preprocess: give arrays",
             )
-        return {how.input: pictures.picture_to_tensor(picture, how)}
+        tensor, placement = pictures.placed(picture, how)
+        return {how.input: tensor}, placement
+
+    def text_inputs(self, *texts: str) -> dict[str, Array]:
+        """Turn one text, or a pair, into the inputs of `run`.
+
+        Raises:
+            InputError: the model takes no text, or the text is too long to be read.
+            MissingExtra: the tokenizer's package is not installed.
+        """
+        return self._reader.read(texts)
 
     def labels(self, outputs: Mapping[str, Array], top_k: int = 0) -> list[list[tuple[str, float]]]:
         """Turn the outputs of `run` into the ``top_k`` labels (0: as the manifest says), a list a sample.
@@ -109,12 +156,31 @@ class Session:
         Raises:
             InputError: the manifest does not say how.
         """
-        from edgekit.runtime import preprocess
+        from edgekit.runtime.labels import best_labels
 
         how = self.contract.postprocess
         if how is None:
             raise InputError(f"{self.contract.name} gives no labels", "its manifest has no postprocess")
-        return [preprocess.best_labels(scores, how, top_k or how.top_k) for scores in outputs[how.output]]
+        return [best_labels(scores, how, top_k or how.top_k) for scores in outputs[how.output]]
+
+    def objects(
+        self, outputs: Mapping[str, Array], placements: Sequence[Placement] | None = None
+    ) -> list[list[Detected]]:
+        """Turn the outputs of `run` into objects, a list a sample.
+
+        Boxes are in pixels of the pictures that ``placements`` are of; without, in pixels of the network's input.
+
+        Raises:
+            InputError: the manifest does not say how.
+            HealthError: an output has another shape than the manifest says, or holds NaN.
+        """
+        from edgekit.runtime import detection
+
+        how, picture = self.contract.detection, self.contract.preprocess
+        if how is None or picture is None:
+            raise InputError(f"{self.contract.name} finds no objects", "its manifest has no preprocess and detection")
+        count = len(outputs[how.boxes])
+        return detection.objects(outputs, how, picture.crop, tuple(placements or [None] * count))
 
     def warm(self) -> None:
         """Run once on zeros, so that the first request is not the slow one."""
@@ -128,6 +194,17 @@ class Session:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
+
+    @functools.cached_property
+    def _reader(self) -> TextReader:
+        from edgekit.runtime.tokens import TextReader
+
+        how, folder = self.contract.text, self.contract.folder
+        if how is None or folder is None:
+            raise InputError(
+                f"{self.contract.name} does not say how to read a text", "its manifest has no text: give arrays"
+            )
+        return TextReader(folder / how.tokenizer, how)
 
     def _once(self, engine: Engine, inputs: Mapping[str, Array]) -> dict[str, Array]:
         arrays = engine.run(ports.to_file(inputs, self._inputs))

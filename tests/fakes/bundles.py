@@ -165,6 +165,39 @@ def _flat_gemm(weights):
     return _model(graph)
 
 
+def constant_bundle(folder: Path, value, **draft):
+    """Seal a model of 32 x 32 grey pictures that answers ``value`` to each, as ``y`` [n, *value.shape]."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("ReduceSum", ["x", "axes"], ["s"], keepdims=0),
+        helper.make_node("Mul", ["s", "zero"], ["z"]),
+        helper.make_node("Reshape", ["z", "shape"], ["r"]),
+        helper.make_node("Add", ["r", "value"], ["y"]),
+    ]
+    constants = {
+        "axes": np.array([1, 2, 3]),
+        "zero": np.zeros(1, np.float32),
+        "shape": np.array([-1] + [1] * value.ndim),
+        "value": value[None],
+    }
+    graph = helper.make_graph(
+        nodes,
+        "constant",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1, 32, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", *value.shape])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    one = variant(
+        inputs=(Port(name="image", key="x", dtype="float32"),),
+        outputs=(Port(name="y", key="y", dtype="float32"),),
+        main="x86-64/model.onnx",
+    )
+    tensors = {"inputs": (TensorSpec("image", "float32", (-1, 1, 32, 32)),)}
+    manifest = Manifest(**{"name": "constant", "version": "1", "variants": (one,), "files": (), **tensors, **draft})
+    return bundle.seal(folder, manifest, {one.main: _model(graph)})
+
+
 def null_bundle(folder: Path, *, value=0.0, name="null", version="1", text=False, file_format="null"):
     """Seal a bundle of the null backend: every score is ``value``; or an echo of text."""
     outputs = [{"name": "scores", "dtype": "float32", "shape": [-1, 4]}]

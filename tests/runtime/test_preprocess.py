@@ -13,7 +13,7 @@ import edgekit
 from edgekit.errors import HealthError, InputError
 from edgekit.manifest import Classification, ImagePreprocess
 from edgekit.pictures import picture_to_tensor
-from edgekit.runtime.preprocess import best_labels
+from edgekit.runtime.labels import best_labels
 
 
 def png(picture, kind="PNG"):

@@ -9,9 +9,12 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from edgekit.errors import EdgekitError, InputError, MissingExtra, UsageError
 from edgekit.runtime.server import metrics, oip, openai
 from edgekit.runtime.server.exchange import (
+    JSON,
     Disconnected,
     HttpError,
     Request,
@@ -28,6 +31,13 @@ if TYPE_CHECKING:
     from edgekit.runtime.server.exchange import Receive, Scope, Send
 
     Answer = Callable[[Request], Awaitable[Response]]
+
+
+class _Text(msgspec.Struct, forbid_unknown_fields=True):
+    """A body of /v1/classify for a model that reads texts."""
+
+    text: str | tuple[str, ...]
+
 
 MAX_BODY = 64 << 20
 WORKERS = 4
@@ -98,9 +108,18 @@ class App:
 
     async def _classify(self, request: Request) -> Response:
         def work() -> Response:
-            labels, digest = self.host.run_raw(request.body)
+            texts = _texts(request)
+            labels, digest = self.host.run_raw(request.body) if texts is None else self.host.run_text(texts)
             listed = [{"label": name, "probability": share} for name, share in labels]
             return as_json({"labels": listed, "digest": digest})
+
+        return await self._compute(work)
+
+    async def _detect(self, request: Request) -> Response:
+        def work() -> Response:
+            found, digest = self.host.detect(request.body)
+            listed = [{"label": one.label, "score": one.score, "box": one.box} for one in found]
+            return as_json({"objects": listed, "digest": digest})
 
         return await self._compute(work)
 
@@ -115,6 +134,7 @@ class App:
             ("v1", "chat", "completions"): ("POST", self._chat),
             ("v1", "completions"): ("POST", self._complete),
             ("v1", "classify"): ("POST", self._classify),
+            ("v1", "detect"): ("POST", self._detect),
             ("healthz",): ("GET", live),
             ("readyz",): ("GET", ready),
             ("metrics",): ("GET", _at_once(lambda: Response(metrics.text(self.host), kind=metrics.KIND))),
@@ -129,6 +149,17 @@ def _at_once(answer: Callable[[], Response]) -> Answer:
         return answer()
 
     return answered
+
+
+def _texts(request: Request) -> tuple[str, ...] | None:
+    """Return the text, or the pair, of a JSON body; None for a picture's bytes."""
+    if request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != JSON:
+        return None
+    try:
+        text = msgspec.json.decode(request.body, type=_Text).text
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise HttpError(400, f'the body is not {{"text": "…"}}: {error}') from error
+    return (text,) if isinstance(text, str) else text
 
 
 def _refuse_other_method(request: Request, method: str) -> None:

@@ -1,0 +1,170 @@
+"""What a device reads travels with the model: detectors find the same objects, encoders read the same words."""
+
+import json
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from fakes import detector
+from fakes.words import word_piece
+
+import edgekit
+from edgekit import datasets, device_profiles, workload
+from edgekit.cli import cli
+from edgekit.compress import compress
+from edgekit.compress.passes.quantize import Quantize
+from edgekit.compress.recipe import Recipe
+from edgekit.errors import UsageError
+from edgekit.export import export
+
+pytest.importorskip("torch", reason="exporters need torch")
+
+
+def replace_how(**changes):
+    return msgspec.structs.replace(detector.HOW, **changes)
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    return workload.from_module("tiles", detector.network(), detector.data())
+
+
+def bundle_of(model, folder, *formats):
+    done = export(model, [device_profiles.of_format(name) for name in formats], folder)
+    assert [row.error for row in done.rows] == [None] * len(formats)
+    return done
+
+
+def seen(folder, variant):
+    with edgekit.load(folder, variant=variant) as session:
+        return sorted((one.label, one.box) for one in session.detect(detector.scene()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_shipped_files_find_the_objects_in_the_picture(tiles, tmp_path, precision):
+    model = tiles if precision == "fp32" else compress(tiles, Recipe((("quantize", Quantize()),)))
+    assert model.task == "detection"
+    bundle_of(model, tmp_path / "b", "onnx", "tflite")
+    names = [v.name for v in edgekit.runtime.opening.read_manifest(tmp_path / "b").variants]
+    for name in names:
+        found = seen(tmp_path / "b", name)
+        assert [label for label, _ in found] == [label for label, _ in detector.SEEN]
+        for (_, box), (_, wanted) in zip(found, detector.SEEN, strict=True):
+            np.testing.assert_allclose(box, wanted, atol=0.01 if precision == "fp32" else 1.0)
+
+
+def test_a_compressed_detector_is_saved_and_read_back_whole(tiles, tmp_path):
+    workload.save(tiles, tmp_path / "m")
+    again = workload.load(str(tmp_path / "m"))
+    assert (again.task, again.data.detection, again.data.preprocess) == ("detection", detector.HOW, detector.PICTURE)
+    np.savez(tmp_path / "d.npz", **{"calibration.image": detector.data().calibration.inputs["image"]})
+    told = workload.load(str(tmp_path / "m"), data=datasets.load_data(str(tmp_path / "d.npz")))
+    assert (told.data.detection, told.data.preprocess) == (detector.HOW, detector.PICTURE)
+    assert tiles.data.digest() != replace(tiles.data, detection=None).digest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"detection": replace_how(scores="gone")}, "reads the output 'gone', the network gives boxes, scores"),
+        ({"preprocess": None}, "detection needs the preprocessing"),
+    ],
+)
+def test_a_detection_that_does_not_fit_is_refused_at_load(changes, message, tmp_path):
+    model = workload.from_module("tiles", detector.network(), replace(detector.data(), **changes))
+    with pytest.raises(UsageError, match=message):
+        datasets.refuse_unfit(model)
+
+
+def test_outputs_that_are_no_boxes_are_refused_before_anything_is_written(tmp_path):
+    swapped = replace(detector.data(), detection=replace_how(boxes="scores", scores="boxes"))
+    model = workload.from_module("tiles", detector.network(), swapped)
+    with pytest.raises(UsageError, match=r"are no boxes and scores of candidates"):
+        export(model, [device_profiles.of_format("onnx")], tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_detector_goes_from_pictures_and_a_toml_to_objects_by_commands_alone(tmp_path):
+    folder = tmp_path / "street"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.png").write_bytes(detector.scene(96 + 16 * number))
+    (folder / "data.toml").write_text(TOML)
+    (tmp_path / "net.py").write_text("from fakes.detector import network as build\n")
+    for words in (
+        ["compress", f"{tmp_path}/net.py:build", "--data", folder, "--recipe", "int8", "-o", tmp_path / "small"],
+        ["export", tmp_path / "small", "--format", "onnx", "-o", tmp_path / "b"],
+    ):
+        done = CliRunner().invoke(cli, [str(word) for word in words])
+        assert done.exit_code == 0, done.output
+    (tmp_path / "p.png").write_bytes(detector.scene())
+    told = json.loads(CliRunner().invoke(cli, ["run", str(tmp_path / "b"), str(tmp_path / "p.png"), "--json"]).output)
+    assert sorted(one["label"] for one in told["objects"]) == ["bright", "dark"]
+
+
+TOML = """
+kind = "images"
+resize = 32
+crop = 32
+fit = "pad"
+fill = 128
+mode = "L"
+interpolation = "bicubic"
+mean = [128.0]
+std = [128.0]
+outputs = ["boxes", "scores"]
+
+[detection]
+boxes = "boxes"
+scores = "scores"
+box_format = "cxcywh"
+activation = "sigmoid"
+labels = ["bright", "dark"]
+score_threshold = 0.5
+
+[counts]
+calibration = 8
+test = 4
+"""
+
+
+def encoder(folder):
+    """Write a random BERT of two classes with its tokenizer, and a table of sentences; return data.toml's path."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, vocab_size=64, max_position_embeddings=32, id2label={0: "good", 1: "bad"})
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    word_piece(folder)
+    lines = [f"{'good' if n % 2 else 'bad'} film {chr(97 + n)}\t{n % 2}" for n in range(16)]
+    (folder.parent / "calibration.tsv").write_text("said\tmood\n" + "\n".join(lines))
+    (folder.parent / "data.toml").write_text(
+        f'kind = "tsv"\ntokenizer = "{folder.name}"\ntokens = 12\ntext = "said"\nlabel = "mood"\n'
+        'files.calibration = "calibration.tsv"\n'
+    )
+    return folder.parent / "data.toml"
+
+
+def test_an_encoders_bundle_reads_texts_and_names_the_classes_of_its_configuration(tmp_path):
+    data = datasets.load_data(str(encoder(tmp_path / "bert")))
+    model = workload.load(str(tmp_path / "bert"), data=data)
+    assert (model.task, model.data.labels) == ("classification", ("good", "bad"))
+    workload.save(model, tmp_path / "saved")
+    for source, folder in ((model, "a"), (workload.load(str(tmp_path / "saved")), "b")):
+        bundle_of(source, tmp_path / folder, "onnx")
+    with edgekit.load(tmp_path / "b") as session:
+        wanted = data.calibration.inputs
+        text = "bad film a"
+        for name, array in session.text_inputs(text).items():
+            np.testing.assert_array_equal(array[0], wanted[name][0])
+        scores = model.network.run({name: array[:1] for name, array in wanted.items()})["logits"][0]
+        shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+        best, share = session.run_text(text)[0]
+        assert best == ("good", "bad")[shares.argmax()]
+        assert share == pytest.approx(shares.max(), abs=1e-4)
+    first, second = ((tmp_path / folder / "preprocess/tokenizer.json").read_bytes() for folder in ("a", "b"))
+    assert first == second
