@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from edgekit import hugging_face, network_files
+from edgekit import hugging_face, network_files, onnx_io
 from edgekit.durable import new_folder
 from edgekit.errors import UsageError
 from edgekit.manifest import Detection, ImagePreprocess, Step, Task
@@ -168,17 +168,7 @@ def _is_saved(folder: Path) -> bool:
 
 def onnx_bytes(network: OnnxNetwork) -> bytes:
     """Return what a saved model holds of an ONNX network: one file with all weights."""
-    return whole_onnx(network.path) if network.content is None else network.content
-
-
-def whole_onnx(path: Path) -> bytes:
-    """Return an ONNX file as one piece, with the weights that lie in files beside it."""
-    with extra("onnx"):
-        import onnx
-    proto = onnx.load(path, load_external_data=False)
-    if not any(onnx.external_data_helper.uses_external_data(tensor) for tensor in proto.graph.initializer):
-        return path.read_bytes()
-    return bytes(onnx.load(path).SerializeToString(deterministic=True))
+    return onnx_io.whole(network.path) if network.content is None else network.content
 
 
 def load_saved(folder: Path, data: Data | None) -> Model:
@@ -239,7 +229,10 @@ def _load_network(folder: Path, saved: Saved) -> TorchNetwork | OnnxNetwork:
 
 def _write_network(model: Model, folder: Path) -> None:
     if isinstance(model.network, OnnxNetwork):
-        (folder / "model.onnx").write_bytes(model.network.content or whole_onnx(model.network.path))
+        if onnx_io.size(model.network.proto()) > onnx_io.LARGE:
+            onnx_io.save(model.network.proto(), folder / "model.onnx")
+        else:
+            (folder / "model.onnx").write_bytes(onnx_bytes(model.network))
         return
     network_files.write(trace(model), folder)
     if isinstance(model.network, TorchNetwork) and model.network.folder:

@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit import checkpoints, hugging_face
+from edgekit import checkpoints, hugging_face, onnx_io
 from edgekit.datasets import load_data, refuse_unfit
 from edgekit.errors import UsageError
 from edgekit.hugging_face import write as huggingface_folder
 from edgekit.manifest import Step, Task
 from edgekit.model import Data, GgufFile, LlamaFolder, Model, OnnxNetwork, Split, TorchNetwork, scores_first
 from edgekit.plugins import extra
-from edgekit.saving import load_saved, refuse_foreign, save, whole_onnx
+from edgekit.saving import load_saved, refuse_foreign, save
 from edgekit.sources import call, first_line, named_object
 from edgekit.tensors import DYNAMIC, TensorSpec
 from edgekit.tracing import trace
@@ -224,11 +224,7 @@ def _load_onnx(path: Path, data: Data | None) -> Model:
         data=data,
         inputs=tuple(_onnx_spec(i) for i in session.get_inputs()),
         outputs=tuple(_onnx_spec(o) for o in scores_first(session.get_outputs())),
-        lineage=(
-            Step(
-                name="load", options={"source": path.name, "checkpoint": hashlib.sha256(whole_onnx(path)).hexdigest()}
-            ),
-        ),
+        lineage=(Step(name="load", options={"source": path.name, "checkpoint": onnx_io.digest(path)}),),
     )
 
 

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, cast
 
 from msgspec.structs import replace as replace_fields
 
-from edgekit import device_profiles, plugins
+from edgekit import device_profiles, onnx_io, plugins
 from edgekit.errors import CompressionError, UsageError
 from edgekit.plugins import extra
 from edgekit.progress import silent
-from edgekit.saving import whole_onnx
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -116,7 +115,7 @@ class Speed:
         exporter = cast("Exporter", plugins.load("edgekit.export.targets", "onnx", "format"))
         with tempfile.TemporaryDirectory() as folder:
             artifact = exporter.export(model, self._profile, Path(folder), silent)
-            content = whole_onnx(Path(folder) / artifact.main)
+            content = onnx_io.whole(Path(folder) / artifact.main)
         sample = model.data.calibration.head(max(1, artifact.batch))
         return _File(content, {port.key: sample.inputs[port.name] for port in artifact.inputs})
 

@@ -39,7 +39,8 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
     """Serve BUNDLE over HTTP until SIGINT or SIGTERM, then answer what is in flight and stop.
 
     Open Inference Protocol v2 under /v2, OpenAI's API for language models under /v1, pictures and texts at
-    /v1/classify, pictures at /v1/detect, and /healthz, /readyz, /metrics. There is no authentication: listen on loopback, or put a proxy in front.
+    /v1/classify, pictures at /v1/detect, and /healthz, /readyz, /metrics. There is no authentication: listen on
+    loopback, or put a proxy in front.
     """
     import signal
 

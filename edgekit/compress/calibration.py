@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgekit import grid
+from edgekit import grid, onnx_io
 from edgekit.compress import onnx_graph
 from edgekit.errors import CompressionError, InputError
 from edgekit.model import Model, OnnxNetwork, Split, TorchNetwork, whole_batches
@@ -164,7 +164,6 @@ def _public_names(graph: torch.fx.Graph, model: Model) -> dict[str, list[str]]:
 def _watched_onnx(network: OnnxNetwork, only: Collection[str]) -> _Compute:
     with extra("compress"):
         import onnx
-        import onnxruntime
     model = network.proto()
     everything = onnx_graph.values(model)
     # fewer outputs, more that is fused; a graph without any is none
@@ -172,7 +171,7 @@ def _watched_onnx(network: OnnxNetwork, only: Collection[str]) -> _Compute:
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     # optimized, a fourth faster: what is an output is computed all the same
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnx_io.session(model)
 
     def compute(batch: Split, watch: Watch) -> None:
         inputs = dict(batch.inputs)

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgekit import network_files
+from edgekit import network_files, onnx_io
 from edgekit.errors import CompressionError
 from edgekit.model import GgufFile, LlamaFolder, OnnxNetwork
 from edgekit.plugins import extra
-from edgekit.saving import onnx_bytes
 from edgekit.tracing import trace
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def _network(model: Model) -> Iterator[bytes]:
     """Give what the network is made of; of modules also their code, which trains otherwise than it is traced."""
     network = model.network
     if isinstance(network, OnnxNetwork):
-        yield onnx_bytes(network)
+        yield network.content or onnx_io.digest(network.path).encode()
     elif isinstance(network, LlamaFolder | GgufFile):
         raise CompressionError(f"{model.name} is a language model in a file of its own")
     else:

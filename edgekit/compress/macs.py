@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from edgekit import onnx_io
 from edgekit.model import OnnxNetwork, TorchNetwork
 from edgekit.plugins import extra
 from edgekit.tensors import DYNAMIC
@@ -41,7 +42,7 @@ def _torch(model: Model, network: TorchNetwork) -> int:
 
 def _onnx(network: OnnxNetwork) -> int | None:
     with extra("compress"):
-        import onnx
+        pass
     proto = network.proto()
     batch = 1
     stored = {tensor.name for tensor in proto.graph.initializer}
@@ -56,7 +57,8 @@ def _onnx(network: OnnxNetwork) -> int | None:
     del proto.graph.value_info[:]  # they speak of the batch by its name
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
-    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    onnx_io.infer_shapes(proto, data_prop=True)
+    inferred = proto.graph
     shapes: Shapes = {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from edgekit import onnx_io
 from edgekit.compress.onnx_graph import weight_axis
 from edgekit.model import OnnxNetwork
 
@@ -42,7 +43,7 @@ def folded(network: OnnxNetwork) -> tuple[OnnxNetwork, int]:
     del proto.graph.node[:], proto.graph.initializer[:]
     proto.graph.node.extend(kept)
     proto.graph.initializer.extend(tensors)
-    return OnnxNetwork(network.path, proto.SerializeToString(deterministic=True)), len(pairs)
+    return OnnxNetwork(network.path, onnx_io.one_piece(proto)), len(pairs)
 
 
 def _is_gone(node: onnx.NodeProto, gone: set[str]) -> bool:

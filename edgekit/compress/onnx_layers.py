@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgekit import onnx_io
 from edgekit.compress import onnx_graph
 from edgekit.compress.layer import Change, Layer
 from edgekit.errors import CompressionError
@@ -94,7 +95,7 @@ def with_parameters(network: OnnxNetwork, found: Mapping[str, Layer], changes: M
             stored[name].CopyFrom(numpy_helper.from_array(weight, name))
         if change.offsets is not None:
             _put_bias(proto, stored, layer, change.offsets.astype(np.float32))
-    return OnnxNetwork(network.path, proto.SerializeToString(deterministic=True))
+    return OnnxNetwork(network.path, onnx_io.one_piece(proto))
 
 
 def _put_bias(proto: onnx.ModelProto, stored: Mapping[str, onnx.TensorProto], layer: Layer, offsets: Array) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgekit import grid
+from edgekit import grid, onnx_io
 from edgekit.compress import graph, onnx_graph, rounding
 from edgekit.model import Model, OnnxNetwork, TorchNetwork
 from edgekit.plugins import extra
@@ -40,8 +40,7 @@ class _RoundedOnnx:
             import onnxruntime
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        content = onnx_graph.rounded(network.proto(), plan).SerializeToString()
-        self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self._session = onnx_io.session(onnx_graph.rounded(network.proto(), plan), options)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute the outputs for a batch."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit import onnx_io
 from edgekit.errors import ExportError
 from edgekit.plugins import extra
 from edgekit.runtime.backends.onnx import engine_errors
@@ -32,6 +33,8 @@ FLOAT = frozenset({
 })  # fmt: skip
 WITHOUT_KERNEL = frozenset({"ConvTranspose"})
 """What ONNX Runtime never computes in integers on a CPU."""
+APART = onnx_io.LARGE // 8
+"""Files from which on the optimized graph is written without its weights: those of 4 bits may become floats in it."""
 _ENDINGS = ("_quantized", "_widened", "_dequantized", "_dequantized_matrix")
 """How a weight is named after its integers were stored, cast, and made floats again at load."""
 _MOVES = ("DequantizeLinear", "Reshape", "Transpose", "Cast", "Mul", "Sub", "Gather", "ReorderInput")
@@ -77,7 +80,10 @@ def found_in(path: Path, planned: Collection[str], *, has_signed: bool = False) 
 
 
 def optimized(path: Path, *, has_signed: bool = False) -> onnx.ModelProto:
-    """Return the graph that ONNX Runtime makes of a file on this machine, with all optimizations."""
+    """Return the graph that ONNX Runtime makes of a file on this machine, with all optimizations.
+
+    Weights of large files are not in it, but for their names and shapes.
+    """
     with extra("onnx"):
         import onnx
         import onnxruntime
@@ -88,6 +94,9 @@ def optimized(path: Path, *, has_signed: bool = False) -> onnx.ModelProto:
         options.add_session_config_entry("session.qdqisint8allowed", "1")
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder, "optimized.onnx"))
+        if path.stat().st_size + sum(one.stat().st_size for one in path.parent.glob(f"{path.name}.data")) > APART:
+            for key, value in (("file_name", "optimized.data"), ("min_size_in_bytes", "4096")):  # 4 bits become 32
+                options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
         try:
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except engine_errors() as error:
@@ -95,9 +104,7 @@ def optimized(path: Path, *, has_signed: bool = False) -> onnx.ModelProto:
                 f"ONNX Runtime {onnxruntime.__version__} refuses {path.name}: {str(error).splitlines()[0][:300]}",
                 "export with --precision fp32 to see whether the plan or the network is at fault",
             ) from error
-        made = onnx.load(options.optimized_model_filepath, load_external_data=False)
-        onnx.load_external_data_for_model(made, str(path.parent))  # weights that lie apart stay where they were
-        return made
+        return onnx.load(options.optimized_model_filepath, load_external_data=False)
 
 
 def refuse_floats(kernels: Kernels, name: str, planned: Mapping[str, Planned]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from edgekit import plugins
+from edgekit import onnx_io, plugins
 from edgekit.errors import EdgekitError
 from edgekit.export import parity
 from edgekit.export.golden import reference_of
@@ -152,9 +152,8 @@ def _is_batch(node: torch.fx.Node) -> bool:
 
 
 def _onnx(model: Model, network: OnnxNetwork) -> tuple[Model, dict[str, str]]:
-    import onnx
-
-    proto = onnx.shape_inference.infer_shapes(network.proto())
+    proto = network.proto()
+    onnx_io.infer_shapes(proto)
     shapes = {value.name: value for value in proto.graph.value_info}
     ends = [end for end in _ends(proto.graph) if end in shapes]
     proto.graph.output.extend(shapes[end] for end in ends)
@@ -162,7 +161,7 @@ def _onnx(model: Model, network: OnnxNetwork) -> tuple[Model, dict[str, str]]:
         TensorSpec(end, "float32", (DYNAMIC, *(d.dim_value for d in shapes[end].type.tensor_type.shape.dim[1:])))
         for end in ends
     )
-    made = replace(network, content=proto.SerializeToString())
+    made = replace(network, content=onnx_io.one_piece(proto))
     return replace(model, network=made, outputs=(*model.outputs, *specs), task="tensor"), {end: end for end in ends}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from edgekit import onnx_io
 from edgekit.errors import ExportError
 from edgekit.export import elsewhere, kernels, onnx_dynamic, qdq
 from edgekit.export.onnx_file import Graph, float_graph, save
@@ -98,8 +99,10 @@ def _raised(graph: Graph, opset: int) -> Graph:
     if next(o.version for o in graph.proto.opset_import if not o.domain) >= opset:
         return graph
     try:
-        with silence():
-            return Graph(onnx.version_converter.convert_version(graph.proto, opset), graph.values)
+        with silence(), onnx_io.light(graph.proto) as weights:
+            raised = onnx.version_converter.convert_version(graph.proto, opset)
+        onnx_io.give_back(raised, weights)
+        return Graph(raised, graph.values)
     except (RuntimeError, onnx.checker.ValidationError) as error:
         raise ExportError(
             f"the ONNX file cannot be brought to opset {opset}: {error}", "write it anew with a newer opset"
@@ -166,10 +169,8 @@ def _weight_only(graph: Graph, model: Model, plan: QuantizationPlan) -> onnx.Mod
 
 def _half(proto: onnx.ModelProto) -> onnx.ModelProto:
     with extra("export"):
-        import onnx
         from onnxruntime.transformers.float16 import convert_float_to_float16
+    onnx_io.infer_shapes(proto)
     with silence():
-        made: onnx.ModelProto = convert_float_to_float16(
-            onnx.shape_inference.infer_shapes(proto), keep_io_types=True, disable_shape_infer=True
-        )
+        made: onnx.ModelProto = convert_float_to_float16(proto, keep_io_types=True, disable_shape_infer=True)
     return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgekit import onnx_io
 from edgekit.errors import ExportError
 from edgekit.export.quiet import silence
 from edgekit.export.refusal import UnsupportedOperator, called, names_in, places, refused, traced
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 BATCH = "batch"
-LARGE = 1 << 30
-"""Bytes of weights from which on they lie in a file of their own; protobuf ends at twice as much."""
-PAGE = 4096
-"""Smaller weights stay in the graph."""
 FOLDED = 1 << 28
 """The largest constant, in bytes, that is computed beforehand where nothing refers to its parts by name."""
 NEWEST = 21
@@ -63,24 +60,11 @@ def float_graph(model: Model, opset: int) -> Graph:
 def save(proto: onnx.ModelProto, path: Path) -> tuple[str, ...]:
     """Write a file with the shape of every value, and return the names of the files.
 
-    The same graph gives the same bytes. The weights of a large model lie beside it in one file, each where a page
-    begins, so that an engine can map them; they are taken out of ``proto``.
+    The same graph gives the same bytes. The weights of a large model lie beside it; they are taken out of ``proto``.
     """
-    from onnx import shape_inference
-    from onnx.external_data_helper import set_external_data, write_external_data_tensors
-
-    weights = [one for one in proto.graph.initializer if one.HasField("raw_data")]
-    sizes = [len(one.raw_data) for one in weights]
-    apart = f"{path.name}.data" if sum(sizes) > LARGE else ""
-    if apart:
-        end = 0
-        for weight, size in zip(weights, sizes, strict=True):
-            if size >= PAGE:
-                set_external_data(weight, apart, offset=end)
-                end = -(-(end + size) // PAGE) * PAGE
-        write_external_data_tensors(proto, str(path.parent))
-    path.write_bytes(shape_inference.infer_shapes(proto, data_prop=True).SerializeToString(deterministic=True))
-    return (path.name, apart) if apart else (path.name,)
+    apart = onnx_io.move_apart(proto, path)
+    onnx_io.infer_shapes(proto, data_prop=True)
+    return (*onnx_io.save(proto, path), *apart)
 
 
 def _from_file(network: OnnxNetwork) -> Graph:

@@ -11,7 +11,7 @@ import torch
 from fakes.exportable import tied_model, tiny_model, with_plan
 from onnx import numpy_helper
 
-from edgekit import bundle, device_profiles, load, plugins, workload
+from edgekit import bundle, device_profiles, load, onnx_io, plugins, workload
 from edgekit.errors import BundleError, ExportError, UsageError
 from edgekit.export import PACKAGE, export, onnx_file, onnx_weights
 from edgekit.model import Data, OnnxNetwork, Split
@@ -179,8 +179,8 @@ def test_constants_of_recurrent_layers_are_computed_beforehand(tmp_path):
 
 
 def test_weights_of_a_large_model_lie_beside_it(tiny, tiny_int8, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "LARGE", 1000)
-    monkeypatch.setattr(onnx_file, "PAGE", 64)
+    monkeypatch.setattr(onnx_io, "LARGE", 1000)
+    monkeypatch.setattr(onnx_io, "PAGE", 64)
     for model in (tiny, tiny_int8):
         folder = tmp_path / model.precision
         profiles = [device_profiles.load("x86-64"), device_profiles.load("jetson-orin-nano")]
@@ -195,16 +195,16 @@ def test_weights_of_a_large_model_lie_beside_it(tiny, tiny_int8, tmp_path, monke
         offsets = [int(e.value) for t in shut.graph.initializer for e in t.external_data if e.key == "offset"]
         kept = [numpy_helper.to_array(t).nbytes for t in shut.graph.initializer if not t.external_data]
         assert offsets
-        assert max(kept) < onnx_file.PAGE
+        assert max(kept) < onnx_io.PAGE
         assert all(offset % 64 == 0 for offset in offsets)
         inputs = model.data.calibration.head(2).inputs
         with load(folder, variant="x86-64") as session:
             found = session.run(inputs)["scores"]
-        monkeypatch.setattr(onnx_file, "LARGE", 1 << 30)
+        monkeypatch.setattr(onnx_io, "LARGE", 1 << 30)
         assert export(model, profiles[:1], tmp_path / "whole").first_error is None
         with load(tmp_path / "whole") as session:
             np.testing.assert_array_equal(session.run(inputs)["scores"], found)
-        monkeypatch.setattr(onnx_file, "LARGE", 1000)
+        monkeypatch.setattr(onnx_io, "LARGE", 1000)
         (folder / "x86-64/model.onnx.data").write_bytes(b"")
         with pytest.raises(BundleError):
             load(folder, variant="x86-64")
