@@ -217,6 +217,7 @@ class Variant(_Part, frozen=True, kw_only=True):
     batch: int = -1
     requires: dict[str, str] = {}
     operators: dict[str, int] = {}
+    weights: dict[str, str] = {}
     notes: tuple[str, ...] = ()
 
     @property

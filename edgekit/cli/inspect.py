@@ -39,6 +39,10 @@ def _tell(terminal: Terminal, opened: Bundle) -> None:
     terminal.table(columns, [_variant_cells(manifest, name) for name in [v.name for v in manifest.variants]])
     for variant in manifest.variants:
         _tell_variant(terminal, variant)
+    for variant in manifest.variants:
+        if variant.weights:
+            terminal.say(f"\n{variant.name}: weights in the file")
+            terminal.table(("weight", "stored as"), list(variant.weights.items()))
     _tell_weights(terminal, opened)
     terminal.say("\nfiles")
     for line in _tree(manifest.files):

@@ -286,6 +286,7 @@ def _variant(profile: DeviceProfile, artifact: Artifact) -> Variant:
         batch=artifact.batch,
         requires=dict(sorted(artifact.requires.items())),
         operators=dict(sorted(artifact.operators.items())),
+        weights=dict(artifact.weights),
         notes=artifact.notes,
         engine=artifact.engine,
     )

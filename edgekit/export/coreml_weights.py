@@ -52,8 +52,8 @@ def compress(
     model: Model,
     graph: torch.export.ExportedProgram,
     ios: int,
-) -> tuple[Any, list[tuple[Form, Form]]]:
-    """Return the program with each weight in its shortest form, and for each that form and the shortest of any iOS.
+) -> tuple[Any, dict[str, tuple[Form, Form]]]:
+    """Return the program with each weight in its shortest form, and by name that form and the shortest of any iOS.
 
     Raises:
         ExportError: the plan's weight is none of the program's, or has groups that blocks cannot hold.
@@ -64,8 +64,10 @@ def compress(
         integers = _integers(planned[name], floats.dtype) if name in planned else None
         chosen[name] = shortest(floats, integers, ios)
     forms = {name: form for name, (form, _) in chosen.items() if not form.is_plain}
+    parameters = graph.graph_signature.inputs_to_parameters
+    told = {parameters.get(name.removesuffix("_to_fp16"), name): pair for name, pair in chosen.items()}
     if not forms:
-        return program, list(chosen.values())
+        return program, told
     with extra("export"), silence():
         from coremltools.models.utils import _apply_graph_pass
         from coremltools.optimize.coreml._quantization_passes import AbstractCompressionPass
@@ -80,7 +82,7 @@ def compress(
             _replace(op, forms[op.name], ios)
 
     with silence():
-        return _apply_graph_pass(program, Shortest()), list(chosen.values())
+        return _apply_graph_pass(program, Shortest()), told
 
 
 def _weights(program: Any, graph: torch.export.ExportedProgram) -> dict[str, Array]:  # noqa: ANN401  # coremltools is untyped

@@ -101,6 +101,9 @@ def test_the_file_holds_the_tables_of_the_pass(palettized, ios, tmp_path):
     count = sum(w.size for w in found)
     assert count * bits / 8 < (tmp_path / WEIGHTS).stat().st_size < count * bits / 8 + 3000
     assert artifact.precision == "fp16"
+    named = {name for name, weight in palettized.network.module.named_parameters() if weight.ndim > 1}
+    assert set(artifact.weights) == named
+    assert f"{bits}-bit indices into tables" in artifact.weights.values()
     assert any(note.startswith("weights are stored as ") and f"{bits}-bit indices" in note for note in artifact.notes)
     assert any("for iOS 18 they would take" in note for note in artifact.notes) == (ios == 16)
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fakes.exportable import llama_folder, rewrite_config
 
 from edgekit import bundle, device_profiles, runtime, workload
+from edgekit.cli import cli
 from edgekit.errors import ExportError, ParityError, UsageError
 from edgekit.export import export, families, llama, spoken, vocabulary
 from edgekit.export.targets.gguf import tensor_type
@@ -74,6 +76,9 @@ def test_rows_that_blocks_do_not_divide_fall_back_and_the_note_says_so(tmp_path)
     assert stored["blk.0.ffn_up.weight"] == "Q4_0"
     assert stored["token_embd.weight"] == "Q8_0"
     assert stored["output_norm.weight"] == "F32"
+    assert variant.weights == stored
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")]).output
+    assert re.search(r"\| blk\.0\.ffn_down\.weight +\| F16 +\|", shown)
 
 
 def test_types_follow_the_rule():

@@ -24,6 +24,7 @@ class Artifact:
     """What an exporter wrote: paths relative to its folder, the file's own ports, what it needs to run.
 
     ``batch`` is the only batch size the file takes, -1 for any. ``operators``: how many of each the file has.
+    ``weights``: how each weight lies in the file, in words, where that is not what the plan says.
     ``engine``: how a device builds an engine of its own of the file.
     """
 
@@ -35,6 +36,7 @@ class Artifact:
     batch: int = -1
     requires: Mapping[str, str] = field(default_factory=dict)
     operators: Mapping[str, int] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     engine: EngineBuild | None = None
 

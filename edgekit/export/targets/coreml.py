@@ -74,7 +74,8 @@ class CoremlExporter:
             batch=1,
             requires={system.lower(): f">={version}"},
             operators=_operators(program),
-            notes=(*_plan_notes(model.plan, profile, ios), *_form_notes(forms, profile)),
+            weights={name: form.told for name, (form, _) in forms.items()},
+            notes=(*_plan_notes(model.plan, profile, ios), *_form_notes(list(forms.values()), profile)),
         )
 
     def evaluate(self, main: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:

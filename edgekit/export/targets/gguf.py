@@ -168,6 +168,7 @@ def _artifact(path: Path, precision: str, *notes: str) -> Artifact:
         files=(path.name,),
         precision=precision,
         requires={"gguf": "3", "memory_mib": str(path.stat().st_size * 5 // 4 // 2**20 + 64)},
+        weights={one.name: one.tensor_type.name for one in gguf_file.opened(path).tensors},
         notes=notes,
     )
 
