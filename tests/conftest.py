@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fakes import unobserved  # noqa: E402  # which lies on the path from here on
+from fakes import unobserved
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -62,8 +62,8 @@ def test_a_fresh_process_writes_the_same_bytes_in_every_format(tmp_path):
     script = "from test_export_seal import Path, written; written(Path('../there'))"
     paths = os.pathsep.join([str(tests / "export"), str(tests), os.environ.get("PYTHONPATH", "")])
     changed = {"PYTHONHASHSEED": "7", "TMPDIR": str(tmp_path / "apart"), "TZ": "Asia/Kathmandu", "PYTHONPATH": paths}
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}  # it halves speed
-    other = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path / "apart", env={**inherited, **changed})
+    unwatched = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    other = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path / "apart", env={**unwatched, **changed})
     written(tmp_path / "here")
     assert other.wait(timeout=240) == 0
     for job in JOBS:
