@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from edgekit import token_numbers
 from edgekit.errors import CompressionError, UsageError
-from edgekit.model import TorchNetwork
+from edgekit.model import TextReading, TorchNetwork
 from edgekit.network_files import broken_file_errors
 from edgekit.plugins import extra
 from edgekit.sources import first_line
@@ -74,6 +75,22 @@ def labels(folder: Path) -> tuple[str, ...]:
         return ()
     found = tuple(str(named.get(str(number))) for number in range(len(named)))
     return () if len(found) < 2 or found == tuple(f"LABEL_{number}" for number in range(len(found))) else found
+
+
+def reading(folder: Path, samples: Split) -> TextReading | None:
+    """Return how texts become windows of the samples' length.
+
+    None for pictures, for networks that continue text, and where there is no tokenizer that can be read: the samples
+    were made without it.
+    """
+    windows = samples.inputs.get("input_ids")
+    if windows is None or windows.ndim != 2 or is_causal(folder) or not token_numbers.is_there(folder):
+        return None
+    try:
+        written = token_numbers.read(folder).written()
+    except UsageError:
+        return None
+    return TextReading(written, int(windows.shape[1])) if written else None
 
 
 def network(folder: Path, samples: Split) -> TorchNetwork:

@@ -92,14 +92,20 @@ class Detection(_Part, frozen=True, kw_only=True):
 class TextPreprocess(_Part, frozen=True, kw_only=True):
     """From a text, or a pair of texts, to its tokens' numbers, special ones included: cut, or filled up with zeros.
 
-    ``tokenizer`` is a ``tokenizer.json`` of Hugging Face; ``ids`` and ``mask`` name inputs [batch, ``tokens``] of
-    int64, no mask where that is empty.
+    ``tokenizer`` is a ``tokenizer.json`` of Hugging Face; ``ids``, ``mask`` and ``types`` (which text of a pair a token
+    is of) name inputs [batch, ``tokens``] of int64; one that is empty is none.
     """
 
     tokenizer: RelativePath
     tokens: Annotated[int, msgspec.Meta(ge=2, le=1 << 20)]
     ids: str = "input_ids"
     mask: str = "attention_mask"
+    types: str = ""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The inputs that it makes."""
+        return tuple(filter(None, (self.ids, self.mask, self.types)))
 
 
 class Port(_Part, frozen=True, kw_only=True):
@@ -342,7 +348,7 @@ def _check_processing(manifest: Manifest) -> None:
     """Refuse what would only be found out at the first picture or text."""
     image, text, labels, found = manifest.preprocess, manifest.text, manifest.postprocess, manifest.detection
     inputs, outputs = ({spec.name for spec in specs} for specs in (manifest.inputs, manifest.outputs))
-    read = ([image.input] if image else []) + ([text.ids, *filter(None, [text.mask])] if text else [])
+    read = ([image.input] if image else []) + (list(text.inputs) if text else [])
     told = ([labels.output] if labels else []) + ([found.boxes, found.scores] if found else [])
     for kind, names, there in (("input", read, inputs), ("output", told, outputs)):
         if missing := set(names) - there:

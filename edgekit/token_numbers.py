@@ -39,13 +39,18 @@ class Tokenizer(Protocol):
         ...
 
 
+def is_there(folder: Path) -> bool:
+    """Say whether a folder has a tokenizer of Hugging Face."""
+    return any((folder / name).is_file() for name in FILES)
+
+
 def read(folder: Path) -> Tokenizer:
     """Read a folder's tokenizer; llama2.c's ``tok*.bin`` may also lie beside the folder.
 
     Raises:
         UsageError: there is none, or it is damaged.
     """
-    if any((folder / name).is_file() for name in FILES):
+    if is_there(folder):
         return _HuggingFace(folder)
     for path in (*sorted(folder.glob("tok*.bin")), *sorted(folder.resolve().parent.glob("tok*.bin"))):
         return _Llama2c(path)

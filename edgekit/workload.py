@@ -262,7 +262,8 @@ def _load_hugging_face(folder: Path, data: Data | None, *, as_text: bool) -> Mod
         digest = hashlib.sha256(b"".join(_sha256(path).encode() for path in sorted(folder.glob("*.safetensors"))))
         steps = (Step(name="load", options={"source": name, "checkpoint": digest.hexdigest()}),)
         if not (as_text and hugging_face.speaks(folder)):
-            data = replace(data, labels=data.labels or hugging_face.labels(folder))
+            text = data.text or hugging_face.reading(folder, data.calibration)
+            data = replace(data, labels=data.labels or hugging_face.labels(folder), text=text)
             return _described(name, hugging_face.network(folder, data.calibration), data, steps)
         hugging_face.refuse_windows(folder, data.calibration)
     if hugging_face.speaks(folder):

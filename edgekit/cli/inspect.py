@@ -116,7 +116,7 @@ def _tell_tensors(terminal: Terminal, manifest: Manifest) -> None:
                 "pad": f"longer side {p.crop}, padded with {p.fill}"}  # fmt: skip
         terminal.say(f"picture {p.mode}, {fits[p.fit]}, {p.interpolation}, into {p.input}")
     if manifest.text:
-        into = " and ".join(filter(None, [manifest.text.ids, manifest.text.mask]))
+        into = " and ".join(manifest.text.inputs)
         terminal.say(f"text    by {manifest.text.tokenizer}, {manifest.text.tokens} tokens, into {into}")
     if manifest.postprocess:
         softmax = " by softmax" if manifest.postprocess.softmax else ""

@@ -34,9 +34,9 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
 ) -> None:
     """Run BUNDLE once on INPUT.
 
-    INPUT is a picture (its best labels or the objects in it are printed), a .npy or .npz file of arrays by input name
-    (the outputs are summarized, or written with -o), a text for a model that reads texts, or, for a language model,
-    the prompt (the answer is streamed).
+    INPUT is a picture, a text for a model that reads texts, a .npy or .npz file of arrays by input name, or, for a
+    language model, the prompt. The best labels or the objects are printed, the outputs of other models and of arrays
+    summarized (or written with -o), the answer of a language model streamed.
     """
     from edgekit.errors import UsageError
     from edgekit.runtime import TextSession, load
@@ -46,17 +46,21 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
             _chat(terminal, session, source, limits["max_tokens"])
             return
         path = Path(source)
-        if session.contract.text and path.suffix not in ARRAYS:
-            _labels(terminal, session, session.text_inputs(source), limits["top"])
-            return
-        if not path.is_file():
+        is_text = session.contract.text is not None and path.suffix not in ARRAYS
+        if not is_text and not path.is_file():
             raise UsageError(f"there is no file {source}", "give a picture, a .npy or a .npz file")
-        if path.suffix in ARRAYS:
-            _tensors(terminal, session, path, output)
-        elif session.contract.detection:
+        if session.contract.detection and path.suffix not in ARRAYS:
             _objects(terminal, session, path)
+            return
+        inputs = session.text_inputs(source) if is_text else _inputs(session, path)
+        if session.contract.postprocess and path.suffix not in ARRAYS:
+            _labels(terminal, session, inputs, limits["top"])
         else:
-            _labels(terminal, session, session.picture_inputs(path.read_bytes()), limits["top"])
+            _tensors(terminal, session, inputs, output)
+
+
+def _inputs(session: Session, path: Path) -> dict[str, Array]:
+    return _arrays(session, path) if path.suffix in ARRAYS else session.picture_inputs(path.read_bytes())
 
 
 def _objects(terminal: Terminal, session: Session, path: Path) -> None:
@@ -73,8 +77,8 @@ def _labels(terminal: Terminal, session: Session, inputs: dict[str, Array], top:
     terminal.result({**_about(session), "labels": [{"label": name, "probability": share} for name, share in labels]})
 
 
-def _tensors(terminal: Terminal, session: Session, path: Path, output: Path | None) -> None:
-    outputs = session.run(_arrays(session, path))
+def _tensors(terminal: Terminal, session: Session, inputs: dict[str, Array], output: Path | None) -> None:
+    outputs = session.run(inputs)
     terminal.table(("output", "dtype", "shape", "min", "mean", "max"), [_row(n, a) for n, a in outputs.items()])
     document: dict[str, object] = {**_about(session), "shapes": {n: list(a.shape) for n, a in outputs.items()}}
     if output is None:

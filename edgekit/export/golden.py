@@ -90,11 +90,10 @@ def _postprocess(model: Model) -> Classification | None:
 def _text(model: Model) -> TextPreprocess | None:
     if model.data is None or model.data.text is None:
         return None
-    names = [spec.name for spec in model.inputs]
-    how = TextPreprocess(tokenizer=TOKENIZER, tokens=model.data.text.tokens)
-    if how.ids not in names:  # it goes to llama.cpp, which reads texts by itself
-        return None
-    return how if how.mask in names else msgspec.structs.replace(how, mask="")
+    names = {spec.name for spec in model.inputs}
+    mask, types = (name if name in names else "" for name in ("attention_mask", "token_type_ids"))
+    how = TextPreprocess(tokenizer=TOKENIZER, tokens=model.data.text.tokens, mask=mask, types=types)
+    return how if names == set(how.inputs) else None  # llama.cpp, for one, reads texts by itself
 
 
 def _refuse_unreadable(contract: Contract, outputs: Mapping[str, Array]) -> None:

@@ -43,7 +43,7 @@ class TextReader:
         self._tokenizer.enable_truncation(how.tokens)
 
     def read(self, texts: Sequence[str]) -> dict[str, Array]:
-        """Return the inputs of one sample, ``ids`` and ``mask`` [1, tokens], of one text or of a pair.
+        """Return the inputs of one sample, each [1, tokens], of one text or of a pair.
 
         Raises:
             InputError: no text, three, or more than ``MAX_CHARACTERS``.
@@ -55,9 +55,10 @@ class TextReader:
         if max(map(len, texts)) > MAX_CHARACTERS:
             raise InputError(f"the text has {max(map(len, texts))} characters, more than {MAX_CHARACTERS}")
         pair = texts if all(texts[1:]) else texts[:1]  # transformers takes an empty second text for none
-        found = self._tokenizer.encode(*pair).ids
-        ids = np.zeros((1, self._how.tokens), np.int64)
-        ids[0, : len(found)] = found
-        if not self._how.mask:
-            return {self._how.ids: ids}
-        return {self._how.ids: ids, self._how.mask: (np.arange(self._how.tokens) < len(found))[None].astype(np.int64)}
+        found = self._tokenizer.encode(*pair)
+        how, read = self._how, {}
+        for name, values in ((how.ids, found.ids), (how.mask, found.attention_mask), (how.types, found.type_ids)):
+            if name:
+                read[name] = np.zeros((1, how.tokens), np.int64)
+                read[name][0, : len(values)] = values
+        return read

@@ -166,5 +166,36 @@ def test_an_encoders_bundle_reads_texts_and_names_the_classes_of_its_configurati
         best, share = session.run_text(text)[0]
         assert best == ("good", "bad")[shares.argmax()]
         assert share == pytest.approx(shares.max(), abs=1e-4)
+    np.savez(tmp_path / "d.npz", **{f"calibration.{name}": array for name, array in wanted.items()})
+    bare = workload.load(str(tmp_path / "bert"), data=datasets.load_data(str(tmp_path / "d.npz")))
+    assert (bare.data.text.tokens, bare.data.text.tokenizer) == (12, data.text.tokenizer)  # the folder's own
     first, second = ((tmp_path / folder / "preprocess/tokenizer.json").read_bytes() for folder in ("a", "b"))
     assert first == second
+
+
+def test_a_bundle_without_data_reads_texts_by_the_folders_tokenizer(tmp_path):
+    pytest.importorskip("optimum.exporters.onnx", reason="optimum tells the inputs where nobody gives data")
+    transformers = pytest.importorskip("transformers")
+    encoder(tmp_path / "bert")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=64, max_position_embeddings=32)).save_pretrained(
+        tmp_path / "bert"
+    )
+    done = CliRunner().invoke(cli, ["export", str(tmp_path / "bert"), "--format", "onnx", "-o", str(tmp_path / "b")])
+    assert done.exit_code == 0, done.output
+    told = json.loads(CliRunner().invoke(cli, ["run", str(tmp_path / "b"), "good film", "--json"]).output)
+    assert told["shapes"] == {"last_hidden_state": [1, 32, 32]}
+    with edgekit.load(tmp_path / "b") as session:
+        inputs = session.text_inputs("good", "bad film")
+    assert {name: array[0, :7].tolist() for name, array in inputs.items()} == {
+        "input_ids": [2, 4, 3, 5, 6, 3, 0],
+        "attention_mask": [1, 1, 1, 1, 1, 1, 0],
+        "token_type_ids": [0, 0, 0, 1, 1, 1, 0],
+    }
+
+
+def test_a_folder_whose_tokenizer_cannot_be_read_is_a_model_of_arrays(tmp_path):
+    data = datasets.load_data(str(encoder(tmp_path / "bert")))
+    (tmp_path / "bert/tokenizer.json").write_text("{")
+    model = workload.load(str(tmp_path / "bert"), data=replace(data, text=None))
+    assert model.data.text is None
