@@ -126,7 +126,8 @@ class Port(_Part, frozen=True, kw_only=True):
 class Labelled(_Part, frozen=True, kw_only=True):
     """A metric on labelled validation samples: the compressed model's, the file's, and how much less the file may have.
 
-    ``metric`` is ``top1``: the share of samples whose best class is their label.
+    ``metric`` is ``top1``, the share of samples (or positions) whose best class is their label, or ``r2``, the share of
+    the targets' variance that is explained.
     """
 
     metric: str

@@ -10,14 +10,14 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekit import device_profiles, plugins
+from edgekit import device_profiles, plugins, workload
 from edgekit.cli import cli
 from edgekit.errors import ExportError, ParityError
 from edgekit.export import PACKAGE, export, labelled, parity
 from edgekit.export.golden import reference_of
 from edgekit.export.parity import LIMITS, Reference, measure
 from edgekit.manifest import Parity, Variant
-from edgekit.model import Split
+from edgekit.model import Data, Split
 from edgekit.runtime import Contract
 
 FORMATS = [name for name in plugins.names(PACKAGE) if name != "gguf"]
@@ -202,6 +202,48 @@ def test_a_file_that_loses_on_labelled_data_is_refused(tiny_int8, tmp_path):
     assert "loses too much on labelled data: top1 " in row.error.message
     assert "the model's 1.000 (at most 0.05 less)" in row.error.message
     assert not (tmp_path / "b").exists()
+
+
+def pixels(noise, kind):
+    """Return a network that gives scores of three classes a pixel, or two numbers a picture, with labels to it."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    body = [nn.Conv2d(1, 3, 3, padding=1)]
+    network = nn.Sequential(*body, *([nn.Flatten(), nn.Linear(192, 2)] if kind == "targets" else [])).eval()
+    images = np.random.default_rng(0).normal(size=(160, 1, 8, 8)).astype(np.float32)
+    with torch.no_grad():
+        found = network(torch.as_tensor(images)).numpy()
+    if kind == "targets":
+        labels = (found + noise * np.random.default_rng(1).normal(size=found.shape)).astype(np.float32)
+    else:
+        labels = found.argmax(1)
+        labels[:, 0] = -100  # the first row of pixels does not count, and is no class
+        labels[:, 1] = (labels[:, 1] + 1) % 3  # the second is wrong
+    data = Data(Split({"image": images[:16]}), validation=Split({"image": images[16:]}, labels[16:]))
+    return workload.from_module("pixels", network, data)
+
+
+def test_classes_of_positions_are_counted_where_they_count(tmp_path):
+    found = export(pixels(0, "classes"), [profile_of("onnx")], tmp_path / "b").rows[0].variant.parity.labelled
+    assert (found.metric, found.samples, found.model) == ("top1", 128, round(6 / 7, 4))
+    assert found.file == pytest.approx(6 / 7, abs=1e-3)
+
+
+def test_targets_are_judged_by_the_variance_that_is_explained(tmp_path):
+    model = pixels(0.1, "targets")
+    found = export(model, [profile_of("onnx")], tmp_path / "b").rows[0].variant.parity.labelled
+    assert (found.metric, found.max_loss) == ("r2", 0.0156)
+    split = model.data.validation
+    chosen = np.sort(np.random.default_rng(0).permutation(len(split))[:128])
+    sklearn = pytest.importorskip("sklearn.metrics")
+    outputs = model.network.run({"image": split.inputs["image"][chosen]})["scores"]
+    spread = {"multioutput": "variance_weighted"}
+    assert found.model == pytest.approx(sklearn.r2_score(split.labels[chosen], outputs, **spread), abs=1e-3)
+    assert found.file == pytest.approx(found.model, abs=1e-3)
+    poor = dataclasses.replace(model.data, validation=Split(split.inputs, -3 * split.labels))
+    assert labelled.labels_of(dataclasses.replace(model, data=poor), None) is None
 
 
 @pytest.mark.parametrize(
