@@ -317,7 +317,8 @@ class _Shadow:
         try:
             session = self.old.session
             if isinstance(session, Session):
-                samples, same = _same_choices(session.run(inputs), outputs)
+                compare = _same_choices if session.contract.detection is None else _same_objects
+                samples, same = compare(session, session.run(inputs), outputs)
         except EdgekitError:
             skipped = 1
         with self._lock:
@@ -327,7 +328,15 @@ class _Shadow:
             self._skipped += skipped
 
 
-def _same_choices(old: Mapping[str, Array], new: Mapping[str, Array]) -> tuple[int, int]:
+def _same_objects(session: Session, old: Mapping[str, Array], new: Mapping[str, Array]) -> tuple[int, int]:
+    """Count the samples, and those in which both see the same kind of object best, or both none."""
+    if old.keys() != new.keys():
+        return len(next(iter(new.values()))), 0
+    best = [[objects[0].label if objects else None for objects in session.objects(outputs)] for outputs in (old, new)]
+    return len(best[0]), sum(before == now for before, now in zip(*best, strict=True))
+
+
+def _same_choices(_: Session, old: Mapping[str, Array], new: Mapping[str, Array]) -> tuple[int, int]:
     """Count the samples, and those on which both have their largest score in the same place of the first output."""
     name = next(iter(new))
     ours, theirs = new[name], old.get(name)

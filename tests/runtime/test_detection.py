@@ -189,9 +189,11 @@ def test_a_thread_of_a_picture_is_refused_before_it_becomes_gigabytes():
         placed(bundles_png((2000, 1)), ImagePreprocess(input="image", resize=4096, crop=8, mode="L"))
 
 
-def sealed(folder):
+ROWS = [[8, 8, 24, 24, 0.9, 0.1], [9, 8, 25, 24, 0.8, 0.1], [0, 0, 8, 8, 0.1, 0.6]]
+
+
+def sealed(folder, rows=ROWS):
     """Seal a detector without a network: three boxes for any picture."""
-    rows = [[8, 8, 24, 24, 0.9, 0.1], [9, 8, 25, 24, 0.8, 0.1], [0, 0, 8, 8, 0.1, 0.6]]
     how = Detection(boxes="y", scores="y", labels=("cat", "dog"), score_threshold=0.5)
     picture = ImagePreprocess(input="image", resize=32, crop=32, fit="stretch", mode="L")
     told = {"preprocess": picture, "detection": how, "outputs": (TensorSpec("y", "float32", (-1, 3, 6)),)}
@@ -232,3 +234,24 @@ def test_a_model_that_finds_no_objects_says_so(tmp_path):
     bundles.brightness_bundle(tmp_path / "b")
     with edgekit.load(tmp_path / "b") as session, pytest.raises(InputError, match="finds no objects"):
         session.detect(detector.scene())
+
+
+OTHER_BOX = [[0, 0, 9, 9, 0.6, 0.1], *ROWS[1:]]
+OTHER_LABEL = [[8, 8, 24, 24, 0.1, 0.9], *ROWS[1:]]
+NOTHING = [[*row[:4], 0.1, 0.1] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [(ROWS, OTHER_BOX, 3), (ROWS, OTHER_LABEL, 0), (ROWS, NOTHING, 0), (NOTHING, NOTHING, 3)],
+)
+def test_two_detectors_agree_where_their_best_object_is_of_one_kind(tmp_path, old, new, same):
+    for name, rows in (("old", old), ("new", new)):
+        sealed(tmp_path / name, rows)
+    host = Host(edgekit.load(tmp_path / "old"))
+    host.swap(edgekit.load(tmp_path / "new"), shadow=True)
+    for _ in range(3):
+        host.detect(bundles_png((64, 64)))
+    agreement = host.end_shadow()
+    host.close()
+    assert (agreement.samples, agreement.same, agreement.skipped) == (3, same, 0)
