@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
     from edgekit.compress.evaluate import Score
     from edgekit.compress.outcome import Outcome
+    from edgekit.model import Model
 
 OPEN = "> **TO BE FILLED IN BY THE OWNER:** "
 MEASURED = (
     "The figures were measured on this machine with the plan applied in float arithmetic; a file exported for a device "
     "is compared with the model at export."
 )
-TASKS = {"classification": "image-classification", "text-generation": "text-generation"}
+TASKS = {"detection": "object-detection", "text-generation": "text-generation"}
+PICTURES = 4
+"""Axes of a batch of pictures."""
 
 
 def card(outcome: Outcome, digest: str) -> str:
@@ -66,16 +69,26 @@ def _about(outcome: Outcome, digest: str) -> str:
     return f"{made} Digest of the model: `{digest}`."
 
 
+def _task(model: Model) -> str:
+    """Return what Hugging Face calls the model's task, empty where there is no name for it."""
+    if model.task != "classification":
+        return TASKS.get(model.task, "")
+    if model.data and model.data.text:
+        return "text-classification"
+    pictures = any(len(spec.shape) == PICTURES for spec in model.inputs)
+    return "image-classification" if pictures else "tabular-classification"
+
+
 def _head(outcome: Outcome) -> str:
     """Return the front matter; JSON strings are YAML strings, so no name can break out."""
     model = outcome.compressed
-    lines = ["---", "library_name: edgekit", f"pipeline_tag: {TASKS[model.task]}" if model.task in TASKS else ""]
+    lines = ["---", "library_name: edgekit", f"pipeline_tag: {_task(model)}" if _task(model) else ""]
     lines += ["tags:", *[f"- {_quoted(tag)}" for tag in ("edgekit", "compressed", model.precision)]]
     lines += ["model-index:", f"- name: {_quoted(model.name)}"]
     if outcome.scores:
         lines += ["  results:"]
     for split, (_, score) in outcome.scores.items():
-        lines += ["  - task:", f"      type: {TASKS.get(model.task, 'other')}", "    dataset:"]
+        lines += ["  - task:", f"      type: {_task(model) or 'other'}", "    dataset:"]
         lines += [f"      name: {_quoted(_data_name(outcome))}", f"      type: {_quoted(_data_name(outcome))}"]
         lines += [f"      split: {split}", "    metrics:", f"    - type: {_quoted(score.metric)}"]
         lines += [f"      value: {score.value if math.isfinite(score.value) else '.nan'}"]

@@ -19,6 +19,8 @@ from edgekit.cli import cli  # the same
 from edgekit.compress import bom, card, output, report  # the same
 from edgekit.compress.latency import Compared  # the same
 from edgekit.compress.outcome import Outcome, Stages, outcome_of  # the same
+from edgekit.model import TextReading
+from edgekit.tensors import TensorSpec
 
 WORKLOAD = Path(__file__).parents[1] / "fakes" / "tiny_workload.py"
 RECIPE = """version = 1
@@ -153,6 +155,18 @@ def test_the_card_has_a_head_that_hugging_face_reads_and_leaves_open_what_only_t
     assert "## What each step bought" in body
     assert "| prune |" in body
     assert "<blue>" in body
+
+
+def test_the_card_names_the_task_by_what_goes_in_and_comes_out(outcome):
+    text = TextReading(b"{}", 8)
+    kinds = [({"task": "detection"}, "object-detection"), ({"task": "tensor"}, None)]
+    kinds += [({"inputs": (TensorSpec("x", "float32", shape),)}, told) for shape, told in
+              (((-1, 3, 8, 8), "image-classification"), ((-1, 8), "tabular-classification"))]  # fmt: skip
+    kinds += [({"data": replace(outcome.compressed.data, text=text)}, "text-classification")]
+    for changes, wanted in kinds:
+        head = card.card(replace(outcome, compressed=replace(outcome.compressed, **changes)), "0").split("\n---\n")[0]
+        assert (f"pipeline_tag: {wanted}" in head) if wanted else "pipeline_tag" not in head
+        assert f"type: {wanted or 'other'}\n" in head
 
 
 def test_a_name_cannot_break_out_of_the_card_or_the_report(outcome):
