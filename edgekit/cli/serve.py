@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekit.cli import _listening
 from edgekit.cli._terminal import command
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 @command(short_help="Serve a bundle over HTTP (Open Inference Protocol, OpenAI).")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--variant", help="Variant to serve; by default the one of this hardware.")
-@click.option("--host", "address", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 takes a free one."
 )
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder of engines built on this device, TensorRT's. [default: ~/.cache/edgekit/engines]",
 )
+@_listening.options
 def COMMAND(  # noqa: N802  # the name under which the command line finds it
     terminal: Terminal,
     bundle: Path,
@@ -34,13 +35,13 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
     *,
     threads: int,
     engines: Path | None,
-    **listening: Any,  # noqa: ANN401  # address and port, as click typed them
+    **listening: Any,  # noqa: ANN401  # as click typed it
 ) -> None:
     """Serve BUNDLE over HTTP until SIGINT or SIGTERM, then answer what is in flight and stop.
 
     Open Inference Protocol v2 under /v2, OpenAI's API for language models under /v1, pictures and texts at
-    /v1/classify, pictures at /v1/detect, and /healthz, /readyz, /metrics. There is no authentication: listen on
-    loopback, or put a proxy in front.
+    /v1/classify, pictures at /v1/detect, and /healthz, /readyz, /metrics. Other addresses than loopback want a file of
+    tokens or an authority of certificates.
     """
     import signal
 
@@ -48,11 +49,13 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
     from edgekit.runtime.host import Host
     from edgekit.runtime.server import serve
 
+    port = listening.pop("port")
+    options = _listening.told(**listening)
     # The server drains on either signal and then raises it again: both end as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     host = Host(load(bundle, variant=variant, threads=threads, engines=engines or engine_cache.default_folder()))
     try:
-        serve(host, **listening, on_ready=lambda url: _announce(terminal, host, url))
+        serve(host, port, options, on_ready=lambda url: _announce(terminal, host, url))
     except KeyboardInterrupt:
         counted = host.statistics()
         terminal.say(f"stopped after {counted.requests} requests, {counted.errors} failed")

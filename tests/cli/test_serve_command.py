@@ -87,8 +87,8 @@ def test_command_itself_serves_and_stops(tmp_path, monkeypatch):
     from edgekit.cli.serve import COMMAND
     from edgekit.runtime import server
 
-    def interrupted(host, port, *, address, on_ready):
-        on_ready(f"http://{address}:{port}")
+    def interrupted(host, port, options, *, on_ready):
+        on_ready(f"http://{options.address}:{port}")
         raise KeyboardInterrupt
 
     before = signals.getsignal(signals.SIGTERM)
@@ -99,3 +99,40 @@ def test_command_itself_serves_and_stops(tmp_path, monkeypatch):
     assert result.exit_code == 0
     assert "ready at http://127.0.0.1:1234" in result.output
     assert "stopped after 0 requests" in result.output
+
+
+def test_a_token_file_is_asked_of_every_client(tmp_path):
+    bundles.mlp_bundle(tmp_path / "b")
+    (tmp_path / "tokens").write_text("0123456789-0123456789\n")
+    flags = ["--token-file", tmp_path / "tokens", "--queue", 3, "--timeout", 5, "--max-body", 1]
+    with start(tmp_path / "b", "--port", 0, *flags) as child:
+        child.stdout.readline()
+        url = child.stdout.readline().split()[2]
+        assert ask(url, path="/v2")[0] == 401
+        headers = {"Authorization": "Bearer 0123456789-0123456789"}
+        assert ask(url, path="/v2", headers=headers)[0] == 200
+        assert ask(url, "POST", "/v2/models/mlp/infer", b"x" * (2 << 20), headers)[0] == 413
+        child.terminate()
+        child.communicate(timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "hint"),
+    [
+        (["--host", "192.0.2.1"], "anybody who reaches 192.0.2.1 could use the model", "--without-authentication"),
+        (["--host", "::"], "anybody who reaches ::", "--token-file"),
+        (["--tls-cert", "c.pem"], "a certificate and its key", "--tls-key"),
+        (["--tls-client-ca", "c.pem"], "a certificate and its key", "--tls-cert"),
+        (["--token-file", "gone"], "gone cannot be read", "one token a line"),
+    ],
+)
+def test_what_would_let_strangers_in_is_refused(tmp_path, flags, message, hint):
+    from click.testing import CliRunner
+
+    from edgekit.cli import cli
+
+    bundles.null_bundle(tmp_path / "b")
+    result = CliRunner().invoke(cli, ["serve", str(tmp_path / "b"), "--port", "0", *flags])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert hint in result.output

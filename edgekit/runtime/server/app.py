@@ -5,14 +5,13 @@ An idle FastAPI costs 15 MiB and 244 us a request more than this does (measured)
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from edgekit.errors import EdgekitError, InputError, MissingExtra, UsageError
 from edgekit.runtime.server import metrics, oip, openai
+from edgekit.runtime.server.access import Access
 from edgekit.runtime.server.exchange import (
     JSON,
     Disconnected,
@@ -23,6 +22,7 @@ from edgekit.runtime.server.exchange import (
     read_request,
     send_response,
 )
+from edgekit.runtime.server.gate import Gate, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -39,16 +39,13 @@ class _Text(msgspec.Struct, forbid_unknown_fields=True):
     text: str | tuple[str, ...]
 
 
-MAX_BODY = 64 << 20
-WORKERS = 4
-
-
 class App:
-    """Serves one host; a request has at most ``MAX_BODY`` bytes."""
+    """Serves one host, within limits."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, limits: Limits | None = None, access: Access | None = None) -> None:
         self.host = host
-        self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
+        self._access = access or Access()
+        self._gate = Gate(limits or Limits())
         self._routes = self._table()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,7 +53,9 @@ class App:
         if scope["type"] != "http":
             return
         try:
-            request = await read_request(scope, receive, MAX_BODY)
+            if self._access.tokens:
+                self._access.refuse_stranger(scope["path"], dict(scope["headers"]))
+            request = await read_request(scope, receive, self._gate.limits.body)
             response = await self._answer(request)
         except Disconnected:
             return
@@ -66,7 +65,7 @@ class App:
 
     def close(self) -> None:
         """End the threads once they are idle."""
-        self._threads.shutdown(wait=True)
+        self._gate.close()
 
     async def _answer(self, request: Request) -> Response:
         try:
@@ -92,7 +91,7 @@ class App:
         if action == ("infer",):
             _refuse_other_method(request, "POST")
             named = (name, version or self.host.session.contract.version)
-            return await self._compute(lambda: oip.infer(self.host, request, named))
+            return await self._gate.compute(lambda: oip.infer(self.host, request, named))
         _refuse_other_method(request, "GET")
         if action == ("ready",):
             return as_json({"name": name, "ready": True})
@@ -101,10 +100,10 @@ class App:
         return oip.model_metadata(self.host)
 
     async def _chat(self, request: Request) -> Response:
-        return await openai.chat(self.host, request, self._threads)
+        return await openai.chat(self.host, request, self._gate)
 
     async def _complete(self, request: Request) -> Response:
-        return await openai.completions(self.host, request, self._threads)
+        return await openai.completions(self.host, request, self._gate)
 
     async def _classify(self, request: Request) -> Response:
         def work() -> Response:
@@ -113,7 +112,7 @@ class App:
             listed = [{"label": name, "probability": share} for name, share in labels]
             return as_json({"labels": listed, "digest": digest})
 
-        return await self._compute(work)
+        return await self._gate.compute(work)
 
     async def _detect(self, request: Request) -> Response:
         def work() -> Response:
@@ -121,7 +120,7 @@ class App:
             listed = [{"label": one.label, "score": one.score, "box": one.box} for one in found]
             return as_json({"objects": listed, "digest": digest})
 
-        return await self._compute(work)
+        return await self._gate.compute(work)
 
     def _table(self) -> dict[tuple[str, ...], tuple[str, Answer]]:
         live = _at_once(lambda: as_json({"live": True}))
@@ -139,9 +138,6 @@ class App:
             ("readyz",): ("GET", ready),
             ("metrics",): ("GET", _at_once(lambda: Response(metrics.text(self.host), kind=metrics.KIND))),
         }
-
-    async def _compute(self, work: Callable[[], Response]) -> Response:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
 def _at_once(answer: Callable[[], Response]) -> Answer:
@@ -179,5 +175,5 @@ def _status(error: EdgekitError) -> int:
 
 def _failed(path: str, error: HttpError) -> Response:
     if path.startswith("/v1/"):
-        return as_json(openai.error_document(error), error.status)
-    return as_json({"error": error.message}, error.status)
+        return as_json(openai.error_document(error), error.status, error.headers)
+    return as_json({"error": error.message}, error.status, error.headers)

@@ -20,11 +20,14 @@ JSON = b"application/json"
 class HttpError(Exception):
     """A request that is answered with an error status; each protocol gives the message its own shape."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
+    def __init__(
+        self, status: int, message: str, code: str = "", headers: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
+        self.headers = headers
 
 
 class Disconnected(Exception):
@@ -52,9 +55,9 @@ class Response:
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
-def as_json(document: object, status: int = 200) -> Response:
+def as_json(document: object, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()) -> Response:
     """Return a response that holds a document."""
-    return Response(msgspec.json.encode(document), status)
+    return Response(msgspec.json.encode(document), status, headers=headers)
 
 
 async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:

@@ -19,9 +19,9 @@ from edgekit.runtime.session import TextSession
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
-    from concurrent.futures import Executor
 
     from edgekit.runtime.host import Host
+    from edgekit.runtime.server.gate import Gate
 
 MAX_TOKENS = 256
 MAX_BODY = 4 << 20
@@ -121,32 +121,32 @@ def models(host: Host) -> Response:
     )
 
 
-async def chat(host: Host, request: Request, threads: Executor) -> Response:
+async def chat(host: Host, request: Request, gate: Gate) -> Response:
     """Answer ``POST /v1/chat/completions``."""
     asked = _parse(request, _Chat)
     messages = [Message(_role(turn.role), _text(turn.content)) for turn in asked.messages]
-    return await _generate(host, (request, asked), lambda s: s.stream(messages, _sampling(asked)), threads)
+    return await _generate(host, (request, asked), lambda s: s.stream(messages, _sampling(asked)), gate)
 
 
-async def completions(host: Host, request: Request, threads: Executor) -> Response:
+async def completions(host: Host, request: Request, gate: Gate) -> Response:
     """Answer ``POST /v1/completions``."""
     asked = _parse(request, _Completion)
     prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
-    return await _generate(host, (request, asked), lambda s: s.complete(prompt, _sampling(asked)), threads)
+    return await _generate(host, (request, asked), lambda s: s.complete(prompt, _sampling(asked)), gate)
 
 
 async def _generate(
     host: Host,
     asked: tuple[Request, _Chat | _Completion],
     start: Callable[[TextSession], Iterator[TextPiece]],
-    threads: Executor,
+    gate: Gate,
 ) -> Response:
     request, wish = asked
     contract = host.session.contract
     if wish.model != contract.name:
         raise HttpError(404, f"the model {wish.model!r} does not serve here; {contract.name!r} does", "model_not_found")
-    generation = _Generating(host, start)
-    asyncio.get_running_loop().run_in_executor(threads, generation.work).add_done_callback(generation.ended)
+    generation = _Generating(host, start, gate.limits.seconds)
+    asyncio.wrap_future(gate.start(generation.work)).add_done_callback(generation.ended)
     leaving = asyncio.create_task(_watch(request, generation))
     first = await generation.next()
     shape = _Shape(
@@ -170,8 +170,9 @@ async def _generate(
 class _Generating:
     """A generation in a thread, read from the event loop. The lease is held to its end: a swap waits for nobody."""
 
-    def __init__(self, host: Host, start: Callable[[TextSession], Iterator[TextPiece]]) -> None:
+    def __init__(self, host: Host, start: Callable[[TextSession], Iterator[TextPiece]], seconds: float) -> None:
         self.digest = ""
+        self._seconds = seconds
         self._host = host
         self._start = start
         self._left = False
@@ -200,8 +201,17 @@ class _Generating:
             self._arrived.put_nowait(HealthError(f"the generation failed: {type(error).__name__}: {error}"))
 
     async def next(self) -> TextPiece:
-        """Return the next piece; raise what the generation raised."""
-        piece = await self._arrived.get()
+        """Return the next piece; raise what the generation raised.
+
+        Raises:
+            HttpError: 504 where it takes too long; the generation ends with the piece in work.
+        """
+        try:
+            async with asyncio.timeout(self._seconds):
+                piece = await self._arrived.get()
+        except TimeoutError as error:
+            self.leave()
+            raise HttpError(504, f"no piece of the answer within {self._seconds:g} s", "timeout") from error
         if isinstance(piece, EdgekitError):
             raise piece
         return piece
@@ -235,6 +245,8 @@ async def _events(
         yield b"data: [DONE]\n\n"
     except EdgekitError as error:
         yield _event(error_document(HttpError(500, error.message)))
+    except HttpError as error:
+        yield _event(error_document(error))
     finally:
         leaving.cancel()
         generation.leave()

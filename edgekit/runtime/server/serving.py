@@ -8,11 +8,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.errors import HealthError, ResourceError, from_os
 from edgekit.plugins import extra
+from edgekit.runtime.server.access import Access
 from edgekit.runtime.server.app import App
+from edgekit.runtime.server.gate import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,15 +46,26 @@ class Running:
         self.stop()
 
 
-def serve_in_thread(host: Host, port: int = 0, *, address: str = "127.0.0.1") -> Running:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where a server listens, what it takes, and from whom."""
+
+    address: str = "127.0.0.1"
+    limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
+
+
+def serve_in_thread(host: Host, port: int = 0, options: Options | None = None) -> Running:
     """Serve ``host`` from a thread of its own; port 0 takes a free one. Returns when it answers.
 
     Raises:
         ResourceError: the port is taken or may not be used.
+        UsageError: the files of TLS do not belong together.
         MissingExtra: uvicorn is not installed.
     """
-    listener = listen(address, port)
-    server, app = _server(host)
+    options = options or Options()
+    server, app = _server(host, options)
+    listener = listen(options.address, port)
 
     def run() -> None:
         server.run(sockets=[listener])
@@ -61,22 +75,24 @@ def serve_in_thread(host: Host, port: int = 0, *, address: str = "127.0.0.1") ->
     thread = threading.Thread(target=run, name="edgekit-server", daemon=True)
     thread.start()
     _await_start(server, thread)
-    return Running(url_of(listener), server, thread)
+    return Running(_url(listener, options), server, thread)
 
 
 def serve(
-    host: Host, port: int, *, address: str = "127.0.0.1", on_ready: Callable[[str], None] = lambda _url: None
+    host: Host, port: int, options: Options | None = None, *, on_ready: Callable[[str], None] = lambda _url: None
 ) -> None:
     """Serve ``host`` in this thread until SIGINT or SIGTERM, then drain; ``on_ready`` is told the URL.
 
     Raises:
         ResourceError: the port is taken or may not be used.
+        UsageError: the files of TLS do not belong together.
         MissingExtra: uvicorn is not installed.
     """
-    listener = listen(address, port)
-    server, app = _server(host)
+    options = options or Options()
+    server, app = _server(host, options)
+    listener = listen(options.address, port)
     with listener:
-        on_ready(url_of(listener))
+        on_ready(_url(listener, options))
         try:
             server.run(sockets=[listener])
         finally:
@@ -114,10 +130,16 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
-def _server(host: Host) -> tuple[Any, App]:
+def _url(listener: socket.socket, options: Options) -> str:
+    url = url_of(listener)
+    return url if options.access.tls is None else url.replace("http://", "https://", 1)
+
+
+def _server(host: Host, options: Options) -> tuple[Any, App]:
     with extra("device"):
         import uvicorn
-    app = App(host)
+    tls = options.access.tls.settings() if options.access.tls else {}
+    app = App(host, options.limits, options.access)
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -127,6 +149,7 @@ def _server(host: Host) -> tuple[Any, App]:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
+        **tls,
     )
     return uvicorn.Server(config), app
 

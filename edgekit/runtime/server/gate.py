@@ -1,0 +1,114 @@
+"""Lets so many requests in and turns the others away at once: a queue without an end makes every answer late.
+
+Knows no protocol and no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from edgekit.runtime.server.exchange import HttpError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    Result = TypeVar("Result")
+
+HANG_SECONDS = 1.0
+"""What a client that was turned away is told to wait at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server takes: bytes of a body, requests that compute and that wait, and seconds until one is given up.
+
+    The time of a generated text counts from piece to piece.
+    """
+
+    body: int = 64 << 20
+    workers: int = 4
+    queue: int = 64
+    seconds: float = 60.0
+
+
+class Gate:
+    """Threads that compute, and those who wait for one. To be used from one event loop."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._threads = ThreadPoolExecutor(limits.workers, thread_name_prefix="inference")
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._average = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a thread."""
+        return max(0, self._inside - self.limits.workers)
+
+    def start(self, work: Callable[[], Result]) -> Future[Result]:
+        """Give work to a thread.
+
+        Raises:
+            HttpError: 429 where as many wait already as may.
+        """
+        with self._lock:
+            if self._inside >= self.limits.workers + self.limits.queue:
+                raise self._busy()
+            self._inside += 1
+        future = self._threads.submit(self._timed, work)
+        future.add_done_callback(self._leave)
+        return future
+
+    async def compute(self, work: Callable[[], Result]) -> Result:
+        """Give work to a thread and wait for its result.
+
+        Raises:
+            HttpError: 429 where as many wait already as may; 504 where it takes too long. What has not begun is dropped
+                then; an engine that computes cannot be stopped, and keeps its thread.
+        """
+        future = self.start(work)
+        waiting = asyncio.wrap_future(future)
+        late = False
+
+        def give_up() -> None:
+            nonlocal late
+            late = True
+            waiting.cancel()
+
+        timer = asyncio.get_running_loop().call_later(self.limits.seconds, give_up)
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            if late:
+                raise HttpError(504, f"no answer within {self.limits.seconds:g} s") from None
+            raise
+        finally:
+            timer.cancel()
+
+    def close(self) -> None:
+        """End the threads once they are idle."""
+        self._threads.shutdown(wait=True)
+
+    def _timed(self, work: Callable[[], Result]) -> Result:
+        started = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self._average += 0.1 * (time.perf_counter() - started - self._average)
+
+    def _leave(self, _: Future[Result]) -> None:
+        with self._lock:
+            self._inside -= 1
+
+    def _busy(self) -> HttpError:
+        seconds = max(HANG_SECONDS, self._average * self.limits.queue / self.limits.workers)
+        headers = ((b"retry-after", str(math.ceil(seconds)).encode()),)
+        return HttpError(429, f"{self.limits.queue} requests wait already: come again later", "busy", headers)
