@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,8 +126,7 @@ def without_overlap(data: Data) -> Data:
 
     splits = data.splits()
     left = {name: splits[name].take(np.array(rows, np.int64)) for name, rows in kept(_hashes(data)).items()}
-    found = Data.of(left, data.preprocess, data.labels)
-    return replace(found, outputs=data.outputs, text=data.text, detection=data.detection)
+    return data.with_splits(left)
 
 
 def _hashes(data: Data) -> dict[str, list[str]]:

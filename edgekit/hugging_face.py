@@ -71,7 +71,7 @@ def labels(folder: Path) -> tuple[str, ...]:
     config = _config(folder)
     named = config.get("id2label")
     chooses = _architecture(folder).endswith(("ForSequenceClassification", "ForImageClassification"))
-    if not chooses or not isinstance(named, dict) or config.get("problem_type", SINGLE) != SINGLE:
+    if not chooses or not isinstance(named, dict) or (config.get("problem_type") or SINGLE) != SINGLE:
         return ()
     found = tuple(str(named.get(str(number))) for number in range(len(named)))
     return () if len(found) < 2 or found == tuple(f"LABEL_{number}" for number in range(len(found))) else found
@@ -87,7 +87,7 @@ def reading(folder: Path, samples: Split) -> TextReading | None:
     if windows is None or windows.ndim != 2 or is_causal(folder) or not token_numbers.is_there(folder):
         return None
     try:
-        written = token_numbers.read(folder).written()
+        written = token_numbers.read(folder).written(int(windows.shape[1]))
     except UsageError:
         return None
     return TextReading(written, int(windows.shape[1])) if written else None

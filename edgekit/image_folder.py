@@ -54,7 +54,7 @@ class Images(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fit: Literal["crop", "pad", "stretch"] = "crop"
-    fill: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
+    fill: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
     detection: Detection | None = None
     outputs: tuple[str, ...] = ()
     folder: str = "."
@@ -70,7 +70,7 @@ class Images(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             resize=self.resize,
             crop=self.crop,
             fit=self.fit,
-            fill=self.fill,
+            fill=self.fill or 0,
             mode=self.mode,
             interpolation=self.interpolation,
             mean=self.mean,
@@ -119,6 +119,11 @@ def _refuse_odd(spec: Images) -> None:
         raise UsageError(f"data.toml states std = {list(spec.std)}", "deviations are above 0, for values 0..255")
     if spec.crop > spec.resize:
         raise UsageError(f"data.toml crops {spec.crop} from a shorter side of {spec.resize}", "crop at most resize")
+    if (spec.fit == "pad") != (spec.fill is not None):
+        raise UsageError(
+            f'data.toml states fit = "{spec.fit}" {"without" if spec.fill is None else "with"} fill',
+            'fill goes with fit = "pad": what lies around the picture, 0 to 255',
+        )
     if spec.fit != "crop" and spec.crop != spec.resize:
         raise UsageError(
             f'data.toml states fit = "{spec.fit}" with resize = {spec.resize} and crop = {spec.crop}',

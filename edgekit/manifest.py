@@ -354,6 +354,11 @@ def _check_processing(manifest: Manifest) -> None:
     for kind, names, there in (("input", read, inputs), ("output", told, outputs)):
         if missing := set(names) - there:
             raise BundleError(f"the manifest prepares or reads the {kind} {min(missing)!r}, which the model has not")
+    if len(set(read)) < len(read):
+        raise BundleError(f"the manifest makes one input of several: {', '.join(read)}")
+    for spec in manifest.inputs:
+        if text and spec.name in text.inputs and not (spec.dtype.startswith("int") and spec.accepts((1, text.tokens))):
+            raise BundleError(f"the manifest makes {text.tokens} tokens of a text, the model takes {spec}")
     if image and image.fit != "crop" and image.resize != image.crop:
         raise BundleError(
             f"a picture is fitted by {image.fit!r} to {image.resize} and to {image.crop} pixels: it takes one size"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from edgekit.plan import QuantizationPlan
     from edgekit.tensors import Array, TensorSpec
 
+INITIALIZERS_ALONE = 4
+"""The first version of ONNX's files in which weights need not be inputs."""
 BATCH = 16
 """How many samples a network computes at once where it takes any number."""
 
@@ -109,8 +111,12 @@ class Data:
         cls, splits: Mapping[str, Split], preprocess: ImagePreprocess | None = None, labels: tuple[str, ...] = ()
     ) -> Data:
         """Make it of splits by name, ``calibration`` among them."""
+        return cls(splits["calibration"], preprocess=preprocess, labels=labels).with_splits(splits)
+
+    def with_splits(self, splits: Mapping[str, Split]) -> Data:
+        """Return the same data with other splits, by name."""
         train, validation, test = (splits.get(name) for name in SPLITS[1:])
-        return cls(splits["calibration"], train, validation, test, preprocess, labels)
+        return replace(self, calibration=splits["calibration"], train=train, validation=validation, test=test)
 
     def splits(self) -> dict[str, Split]:
         """Return the splits that are there, by name."""
@@ -181,7 +187,14 @@ class OnnxNetwork:
         """Read the graph with its weights, also those that lie in files beside it."""
         with extra("onnx"):
             import onnx
-        return onnx.load(str(self.path)) if self.content is None else onnx.load_from_string(self.content)
+        found = onnx.load(str(self.path)) if self.content is None else onnx.load_from_string(self.content)
+        if found.ir_version < INITIALIZERS_ALONE:  # where every weight is an input as well
+            weights = {tensor.name for tensor in found.graph.initializer}
+            inputs = [value for value in found.graph.input if value.name not in weights]
+            del found.graph.input[:]
+            found.graph.input.extend(inputs)
+            found.ir_version = INITIALIZERS_ALONE
+        return found
 
 
 def scores_first(values: Sequence[onnxruntime.NodeArg]) -> list[onnxruntime.NodeArg]:

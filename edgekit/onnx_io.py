@@ -28,7 +28,18 @@ PAGE = 4096
 
 def size(proto: onnx.ModelProto) -> int:
     """Return how many bytes the weights have that lie in the graph."""
-    return sum(len(one.raw_data) for one in proto.graph.initializer)
+    return sum(len(one.raw_data) for one in tensors(proto.graph))
+
+
+def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Give all constants of a graph: weights, those of nodes, and those of graphs inside nodes."""
+    yield from graph.initializer
+    for attribute in (one for node in graph.node for one in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+            yield from tensors(inner)
 
 
 def one_piece(proto: onnx.ModelProto) -> bytes:
@@ -69,8 +80,8 @@ def digest(path: Path) -> str:
 def _beside(path: Path) -> list[str]:
     with extra("onnx"):
         import onnx
-    tensors = onnx.load(path, load_external_data=False).graph.initializer
-    external = [one for one in tensors if onnx.external_data_helper.uses_external_data(one)]
+    graph = onnx.load(path, load_external_data=False).graph
+    external = [one for one in tensors(graph) if onnx.external_data_helper.uses_external_data(one)]
     return sorted({entry.value for one in external for entry in one.external_data if entry.key == "location"})
 
 
@@ -91,7 +102,7 @@ def move_apart(proto: onnx.ModelProto, path: Path) -> tuple[str, ...]:
     if size(proto) <= LARGE:
         return ()
     apart, end = f"{path.name}.data", 0
-    for weight in proto.graph.initializer:
+    for weight in tensors(proto.graph):
         length = len(weight.raw_data)
         if length >= PAGE:
             set_external_data(weight, apart, offset=end)

@@ -90,7 +90,7 @@ def read_table(spec: Table, beside: Path) -> Data:
         )
         labels = _labels([row[spec.label] for row in rows], kind, classes) if spec.label else None
         splits[name] = Split(inputs, labels, _strings([row[spec.group] for row in rows]) if spec.group else None)
-    written = tokenizer.written()
+    written = tokenizer.written(spec.tokens)
     return replace(Data.of(splits, labels=classes), text=TextReading(written, spec.tokens) if written else None)
 
 

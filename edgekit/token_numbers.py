@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
         """Return one or two texts as an encoder wants them, special tokens included, at most ``most``."""
         ...
 
-    def written(self) -> bytes | None:
+    def written(self, most: int) -> bytes | None:
         """Return it as a ``tokenizer.json`` that frames texts alike on a device; None where that cannot be."""
         ...
 
@@ -87,16 +87,16 @@ class _HuggingFace:
 
     def framed(self, texts: Sequence[str], most: int) -> list[int]:
         """Cut the longer text first, as the tokenizer does."""
-        return list(self._tokenizer(*texts, truncation=True, max_length=most)["input_ids"])
+        return list(self._tokenizer(*texts, truncation=True, max_length=most)["input_ids"])[:most]
 
-    def written(self) -> bytes | None:
-        """Leave out how long texts were cut and filled up: that is the reader's."""
+    def written(self, most: int) -> bytes | None:
+        """Say at which end texts are cut; filling up is the reader's."""
         if not self._tokenizer.is_fast:
             return None
         from tokenizers import Tokenizer
 
         copy = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
-        copy.no_truncation()
+        copy.enable_truncation(most, direction=self._tokenizer.truncation_side)
         copy.no_padding()
         return str(copy.to_str(pretty=True)).encode()
 
@@ -130,8 +130,9 @@ class _Llama2c:
         """Begin with the token that begins a text."""
         return [1, *(number for text in texts for number in self.encode(text))][:most]
 
-    def written(self) -> None:
+    def written(self, most: int) -> None:
         """It has no such form."""
+        del most
 
 
 def _merged(scores: Mapping[bytes, tuple[float, int]], word: str) -> tuple[int, ...]:

@@ -263,12 +263,38 @@ def _load_hugging_face(folder: Path, data: Data | None, *, as_text: bool) -> Mod
         steps = (Step(name="load", options={"source": name, "checkpoint": digest.hexdigest()}),)
         if not (as_text and hugging_face.speaks(folder)):
             text = data.text or hugging_face.reading(folder, data.calibration)
-            data = replace(data, labels=data.labels or hugging_face.labels(folder), text=text)
+            data = replace(_numbered(data, hugging_face.labels(folder)), text=text)
             return _described(name, hugging_face.network(folder, data.calibration), data, steps)
         hugging_face.refuse_windows(folder, data.calibration)
     if hugging_face.speaks(folder):
         return Model(name=name, task="text-generation", network=LlamaFolder(folder), data=data, lineage=steps)
     raise UsageError(f"{name} needs data that looks like the device's", "give --data data.toml with its tokenizer")
+
+
+def _numbered(data: Data, names: tuple[str, ...]) -> Data:
+    """Count the classes as the network does: ``names`` are its own, in its order, and the data has its words sorted.
+
+    Raises:
+        UsageError: some of the data's classes are the network's, others are not.
+    """
+    if not names or not data.labels:
+        return replace(data, labels=data.labels or names)
+    strangers = [word for word in data.labels if word not in names]
+    if len(strangers) == len(data.labels):  # as folders named by numbers: their order is the network's, or nobody's
+        return data
+    if strangers:
+        raise UsageError(
+            f"the data has the class {strangers[0]!r}, the network knows {', '.join(names)}",
+            "name the classes as id2label in config.json does",
+        )
+    import numpy as np
+
+    numbers = np.array([names.index(word) for word in data.labels])
+    found = {
+        name: split if split.labels is None else replace(split, labels=numbers[split.labels])
+        for name, split in data.splits().items()
+    }
+    return replace(data.with_splits(found), labels=names)
 
 
 def _sha256(path: Path) -> str:

@@ -331,8 +331,14 @@ def test_a_detectors_pictures_need_no_folders_of_classes(tmp_path):
 
 
 def test_a_whole_picture_has_one_size(tmp_path):
-    with pytest.raises(UsageError, match=r'states fit = "pad" with resize = 10 and crop = 8'):
-        datasets.load_data(stated(painted(tmp_path / "pets", {"cat": 2}), STATED + 'fit = "pad"\n', calibration=1))
+    folder = painted(tmp_path / "pets", {"cat": 2})
+    for more, message in (
+        ('fit = "pad"\nfill = 0\n', 'states fit = "pad" with resize = 10 and crop = 8'),
+        ('fit = "pad"\n', 'states fit = "pad" without fill'),
+        ('fit = "stretch"\nfill = 3\n', 'states fit = "stretch" with fill'),
+    ):
+        with pytest.raises(UsageError, match=message):
+            datasets.load_data(stated(folder, STATED + more, calibration=1))
 
 
 # --- text
@@ -432,7 +438,7 @@ def test_a_table_keeps_the_tokenizer_that_a_device_will_read_texts_with(tmp_path
     assert text.tokens == 5
     found = pytest.importorskip("tokenizers").Tokenizer.from_str(text.tokenizer.decode())
     assert found.encode("one two", "three").ids == [2, 3, 4, 2, 5]
-    assert (found.padding, found.truncation) == (None, None)
+    assert (found.padding, found.truncation["max_length"]) == (None, 5)
 
 
 @pytest.mark.parametrize(("moods", "kind"), [(["0", "2"], "i"), (["0.5", "2"], "f"), (["-1", "1"], "f")])

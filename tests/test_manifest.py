@@ -74,8 +74,8 @@ TEXTS = st.builds(
     TextPreprocess,
     tokenizer=st.just("m/model.onnx"),
     tokens=st.integers(2, 99),
-    ids=st.just("p"),
-    mask=st.sampled_from(["", "p"]),
+    ids=st.just("t"),
+    mask=st.sampled_from(["", "m"]),
 )
 LABELS = st.builds(Classification, output=st.just("q"), labels=st.tuples(SHORT))
 DETECTIONS = st.builds(
@@ -99,7 +99,10 @@ def whole(draw):
         name=draw(NAMES),
         version=draw(SHORT),
         task=draw(st.sampled_from(["tensor", "classification", "detection", "text-generation"])),
-        inputs=tuple(TensorSpec(n, "float32", draw(SHAPES)) for n in [*names, "p"]),
+        inputs=(
+            *(TensorSpec(n, "float32", draw(SHAPES)) for n in [*names, "p"]),
+            *(TensorSpec(n, "int64", (-1, -1)) for n in "tm"),
+        ),
         outputs=(TensorSpec("q", "float32", draw(SHAPES)),),
         preprocess=draw(st.none() | PICTURES | WHOLE_PICTURES),
         text=draw(st.none() | TEXTS),
@@ -173,15 +176,17 @@ def test_a_file_listed_twice_is_refused():
         ({"text": {"tokenizer": "m/model.onnx", "tokens": 4, "ids": "p", "mask": "gone"}}, "input 'gone'"),
         ({"text": {"tokenizer": "m/gone.json", "tokens": 4, "ids": "p", "mask": ""}}, "uses 'm/gone.json'"),
         ({"text": {"tokenizer": "../up.json", "tokens": 4, "ids": "p", "mask": ""}}, "no manifest of format"),
+        ({"text": {"tokenizer": "m/model.onnx", "tokens": 4, "ids": "t", "mask": "t"}}, "one input of several: t, t"),
+        ({"text": {"tokenizer": "m/model.onnx", "tokens": 4, "ids": "p", "mask": ""}}, "makes 4 tokens of a text"),
+        ({"text": {"tokenizer": "m/model.onnx", "tokens": 5, "ids": "t", "mask": ""}}, "makes 5 tokens of a text"),
         ({"preprocess": {"input": "p", "resize": 9, "crop": 8, "fit": "pad"}}, "'pad' to 9 and to 8 pixels"),
         ({"preprocess": {"input": "p", "resize": 8, "crop": 8, "fit": "pad", "fill": 256}}, "no manifest of format"),
         ({"detection": {"boxes": "q", "scores": "q", "iou_threshold": 1.5}}, "no manifest of format"),
     ],
 )
 def test_what_a_device_could_not_prepare_or_read_is_refused(changes, message):
-    tensors = {
-        name: [{"name": key, "dtype": "float32", "shape": [-1, 4]}] for name, key in (("inputs", "p"), ("outputs", "q"))
-    }
+    given, told = ([{"name": name, "dtype": "float32", "shape": [-1, 4]}] for name in "pq")
+    tensors = {"inputs": [*given, {"name": "t", "dtype": "int64", "shape": [-1, 4]}], "outputs": told}
     with pytest.raises(BundleError, match=message):
         decode(document(**tensors, **changes))
 

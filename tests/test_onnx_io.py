@@ -87,3 +87,39 @@ def test_what_passes_cannot_change_is_told_with_the_way_out(foreign):
     with pytest.raises(UsageError, match=r"GiB of weights, and passes change at most") as caught:
         onnx_io.one_piece(onnx.load(foreign))
     assert "PyTorch network" in caught.value.hint
+
+
+def test_weights_of_constant_nodes_that_lie_beside_a_file_travel_with_it_and_count(tmp_path):
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = numpy_helper.from_array(np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32), "w")
+    nodes = [helper.make_node("Constant", [], ["w"], value=weights), helper.make_node("MatMul", ["x", "w"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 64]) for name in "xy"]
+    graph = helper.make_graph(nodes, "constant", ends[:1], ends[1:])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a/net.onnx"
+    onnx.save(proto, path, save_as_external_data=True, convert_attribute=True, location="w.bin", size_threshold=0)
+    assert (tmp_path / "a/w.bin").is_file()
+    before = onnx_io.digest(path)
+    model = workload.load(str(path), data=Data(Split({"x": X})))
+    wanted = model.network.run({"x": X})["y"]
+    workload.save(model, tmp_path / "saved")
+    (tmp_path / "a/w.bin").write_bytes(bytes(64 * 64 * 4))
+    assert onnx_io.digest(path) != before
+    again = workload.load(str(tmp_path / "saved"))
+    np.testing.assert_array_equal(again.network.run({"x": X})["y"], wanted)
+
+
+def test_weights_that_are_inputs_as_well_as_in_old_files_are_weights(tmp_path):
+    proto = onnx.load_from_string(mlp_onnx())
+    proto.ir_version = 3
+    proto.opset_import[0].version = 9
+    for one in proto.graph.initializer:
+        proto.graph.input.append(onnx.helper.make_tensor_value_info(one.name, one.data_type, one.dims))
+    onnx.save(proto, tmp_path / "old.onnx")
+    model = workload.load(str(tmp_path / "old.onnx"), data=Data(Split({"x": X})))
+    assert [spec.name for spec in model.inputs] == ["x"]
+    small = compress(model, Recipe((("quantize", Quantize()),)))
+    for one in (model, small):
+        assert export(one, [device_profiles.of_format("onnx")], tmp_path / one.precision).first_error is None

@@ -15,6 +15,7 @@ ENABLES = {
     "device": "HTTP server, pictures in, updates over MQTT with TUF",
     "onnx": "run ONNX bundles with ONNX Runtime",
     "tflite": "run LiteRT bundles",
+    "text": "read texts for encoders on the device",
     "gguf": "run language models with llama.cpp",
     "llama-cpp": "write GGUF's K and IQ types; built from source, some minutes",
     "tensorrt": "run TensorRT engines on NVIDIA Jetson and servers",

@@ -93,7 +93,8 @@ def _text(model: Model) -> TextPreprocess | None:
     names = {spec.name for spec in model.inputs}
     mask, types = (name if name in names else "" for name in ("attention_mask", "token_type_ids"))
     how = TextPreprocess(tokenizer=TOKENIZER, tokens=model.data.text.tokens, mask=mask, types=types)
-    return how if names == set(how.inputs) else None  # llama.cpp, for one, reads texts by itself
+    fit = all(spec.dtype in ("int64", "int32") and spec.shape[1:] == (how.tokens,) for spec in model.inputs)
+    return how if fit and names == set(how.inputs) else None  # llama.cpp, for one, reads texts by itself
 
 
 def _refuse_unreadable(contract: Contract, outputs: Mapping[str, Array]) -> None:
@@ -104,9 +105,9 @@ def _refuse_unreadable(contract: Contract, outputs: Mapping[str, Array]) -> None
     from edgekit.runtime import detection
 
     try:
-        detection.objects(outputs, how, picture.crop, (None,) * len(outputs[how.boxes]))
+        detection.refuse_misread(outputs, how)
     except HealthError as error:
-        raise UsageError(error.message, "check detection in data.toml or in Data(…)") from error
+        raise UsageError(error.message, error.hint) from error
 
 
 def _tokens(network: LlamaFolder) -> Split:

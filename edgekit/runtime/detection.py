@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 MAX_CANDIDATES = 4096
 """So many of the best are compared with each other: a network gone wild must not take minutes."""
 
+ROUNDING = 1e-3
+
 
 @dataclass(frozen=True)
 class Detected:
@@ -40,6 +42,21 @@ def objects(
     boxes, scores = _candidates(outputs, how)
     pairs = zip(boxes, scores, placements, strict=True)
     return [_of_sample(box, score, how, _Frame(side, placement)) for box, score, placement in pairs]
+
+
+def refuse_misread(outputs: Mapping[str, Array], how: Detection) -> None:
+    """Raise HealthError where a detector's outputs are other than the manifest says: shapes, classes, shares."""
+    shares = _shares(_candidates(outputs, how)[1], how)
+    if how.labels and len(how.labels) != shares.shape[-1]:
+        raise HealthError(
+            f"the scores {how.scores!r} are of {shares.shape[-1]} classes, detection names {len(how.labels)}",
+            "name every class but the background, and say background and objectness where there are such numbers",
+        )
+    if shares.size and not -ROUNDING <= float(shares.min()) <= float(shares.max()) <= 1 + ROUNDING:
+        raise HealthError(
+            f"the scores {how.scores!r} go from {shares.min():.3g} to {shares.max():.3g}, shares from 0 to 1",
+            'say activation = "sigmoid" or "softmax" in detection',
+        )
 
 
 @dataclass(frozen=True)
@@ -87,27 +104,35 @@ def _of_sample(boxes: Array, scores: Array, how: Detection, frame: _Frame) -> li
     order = order[best[order] >= how.score_threshold]
     corners = _corners(boxes[order], how) * (frame.side if how.normalized else 1)
     groups = np.zeros(len(order)) if how.class_agnostic else classes[order]
-    kept = suppress(corners, groups, how.iou_threshold)[: how.max_detections]
+    kept = suppress(corners, groups, how.iou_threshold)
     numbers, sure = classes[order][kept].tolist(), best[order][kept].tolist()
-    return [
+    found = [
         Detected(how.labels[number] if number < len(how.labels) else str(number), score, tuple(box))
         for number, score, box in zip(numbers, sure, frame.back(corners[kept]).tolist(), strict=True)
-        if box[0] < box[2] and box[1] < box[3]
+        if box[0] < box[2] and box[1] < box[3]  # else it lies beside the picture
     ]
+    return found[: how.max_detections]
 
 
 def _shares(scores: Array, how: Detection) -> Array:
-    """Return how sure each candidate [n] is of each class: [n, classes]."""
+    """Return how sure each candidate is of each class, both on the last axes: [..., candidates, classes]."""
     import numpy as np
 
+    sure, scores = (scores[..., :1], scores[..., 1:]) if how.objectness else (None, scores)
     if how.activation == "softmax":
-        powers = np.exp(scores - scores.max(1, keepdims=True))
-        scores = powers / powers.sum(1, keepdims=True)
+        powers = np.exp(scores - scores.max(-1, keepdims=True))
+        scores = powers / powers.sum(-1, keepdims=True)
     elif how.activation == "sigmoid":
-        scores = 0.5 * (1 + np.tanh(0.5 * scores))  # which overflows nowhere
-    if how.objectness:
-        scores = scores[:, :1] * scores[:, 1:]
-    return scores[:, 1:] if how.background else scores
+        scores = _sigmoid(scores)
+    if sure is not None:
+        scores = (sure if how.activation == "none" else _sigmoid(sure)) * scores
+    return scores[..., 1:] if how.background else scores
+
+
+def _sigmoid(values: Array) -> Array:
+    import numpy as np
+
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * values)))  # which overflows nowhere
 
 
 def _corners(boxes: Array, how: Detection) -> Array:

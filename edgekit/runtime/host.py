@@ -116,9 +116,9 @@ class Host:
         """
         with self.lease() as leased:
             session = _of_tensors(leased)
-            outputs, digest = session.run(inputs), session.digest
-        self._observe(digest, inputs, outputs)
-        return Answer(outputs, digest)
+            outputs = session.run(inputs)
+        self._observe(session, inputs, outputs)
+        return Answer(outputs, session.digest)
 
     def run_raw(self, picture: bytes) -> tuple[list[tuple[str, float]], str]:
         """Return the best labels for an encoded picture, and the digest of the bundle.
@@ -158,9 +158,9 @@ class Host:
             session = _of_tensors(leased)
             inputs, told = question(session)
             outputs = session.run(inputs)
-            answer, digest = told(outputs), session.digest
-        self._observe(digest, inputs, outputs)
-        return answer, digest
+            answer = told(outputs)
+        self._observe(session, inputs, outputs)
+        return answer, session.digest
 
     def swap(self, new: Session | TextSession, *, shadow: bool = False) -> None:
         """Let ``new`` serve from the next request on; requests in flight finish where they began.
@@ -263,15 +263,15 @@ class Host:
             shadow, self._shadow = self._shadow, None
         return shadow
 
-    def _observe(self, digest: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def _observe(self, session: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         # A client that sends NaN gets NaN: that is no fault of the model, and must not roll it back.
         if not all(map(_is_finite, outputs.values())) and all(map(_is_finite, inputs.values())):
-            telemetry = self._known.get(digest)
+            telemetry = self._known.get(session.digest)
             if telemetry:
                 telemetry.saw_non_finite()
         shadow = self._shadow
         if shadow is not None:
-            shadow.compare(inputs, outputs)
+            shadow.compare(session, inputs, outputs)
 
 
 def _of_tensors(session: Session | TextSession) -> Session:
@@ -289,15 +289,15 @@ class _Shadow:
         self._pending = self._samples = self._same = self._skipped = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shadow")
 
-    def compare(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Queue one request; skip it where the old model cannot keep up."""
+    def compare(self, new: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Queue one request that ``new`` has answered; skip it where the old model cannot keep up."""
         with self._lock:
             if self._pending >= MAX_SHADOWED:
                 self._skipped += 1
                 return
             self._pending += 1
         try:
-            self._thread.submit(self._compare, dict(inputs), dict(outputs))
+            self._thread.submit(self._compare, new, dict(inputs), dict(outputs))
         except RuntimeError:  # the comparison ended in this moment
             with self._lock:
                 self._pending -= 1
@@ -312,13 +312,12 @@ class _Shadow:
         self._thread.shutdown(wait=True)
         return self.agreement()
 
-    def _compare(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def _compare(self, new: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         samples = same = skipped = 0
         try:
             session = self.old.session
             if isinstance(session, Session):
-                compare = _same_choices if session.contract.detection is None else _same_objects
-                samples, same = compare(session, session.run(inputs), outputs)
+                samples, same = _same((session, session.run(inputs)), (new, outputs))
         except EdgekitError:
             skipped = 1
         with self._lock:
@@ -328,15 +327,21 @@ class _Shadow:
             self._skipped += skipped
 
 
-def _same_objects(session: Session, old: Mapping[str, Array], new: Mapping[str, Array]) -> tuple[int, int]:
-    """Count the samples, and those in which both see the same kind of object best, or both none."""
-    if old.keys() != new.keys():
-        return len(next(iter(new.values()))), 0
-    best = [[objects[0].label if objects else None for objects in session.objects(outputs)] for outputs in (old, new)]
-    return len(best[0]), sum(before == now for before, now in zip(*best, strict=True))
+def _same(old: tuple[Session, Mapping[str, Array]], new: tuple[Session, Mapping[str, Array]]) -> tuple[int, int]:
+    """Count the samples, and those on which both answer alike.
+
+    Detectors do where they see the same kind of object best, each by its own manifest, or both none.
+    """
+    if not all(session.contract.detection for session, _ in (old, new)):
+        return _same_choices(old[1], new[1])
+    best = [
+        [objects[0].label if objects else None for objects in session.objects(outputs)]
+        for session, outputs in (old, new)
+    ]
+    return len(best[1]), sum(before == now for before, now in zip(*best, strict=False))
 
 
-def _same_choices(_: Session, old: Mapping[str, Array], new: Mapping[str, Array]) -> tuple[int, int]:
+def _same_choices(old: Mapping[str, Array], new: Mapping[str, Array]) -> tuple[int, int]:
     """Count the samples, and those on which both have their largest score in the same place of the first output."""
     name = next(iter(new))
     ours, theirs = new[name], old.get(name)

@@ -148,7 +148,8 @@ class Session:
             InputError: the model takes no text, or the text is too long to be read.
             MissingExtra: the tokenizer's package is not installed.
         """
-        return self._reader.read(texts)
+        types = {spec.name: spec.dtype for spec in self.contract.inputs}
+        return {name: array.astype(types[name], copy=False) for name, array in self._reader.read(texts).items()}
 
     def labels(self, outputs: Mapping[str, Array], top_k: int = 0) -> list[list[tuple[str, float]]]:
         """Turn the outputs of `run` into the ``top_k`` labels (0: as the manifest says), a list a sample.
@@ -171,7 +172,7 @@ class Session:
         Boxes are in pixels of the pictures that ``placements`` are of; without, in pixels of the network's input.
 
         Raises:
-            InputError: the manifest does not say how.
+            InputError: the manifest does not say how, an output is missing, or there is not one placement a sample.
             HealthError: an output has another shape than the manifest says, or holds NaN.
         """
         from edgekit.runtime import detection
@@ -179,11 +180,21 @@ class Session:
         how, picture = self.contract.detection, self.contract.preprocess
         if how is None or picture is None:
             raise InputError(f"{self.contract.name} finds no objects", "its manifest has no preprocess and detection")
+        if missing := {how.boxes, how.scores} - set(outputs):
+            raise InputError(f"objects are read from the output {min(missing)!r} too", f"given {', '.join(outputs)}")
         count = len(outputs[how.boxes])
+        if placements is not None and len(placements) != count:
+            raise InputError(f"{count} samples have {len(placements)} placements", "give one for each, or none at all")
         return detection.objects(outputs, how, picture.crop, tuple(placements or [None] * count))
 
     def warm(self) -> None:
-        """Run once on zeros, so that the first request is not the slow one."""
+        """Run once on zeros and open the tokenizer, so that the first request is not the slow one.
+
+        Raises:
+            MissingExtra: texts are to be read, and the tokenizer's package is not installed.
+        """
+        if self.contract.text and self.contract.folder:
+            self.text_inputs("")
         specs = self.contract.inputs
         if all(DYNAMIC not in spec.shape[1:] for spec in specs):
             self.run(ports.zeros(specs, batch=max(1, self.variant.batch)))

@@ -40,13 +40,14 @@ class TextReader:
             raise HealthError(f"{path.name} is no tokenizer: {error}", "export the bundle again") from error
         self._tokenizer = Tokenizer.from_str(content)
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(how.tokens)
+        side = (self._tokenizer.truncation or {}).get("direction", "right")
+        self._tokenizer.enable_truncation(how.tokens, direction=side)
 
     def read(self, texts: Sequence[str]) -> dict[str, Array]:
         """Return the inputs of one sample, each [1, tokens], of one text or of a pair.
 
         Raises:
-            InputError: no text, three, or more than ``MAX_CHARACTERS``.
+            InputError: no text, three, more than ``MAX_CHARACTERS``, or what is no Unicode.
         """
         import numpy as np
 
@@ -54,11 +55,15 @@ class TextReader:
             raise InputError(f"{len(texts)} texts are no sample", "give one text, or a pair")
         if max(map(len, texts)) > MAX_CHARACTERS:
             raise InputError(f"the text has {max(map(len, texts))} characters, more than {MAX_CHARACTERS}")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text is no Unicode: {error.reason}", "give it in UTF-8") from error
         pair = texts if all(texts[1:]) else texts[:1]  # transformers takes an empty second text for none
         found = self._tokenizer.encode(*pair)
         how, read = self._how, {}
         for name, values in ((how.ids, found.ids), (how.mask, found.attention_mask), (how.types, found.type_ids)):
             if name:
                 read[name] = np.zeros((1, how.tokens), np.int64)
-                read[name][0, : len(values)] = values
+                read[name][0, : len(values)] = values[: how.tokens]  # of two tokens, special ones alone are three
         return read

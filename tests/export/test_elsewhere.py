@@ -77,9 +77,7 @@ def test_sums_that_leave_16_bits_are_widened_unless_the_file_says_that_they_fit(
     proto.metadata_props.add(key=SUMS, value=SUMS_CHECKED)
     path.write_bytes(proto.SerializeToString())
     inputs, native = golden_arrays(tmp_path / "b", made.manifest.golden, made.manifest.variants[0])
-    found = emulation.answers(
-        tmp_path / "b", made.manifest.variants[0], contract_of(made.manifest, ""), inputs=inputs, isa=HASWELL
-    )
+    found = emulation.answers(tmp_path / "b", made.manifest.variants[0], contract_of(made), inputs=inputs, isa=HASWELL)
     assert emulation.figures_of("haswell", found, native).sqnr_db < 25
 
 
@@ -93,7 +91,7 @@ def test_a_processor_without_dot_products_gives_the_same_answers(tmp_path, targe
     assert done.first_error is None
     assert done.rows[0].variant.parity.sqnr_db > 40
     made = bundle.read(tmp_path / "b")
-    variant, contract = made.manifest.variants[0], contract_of(made.manifest, "")
+    variant, contract = made.manifest.variants[0], contract_of(made)
     inputs, native = golden_arrays(tmp_path / "b", made.manifest.golden, variant)
     with open_variant(tmp_path / "b", variant, contract, EngineOptions(threads=1, has_dot_product=False)) as session:
         found = session.run(inputs)
@@ -164,7 +162,7 @@ def test_a_file_that_its_engine_refuses_is_no_success(tmp_path):
         emulation.answers(
             tmp_path / "b",
             made.manifest.variants[0],
-            contract_of(made.manifest, ""),
+            contract_of(made),
             inputs={"x": np.zeros((1, 4, 6, 6))},
         )
 

@@ -18,6 +18,7 @@ from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.recipe import Recipe
 from edgekit.errors import UsageError
 from edgekit.export import export
+from edgekit.model import Data, Split, TextReading
 
 pytest.importorskip("torch", reason="exporters need torch")
 
@@ -84,6 +85,10 @@ def test_outputs_that_are_no_boxes_are_refused_before_anything_is_written(tmp_pa
     with pytest.raises(UsageError, match=r"are no boxes and scores of candidates"):
         export(model, [device_profiles.of_format("onnx")], tmp_path / "b")
     assert not (tmp_path / "b").exists()
+    logits = replace(detector.data(), detection=replace_how(activation="none"))
+    with pytest.raises(UsageError, match=r"shares from 0 to 1") as caught:
+        export(workload.from_module("tiles", detector.network(), logits), [device_profiles.of_format("onnx")], tmp_path)
+    assert "sigmoid" in caught.value.hint
 
 
 def test_a_detector_goes_from_pictures_and_a_toml_to_objects_by_commands_alone(tmp_path):
@@ -199,3 +204,49 @@ def test_a_folder_whose_tokenizer_cannot_be_read_is_a_model_of_arrays(tmp_path):
     (tmp_path / "bert/tokenizer.json").write_text("{")
     model = workload.load(str(tmp_path / "bert"), data=replace(data, text=None))
     assert model.data.text is None
+
+
+@pytest.mark.parametrize("moods", [("good", "bad"), ("bad",)])
+def test_classes_are_counted_as_the_network_counts_them_not_by_the_alphabet(tmp_path, moods):
+    source = encoder(tmp_path / "bert")
+    lines = [f"{moods[n % len(moods)]} film {chr(97 + n)}\t{moods[n % len(moods)]}" for n in range(16)]
+    (tmp_path / "calibration.tsv").write_text("said\tmood\n" + "\n".join(lines))
+    data = datasets.load_data(str(source))
+    assert data.labels == tuple(sorted(moods))
+    model = workload.load(str(tmp_path / "bert"), data=data)
+    assert model.data.labels == ("good", "bad")
+    assert model.data.calibration.labels.tolist() == [("good", "bad").index(moods[n % len(moods)]) for n in range(16)]
+    (tmp_path / "calibration.tsv").write_text("said\tmood\n" + "\n".join([*lines, "a film\tdull"]))
+    with pytest.raises(UsageError, match=r"has the class 'dull', the network knows good, bad"):
+        workload.load(str(tmp_path / "bert"), data=datasets.load_data(str(source)))
+
+
+def test_classes_of_other_names_than_the_networks_keep_them(tmp_path):
+    data = datasets.load_data(str(encoder(tmp_path / "bert")))
+    kept = workload.load(str(tmp_path / "bert"), data=replace(data, labels=("n01", "n02")))
+    assert kept.data.labels == ("n01", "n02")
+    assert kept.data.calibration.labels.tolist() == data.calibration.labels.tolist()
+
+
+@pytest.mark.parametrize(("kind", "is_read"), [("int64", True), ("int32", True), ("float", False), ("longer", False)])
+def test_texts_become_what_the_model_takes_or_are_not_promised(tmp_path, kind, is_read):
+    """An ONNX file of one's own may take 32-bit tokens."""
+    from fakes.bundles import gemm_onnx
+
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper
+
+    proto = onnx.load_from_string(gemm_onnx(np.ones((8, 2), np.float32), names=("cast", "y")))
+    dtype = {"int32": TensorProto.INT32, "float": TensorProto.FLOAT}.get(kind, TensorProto.INT64)
+    proto.graph.node.insert(0, helper.make_node("Cast", ["input_ids"], ["cast"], to=TensorProto.FLOAT))
+    del proto.graph.input[:]
+    proto.graph.input.append(helper.make_tensor_value_info("input_ids", dtype, ["n", 8]))
+    onnx.save(proto, tmp_path / "net.onnx")
+    tokens = np.arange(32).reshape(4, 8).astype({"int32": np.int32, "float": np.float32}.get(kind, np.int64))
+    text = TextReading((word_piece(tmp_path / "words") / "tokenizer.json").read_bytes(), 9 if kind == "longer" else 8)
+    model = workload.load(str(tmp_path / "net.onnx"), data=Data(Split({"input_ids": tokens}), text=text))
+    bundle_of(model, tmp_path / "b", "onnx")
+    with edgekit.load(tmp_path / "b") as session:
+        assert (session.contract.text is not None) == is_read
+        if is_read:
+            assert session.run(session.text_inputs("good film"))["y"].tolist() == [[2 + 4 + 6 + 3] * 2]

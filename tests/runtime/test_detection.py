@@ -109,6 +109,38 @@ def test_scores_before_their_softmax_or_sigmoid_are_shares_afterwards():
     assert plain(objects(sigmoid, [[0, 0, 9, 9]], [[-1e4]])) == []
 
 
+def test_objectness_has_a_sigmoid_of_its_own_beside_the_classes_softmax():
+    """As in YOLOv2 (Redmon and Farhadi 2016): how sure of an object, times which class if there is one."""
+    row = [10, 20, 40, 60, 4.0, 6.0, 1.0, 1.0]
+    how = Detection(boxes="all", scores="all", objectness=True, activation="softmax")
+    share = np.exp(6) / (np.exp(6) + 2 * np.exp(1)) / (1 + np.exp(-4))
+    assert plain(objects(how, [row])) == [("0", round(float(share), 4), (10, 20, 40, 60))]
+
+
+def test_objects_beside_the_picture_take_nobodys_place():
+    _, placement = placed(bundles_png((64, 32)), ImagePreprocess(input="i", resize=32, crop=32, fit="pad", mode="L"))
+    outputs = {"boxes": np.array([[[2, 1, 20, 6], [8, 12, 24, 20.0]]]), "scores": np.array([[[0.9], [0.8]]])}
+    how = Detection(boxes="boxes", scores="scores", max_detections=1)
+    (found,) = detection.objects(outputs, how, 32, (placement,))
+    assert plain(found) == [("0", 0.8, (16, 8, 48, 24))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ("cat",)}, "are of 2 classes, detection names 1"),
+        ({"labels": ("cat", "dog"), "background": True}, "are of 1 classes, detection names 2"),
+        ({"activation": "none"}, r"go from -1 to 7, shares from 0 to 1"),
+    ],
+)
+def test_a_detector_that_is_described_wrongly_is_refused(changes, message):
+    outputs = {"boxes": np.zeros((1, 1, 4)), "scores": np.array([[[7.0, -1.0]]])}
+    given = {"boxes": "boxes", "scores": "scores", "activation": "sigmoid", "labels": ("cat", "dog")}
+    detection.refuse_misread(outputs, Detection(**given))
+    with pytest.raises(HealthError, match=message):
+        detection.refuse_misread(outputs, Detection(**{**given, **changes}))
+
+
 def test_at_most_so_many_objects_are_told_the_best_ones():
     how = Detection(boxes="boxes", scores="scores", max_detections=2, score_threshold=0.0)
     boxes = [[10 * i, 0, 10 * i + 5, 5] for i in range(6)]
@@ -192,9 +224,11 @@ def test_a_thread_of_a_picture_is_refused_before_it_becomes_gigabytes():
 ROWS = [[8, 8, 24, 24, 0.9, 0.1], [9, 8, 25, 24, 0.8, 0.1], [0, 0, 8, 8, 0.1, 0.6]]
 
 
-def sealed(folder, rows=ROWS):
+CATS = Detection(boxes="y", scores="y", labels=("cat", "dog"), score_threshold=0.5)
+
+
+def sealed(folder, rows=ROWS, how=CATS):
     """Seal a detector without a network: three boxes for any picture."""
-    how = Detection(boxes="y", scores="y", labels=("cat", "dog"), score_threshold=0.5)
     picture = ImagePreprocess(input="image", resize=32, crop=32, fit="stretch", mode="L")
     told = {"preprocess": picture, "detection": how, "outputs": (TensorSpec("y", "float32", (-1, 3, 6)),)}
     return bundles.constant_bundle(folder, np.array(rows, np.float32), task="detection", **told)
@@ -212,6 +246,11 @@ def test_program_server_and_command_line_tell_the_same_objects(tmp_path):
         assert unplaced[0][1].box == (0.0, 0.0, 8.0, 8.0)
         with pytest.raises(InputError, match="gives no labels"):
             session.run_raw(picture.read_bytes())
+        outputs = session.run(session.picture_inputs(picture.read_bytes()))
+        with pytest.raises(InputError, match="1 samples have 2 placements"):
+            session.objects(outputs, [session.placed(picture.read_bytes())[1]] * 2)
+        with pytest.raises(InputError, match="output 'y' too"):
+            session.objects({})
     host = Host(edgekit.load(tmp_path / "b"))
     with serve_in_thread(host) as running:
         status, _, body = ask(running.url, "POST", "/v1/detect", picture.read_bytes())
@@ -255,3 +294,18 @@ def test_two_detectors_agree_where_their_best_object_is_of_one_kind(tmp_path, ol
     agreement = host.end_shadow()
     host.close()
     assert (agreement.samples, agreement.same, agreement.skipped) == (3, same, 0)
+
+
+def test_each_detector_is_read_by_its_own_manifest(tmp_path):
+    """The new one has its classes in another order and gives numbers before the sigmoid, and sees the same."""
+    sealed(tmp_path / "old")
+    rows = np.array(ROWS)
+    swapped = np.concatenate([rows[:, :4], np.log(rows[:, :3:-1] / (1 - rows[:, :3:-1]))], 1)
+    how = Detection(boxes="y", scores="y", labels=("dog", "cat"), score_threshold=0.5, activation="sigmoid")
+    sealed(tmp_path / "new", swapped, how)
+    host = Host(edgekit.load(tmp_path / "old"))
+    host.swap(edgekit.load(tmp_path / "new"), shadow=True)
+    assert host.detect(bundles_png((64, 64)))[0][0].label == "cat"
+    agreement = host.end_shadow()
+    host.close()
+    assert (agreement.samples, agreement.same) == (1, 1)

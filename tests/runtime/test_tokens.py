@@ -31,9 +31,27 @@ def pair(tmp_path_factory):
     pytest.importorskip("transformers")
     folder = word_piece(tmp_path_factory.mktemp("words"))
     workstation = token_numbers.read(folder)
-    (folder / "device.json").write_bytes(workstation.written())
+    (folder / "device.json").write_bytes(workstation.written(12))
     how = TextPreprocess(tokenizer="device.json", tokens=12)
     return workstation, TextReader(folder / "device.json", how)
+
+
+@pytest.mark.parametrize("texts", [["a b c d e f g h"], ["a b c d e", "f g h"], ["a"]])
+def test_what_is_cut_at_its_beginning_is_cut_there_on_the_device(tmp_path, texts):
+    word_piece(tmp_path)
+    more = {"tokenizer_class": "PreTrainedTokenizerFast", "truncation_side": "left"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(more))
+    workstation = token_numbers.read(tmp_path)
+    (tmp_path / "device.json").write_bytes(workstation.written(6))
+    found = TextReader(tmp_path / "device.json", TextPreprocess(tokenizer="device.json", tokens=6)).read(texts)
+    wanted = token_numbers.padded([workstation.framed(texts, 6)], 6)
+    np.testing.assert_array_equal(found["input_ids"], wanted["input_ids"])
+
+
+def test_a_pair_in_fewer_tokens_than_its_ends_is_cut_alike(pair, tmp_path):
+    (tmp_path / "t.json").write_bytes(pair[0].written(2))
+    found = TextReader(tmp_path / "t.json", TextPreprocess(tokenizer="t.json", tokens=2)).read(["good", "film"])
+    assert found["input_ids"].tolist() == [pair[0].framed(["good", "film"], 2)]
 
 
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=2))
@@ -50,9 +68,9 @@ def test_a_device_reads_any_text_or_pair_as_the_workstation_did(pair, texts):
 
 def test_a_written_tokenizer_is_the_same_whatever_was_read_with_it(pair):
     workstation, _ = pair
-    before = workstation.written()
+    before = workstation.written(12)
     workstation.framed(["good film"] * 2, 4)
-    assert workstation.written() == before
+    assert workstation.written(12) == before
 
 
 def test_a_model_without_mask_gets_none(tmp_path):
@@ -61,9 +79,9 @@ def test_a_model_without_mask_gets_none(tmp_path):
     assert {name: array.tolist() for name, array in found.items()} == {"input_ids": [[2, 4, 7, 3]]}
 
 
-@pytest.mark.parametrize("texts", [(), ("a", "b", "c"), ("x" * (MAX_CHARACTERS + 1),)])
+@pytest.mark.parametrize("texts", [(), ("a", "b", "c"), ("x" * (MAX_CHARACTERS + 1),), ("a\ud800",), ("a", "\udfff")])
 def test_what_is_no_text_or_pair_is_refused(pair, texts):
-    with pytest.raises(InputError, match=r"texts are no sample|characters, more than"):
+    with pytest.raises(InputError, match=r"texts are no sample|characters, more than|is no Unicode"):
         pair[1].read(texts)
 
 
@@ -143,13 +161,20 @@ def test_a_model_that_reads_no_text_says_so(tmp_path):
         session.run_text("good")
 
 
-def test_a_manifest_says_the_missing_package(tmp_path, monkeypatch):
+def test_a_device_that_cannot_read_texts_says_so_when_it_loads(tmp_path, monkeypatch):
     import sys
 
     from edgekit.errors import MissingExtra
 
     sealed(tmp_path / "b")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with edgekit.load(tmp_path / "b") as session, pytest.raises(MissingExtra, match="tokenizers") as caught:
-        session.run_text("good")
+    with pytest.raises(MissingExtra, match="tokenizers") as caught:
+        edgekit.load(tmp_path / "b")
     assert "edgekit[text]" in caught.value.hint
+
+
+def test_texts_are_read_by_the_bytes_that_were_checked(tmp_path):
+    sealed(tmp_path / "b")
+    with edgekit.load(tmp_path / "b") as session:
+        (tmp_path / "b/preprocess/tokenizer.json").write_text("{}")
+        assert session.run_text("good")[0][0] == "good"
