@@ -29,7 +29,7 @@ def options(command: Command) -> Command:
             click.option("--without-authentication", is_flag=True, help="Let anybody ask who reaches the address."),
             click.option("--queue", default=64, show_default=True, type=click.IntRange(0), help="Requests that wait."),
             click.option(
-                "--timeout",
+                "--request-timeout",
                 default=60.0,
                 show_default=True,
                 type=click.FloatRange(0, min_open=True),
@@ -44,7 +44,7 @@ def options(command: Command) -> Command:
     return command
 
 
-def told(*, address: str, queue: int, timeout: float, max_body: int, **who: Any) -> Options:  # noqa: ANN401  # flags as click typed them
+def told(*, address: str, queue: int, request_timeout: float, max_body: int, **who: Any) -> Options:  # noqa: ANN401  # flags as click typed them
     """Return what the flags say.
 
     Raises:
@@ -54,7 +54,7 @@ def told(*, address: str, queue: int, timeout: float, max_body: int, **who: Any)
 
     access = _access(**who)
     _refuse_open(address, access, allowed=who["without_authentication"])
-    limits = Limits(body=max_body << 20, queue=queue, seconds=timeout)
+    limits = Limits(body=max_body << 20, queue=queue, seconds=request_timeout)
     return Options(address=address, limits=limits, access=access)
 
 

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from fakes.brokers import Mosquitto, free_port
 from fakes.bundles import mlp_bundle, null_bundle
+from fakes.requests_to import ask
 
 from edgekit.cli import cli
 from edgekit.errors import UsageError
@@ -114,11 +115,15 @@ def test_a_model_comes_over_the_air_serves_is_replaced_and_a_bad_one_is_halted(f
     assert "127.0.0.1" in server.says("no access rules")
     ota("publish", fleet, good.folder, *FAST)
     ota("rollout", "start", fleet, "mlp")
-    agent = processes("agent", *agent_arguments(fleet, f"mqtt://127.0.0.1:{port}"), "--port", 0)
+    (tmp_path / "tokens").write_text("0123456789-0123456789\n")
+    flags = ("--port", 0, "--token-file", tmp_path / "tokens")
+    agent = processes("agent", *agent_arguments(fleet, f"mqtt://127.0.0.1:{port}"), *flags)
     agent.says("installed version 1")
     url = agent.says("serving on").split()[-1]
     with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=10) as answer:  # noqa: S310  # our own server
         assert answer.status == 200
+    assert ask(url, path="/v2")[0] == 401
+    assert ask(url, path="/v2", headers={"Authorization": "Bearer 0123456789-0123456789"})[0] == 200
     assert settled(fleet, "mlp-v1")["reason"] == "1 installed"
 
     ota("publish", fleet, better.folder, *FAST)

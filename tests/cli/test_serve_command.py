@@ -104,7 +104,7 @@ def test_command_itself_serves_and_stops(tmp_path, monkeypatch):
 def test_a_token_file_is_asked_of_every_client(tmp_path):
     bundles.mlp_bundle(tmp_path / "b")
     (tmp_path / "tokens").write_text("0123456789-0123456789\n")
-    flags = ["--token-file", tmp_path / "tokens", "--queue", 3, "--timeout", 5, "--max-body", 1]
+    flags = ["--token-file", tmp_path / "tokens", "--queue", 3, "--request-timeout", 5, "--max-body", 1]
     with start(tmp_path / "b", "--port", 0, *flags) as child:
         child.stdout.readline()
         url = child.stdout.readline().split()[2]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgekit.ota.device.agent import Vitals
     from edgekit.ota.release import Limits, Release
     from edgekit.runtime.host import Host
-    from edgekit.runtime.server import Running
+    from edgekit.runtime.server import Options, Running
     from edgekit.runtime.session import Session, TextSession
     from edgekit.runtime.telemetry import Statistics
 
@@ -38,6 +38,7 @@ class HostServing:
         self.port = port
         self.threads = threads
         self.engines = engines
+        self.listening: Options | None = None
         self.tell: Callable[[str], None] = lambda _: None
         self.host: Host | None = None
         self.server: Running | None = None
@@ -144,7 +145,7 @@ class HostServing:
 
         host = Host(session)
         try:
-            self.server = None if self.port is None else serve_in_thread(host, self.port)
+            self.server = None if self.port is None else serve_in_thread(host, self.port, self.listening)
         except EdgekitError:
             host.close()  # so that the next try begins anew, instead of serving without its port
             raise

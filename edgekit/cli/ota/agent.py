@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
 
+from edgekit.cli import _listening
 from edgekit.cli._terminal import Terminal, command, finite
 
 
@@ -29,6 +31,7 @@ from edgekit.cli._terminal import Terminal, command, finite
     callback=finite,
     help="With --once: wait so many seconds for an update.",
 )
+@_listening.options
 def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one parameter an option
     terminal: Terminal,
     *,
@@ -44,6 +47,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
     model: str | None,
     once: bool,
     timeout: float,
+    **listening: Any,  # noqa: ANN401  # as click typed it
 ) -> None:
     """Keep this device at what its fleet wants, and serve the installed model."""
     from edgekit.cli.ota import _device
@@ -59,6 +63,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
     _check_port(port)
     serving = HostServing(target, port, threads, state / "engines")
     serving.tell = terminal.say
+    serving.listening = _listening.told(**listening)
     member = Device(name=device, profile=target, state=state, serving=serving)
     try:
         if repository is not None:
