@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,6 +39,7 @@ def options(command: Command) -> Command:
             click.option(
                 "--max-body", default=64, show_default=True, type=click.IntRange(1, 4096), help="MiB of a request."
             ),
+            click.option("--access-log", is_flag=True, help="Write a line of JSON a request to stderr."),
         )
     ):
         command = add(command)
@@ -52,10 +54,22 @@ def told(*, address: str, queue: int, request_timeout: float, max_body: int, **w
     """
     from edgekit.runtime.server import Limits, Options
 
+    if who["access_log"]:
+        _log()
     access = _access(**who)
     _refuse_open(address, access, allowed=who["without_authentication"])
     limits = Limits(body=max_body << 20, queue=queue, seconds=request_timeout)
     return Options(address=address, limits=limits, access=access)
+
+
+def _log() -> None:
+    from edgekit.runtime.server.access_log import LOG
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    LOG.handlers[:] = [handler]
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
 
 
 def _access(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from edgekit.cli import _listening
 from edgekit.cli._terminal import command
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder of engines built on this device, TensorRT's. [default: ~/.cache/edgekit/engines]",
 )
+@click.option("--systemd", is_flag=True, help="Print the unit of a service that runs this command, and end.")
 @_listening.options
 def COMMAND(  # noqa: N802  # the name under which the command line finds it
     terminal: Terminal,
@@ -43,6 +47,9 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
     /v1/classify, pictures at /v1/detect, and /healthz, /readyz, /metrics. Other addresses than loopback want a file of
     tokens or an authority of certificates.
     """
+    if listening.pop("systemd"):
+        _tell_unit(terminal)
+        return
     import signal
 
     from edgekit.runtime import engine_cache, load
@@ -59,6 +66,30 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
     except KeyboardInterrupt:
         counted = host.statistics()
         terminal.say(f"stopped after {counted.requests} requests, {counted.errors} failed")
+
+
+def _tell_unit(terminal: Terminal) -> None:
+    """Print a unit with the flags that were typed, their paths made absolute."""
+    from edgekit.runtime.server.systemd import unit
+
+    context = click.get_current_context()
+    program = shutil.which("edgekit") or str(Path(sys.argv[0]).resolve())
+    words, flags = [program, "serve"], []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        typed = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if not typed or parameter.name in ("systemd", "as_json", "quiet", "debug"):
+            continue
+        text = str(value.resolve()) if isinstance(value, Path) else str(value)
+        if isinstance(parameter, click.Argument):
+            words.append(text)
+        elif isinstance(parameter, click.Option) and parameter.is_flag:
+            flags.append(parameter.opts[0])
+        else:
+            flags += [parameter.opts[0], text]
+    made = unit([*words, *flags], f"edgekit serves {context.params['bundle']}")
+    terminal.say(made.rstrip())
+    terminal.result({"unit": made})
 
 
 def _announce(terminal: Terminal, host: Host, url: str) -> None:

@@ -36,6 +36,19 @@ class Statistics:
     seconds: float = 0.0
 
 
+class Histogram:
+    """Counts of seconds by `BUCKETS`; the caller orders the calls."""
+
+    def __init__(self) -> None:
+        self.buckets = [0] * (len(BUCKETS) + 1)
+        self.seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one."""
+        self.buckets[bisect_left(BUCKETS, seconds)] += 1
+        self.seconds += seconds
+
+
 class Telemetry:
     """Counts for one digest; safe to call from several threads."""
 
@@ -43,8 +56,7 @@ class Telemetry:
         self.digest = digest
         self._lock = threading.Lock()
         self._window: deque[float] = deque(maxlen=WINDOW)
-        self._buckets = [0] * (len(BUCKETS) + 1)
-        self._seconds = 0.0
+        self._times = Histogram()
         self._requests = self._errors = self._refused = self._non_finite = 0
         self._kinds: Counter[str] = Counter()
 
@@ -55,12 +67,10 @@ class Telemetry:
 
     def answered(self, seconds: float) -> None:
         """Count an answer and how long it took."""
-        slot = bisect_left(BUCKETS, seconds)
         with self._lock:
             self._requests += 1
             self._window.append(seconds)
-            self._buckets[slot] += 1
-            self._seconds += seconds
+            self._times.add(seconds)
 
     def failed(self, kind: str, *, by_caller: bool) -> None:
         """Count a request that ended in an error of that kind."""
@@ -91,8 +101,8 @@ class Telemetry:
                 p95_ms=1000 * percentile(ordered, 95),
                 p99_ms=1000 * percentile(ordered, 99),
                 by_kind=dict(self._kinds),
-                buckets=tuple(self._buckets),
-                seconds=self._seconds,
+                buckets=tuple(self._times.buckets),
+                seconds=self._times.seconds,
             )
 
 

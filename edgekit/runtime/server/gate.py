@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from edgekit.runtime.server.exchange import HttpError
+from edgekit.runtime.telemetry import Histogram
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,11 +48,23 @@ class Gate:
         self._lock = threading.Lock()
         self._inside = 0
         self._average = 0.0
+        self._waits = Histogram()
+        self.turned_away = self.given_up = 0
 
     @property
     def waiting(self) -> int:
         """How many requests wait for a thread."""
         return max(0, self._inside - self.limits.workers)
+
+    @property
+    def inside(self) -> int:
+        """How many requests compute or wait."""
+        return self._inside
+
+    def waits(self) -> tuple[tuple[int, ...], float]:
+        """Return how long requests waited for a thread: counts by `telemetry.BUCKETS`, and all seconds together."""
+        with self._lock:
+            return tuple(self._waits.buckets), self._waits.seconds
 
     def start(self, work: Callable[[], Result]) -> Future[Result]:
         """Give work to a thread.
@@ -61,9 +74,10 @@ class Gate:
         """
         with self._lock:
             if self._inside >= self.limits.workers + self.limits.queue:
+                self.turned_away += 1
                 raise self._busy()
             self._inside += 1
-        future = self._threads.submit(self._timed, work)
+        future = self._threads.submit(self._timed, work, time.perf_counter())
         future.add_done_callback(self._leave)
         return future
 
@@ -88,6 +102,7 @@ class Gate:
             return await waiting
         except asyncio.CancelledError:
             if late:
+                self.given_up += 1
                 raise HttpError(504, f"no answer within {self.limits.seconds:g} s") from None
             raise
         finally:
@@ -97,8 +112,10 @@ class Gate:
         """End the threads once they are idle."""
         self._threads.shutdown(wait=True)
 
-    def _timed(self, work: Callable[[], Result]) -> Result:
+    def _timed(self, work: Callable[[], Result], asked: float) -> Result:
         started = time.perf_counter()
+        with self._lock:
+            self._waits.add(started - asked)
         try:
             return work()
         finally:

@@ -5,6 +5,7 @@ Listens on loopback unless told otherwise. Knows no route.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from edgekit.errors import HealthError, ResourceError, from_os
 from edgekit.plugins import extra
+from edgekit.runtime.server import systemd
 from edgekit.runtime.server.access import Access
 from edgekit.runtime.server.app import App
 from edgekit.runtime.server.gate import Limits
@@ -151,7 +153,30 @@ def _server(host: Host, options: Options) -> tuple[Any, App]:
         timeout_graceful_shutdown=DRAIN_SECONDS,
         **tls,
     )
-    return uvicorn.Server(config), app
+    return _told(uvicorn.Server)(config), app
+
+
+def _told(server: type[Any]) -> type[Any]:
+    """Return uvicorn's server that tells systemd when it is ready, that its loop runs, and that it stops."""
+
+    class Told(server):  # type: ignore[misc]  # uvicorn is imported late
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            systemd.notify("READY=1")
+            self._living = asyncio.create_task(_live())
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            systemd.notify("STOPPING=1")
+            self._living.cancel()
+            await super().shutdown(sockets)
+
+    return Told
+
+
+async def _live() -> None:
+    while (seconds := systemd.watchdog_seconds()) is not None:
+        systemd.notify("WATCHDOG=1")
+        await asyncio.sleep(seconds)
 
 
 def _await_start(server: Any, thread: threading.Thread) -> None:  # noqa: ANN401  # uvicorn is imported late
