@@ -73,6 +73,85 @@ def test_real_model_completes(smol):
     assert "five" in done.choices[0].text
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 1, "maximum": 99},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_real_model_answers_in_the_json_of_a_schema(smol):
+    asked = {"model": "smollm2", "messages": [{"role": "user", "content": "A person?"}], "max_tokens": 80}
+    stated = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    for temperature, seed in ((0, 0), (1.5, 1), (1.5, 2)):
+        said = smol.chat.completions.create(**asked, temperature=temperature, seed=seed, response_format=stated)
+        person = json.loads(said.choices[0].message.content)
+        assert set(person) == {"name", "age"}
+        assert len(person["name"]) <= 12
+        assert 1 <= person["age"] <= 99
+    free = smol.chat.completions.create(**asked, temperature=0, response_format={"type": "json_object"})
+    assert free.choices[0].message.content.lstrip()[0] == "{"
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+    with pytest.raises(openai.BadRequestError, match="schema"):
+        smol.chat.completions.create(**asked, response_format=wrong)
+
+
+def test_real_model_keeps_to_a_grammar(smol):
+    asked = {"model": "smollm2", "prompt": "Is water wet?", "max_tokens": 8, "temperature": 0}
+    said = smol.completions.create(**asked, extra_body={"grammar": 'root ::= "maybe" | "perhaps"'})
+    assert said.choices[0].text in ("maybe", "perhaps")
+    with pytest.raises(openai.BadRequestError, match="grammar"):
+        smol.completions.create(**asked, extra_body={"grammar": "root ::= nope"})
+
+
+def test_real_model_tells_how_sure_it_is(smol):
+    asked = {
+        "model": "smollm2",
+        "messages": USER,
+        "max_tokens": 5,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+    whole = smol.chat.completions.create(**asked)
+    told = whole.choices[0].logprobs.content
+    assert "".join(one.token for one in told) == whole.choices[0].message.content
+    assert len(told) == 5
+    for one in told:
+        assert one.logprob <= 0
+        assert bytes(one.bytes).decode() == one.token
+        assert len(one.top_logprobs) == 3
+        assert one.top_logprobs[0].logprob == one.logprob  # greedy: the likeliest was taken
+    events = [e.choices[0].logprobs for e in smol.chat.completions.create(**asked, stream=True) if e.choices]
+    streamed = [one for event in events if event for one in event.content]
+    assert [(one.token, round(one.logprob, 3)) for one in streamed] == [
+        (one.token, round(one.logprob, 3)) for one in told
+    ]
+    plain = smol.completions.create(model="smollm2", prompt="one, two,", max_tokens=3, temperature=0, logprobs=2)
+    scores = plain.choices[0].logprobs
+    assert "".join(scores.tokens) == plain.choices[0].text
+    assert [len(likely) for likely in scores.top_logprobs] == [2] * len(scores.tokens)
+    assert smol.chat.completions.create(model="smollm2", messages=USER, max_tokens=2).choices[0].logprobs is None
+
+
+def test_real_model_takes_what_narrows_its_choice(smol):
+    asked = {"model": "smollm2", "prompt": "The sky is", "max_tokens": 6}
+    greedy = smol.completions.create(**asked, temperature=0).choices[0].text
+    for narrow in ({"top_k": 1}, {"min_p": 1.0}):
+        said = smol.completions.create(**asked, temperature=1.9, seed=3, extra_body=narrow)
+        assert said.choices[0].text == greedy
+    wild = (
+        smol.completions.create(**asked, temperature=1.9, seed=3, extra_body={"top_k": 0, "min_p": 0.0}).choices[0].text
+    )
+    assert wild != greedy
+    again = smol.completions.create(**asked, temperature=0, frequency_penalty=2.0, presence_penalty=2.0)
+    assert again.choices[0].text
+
+
 def test_real_model_answers_a_prompt_beyond_its_context_with_400(smol):
     with pytest.raises(openai.BadRequestError, match="context size"):
         smol.completions.create(model="smollm2", prompt="word " * 2000)

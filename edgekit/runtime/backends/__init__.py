@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
@@ -90,22 +90,43 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How the next token is chosen; temperature 0 is greedy."""
+    """How the next token is chosen; temperature 0 is greedy, what is None is the engine's own.
+
+    ``grammar`` (GBNF of llama.cpp) or ``schema`` (JSON Schema, ``{}`` for any JSON) bound the answer. With
+    ``alternatives`` each token comes with its log probability, and those of so many likely ones.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.8
     top_p: float = 0.95
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    grammar: str = ""
+    schema: dict[str, Any] | None = None
+    alternatives: int | None = None
+
+
+class TokenScore(msgspec.Struct, frozen=True):
+    """A token that was chosen, the natural logarithm of its probability, and those of the likeliest."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...] = ()
+    likely: tuple[tuple[str, float, tuple[int, ...]], ...] = ()
 
 
 class TextPiece(msgspec.Struct, frozen=True):
-    """A piece of an answer; the last has ``finish`` and the token counts."""
+    """A piece of an answer; the last has ``finish`` and the token counts. ``scores`` are of its tokens, if asked."""
 
     text: str
     finish: Literal["", "stop", "length"] = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    scores: tuple[TokenScore, ...] = ()
 
 
 class TextEngine(Protocol):

@@ -5,6 +5,7 @@ Both answer in OpenAI's chunks; this file turns them into pieces of text. Knows 
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import secrets
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgekit.errors import HealthError, InputError, UsageError
 from edgekit.plugins import extra
-from edgekit.runtime.backends import TextPiece
+from edgekit.runtime.backends import TextPiece, TokenScore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ class GgufEngine:
             InputError: llama.cpp refuses the conversation, as when it exceeds the context.
         """
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        return pieces(self._open()(True, {"messages": turns, **_request(sampling)}))  # noqa: FBT003  # Callable takes no keywords
+        return pieces(self._open()(True, {"messages": turns, **_request(sampling, is_chat=True)}))  # noqa: FBT003  # Callable takes no keywords
 
     def complete(self, prompt: str, sampling: Sampling) -> Iterator[TextPiece]:
         """Continue a text as it stands.
@@ -52,7 +53,7 @@ class GgufEngine:
         Raises:
             InputError: llama.cpp refuses the prompt, as when it exceeds the context.
         """
-        return pieces(self._open()(False, {"prompt": prompt, **_request(sampling)}))  # noqa: FBT003  # Callable takes no keywords
+        return pieces(self._open()(False, {"prompt": prompt, **_request(sampling, is_chat=False)}))  # noqa: FBT003  # Callable takes no keywords
 
     def next_scores(self, tokens: Sequence[int], most: int) -> Mapping[int, float]:
         """Return the log probabilities of the ``most`` likely next tokens; llama-cpp-python tells none.
@@ -111,24 +112,52 @@ def pieces(chunks: Iterator[Chunk]) -> Iterator[TextPiece]:
         for choice in chunk.get("choices", ()):
             text = choice.get("text") or choice.get("delta", {}).get("content") or ""
             finish = "length" if choice.get("finish_reason") == "length" else finish
-            if text:
+            scores = _scores(choice)
+            if text or scores:
                 said += 1
-                yield TextPiece(text)
+                yield TextPiece(text, scores=scores)
     yield TextPiece("", finish, usage.get("prompt_tokens", 0), usage.get("completion_tokens", said))
 
 
-def _request(sampling: Sampling) -> dict[str, Any]:
+def _scores(choice: Mapping[str, Any]) -> tuple[TokenScore, ...]:
+    told = (choice.get("logprobs") or {}).get("content") or ()
+    return tuple(
+        TokenScore(
+            one["token"],
+            one["logprob"],
+            tuple(one.get("bytes") or ()),
+            tuple((top["token"], top["logprob"], tuple(top.get("bytes") or ())) for top in one.get("top_logprobs", ())),
+        )
+        for one in told
+    )
+
+
+def _request(sampling: Sampling, *, is_chat: bool) -> dict[str, Any]:
+    """Return llama.cpp's own names; what is not said is left to it."""
     request: dict[str, Any] = {
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "stream": True,
     }
-    if sampling.seed is not None:
-        request["seed"] = sampling.seed
+    said = {
+        name: value
+        for name in ("top_k", "min_p", "frequency_penalty", "presence_penalty", "seed")
+        if (value := getattr(sampling, name)) is not None
+    }
     if sampling.stop:
-        request["stop"] = list(sampling.stop)
-    return request
+        said["stop"] = list(sampling.stop)
+    if sampling.grammar:
+        said["grammar"] = sampling.grammar
+    if sampling.schema is not None:
+        said["json_schema"] = sampling.schema
+    if sampling.alternatives is not None:
+        said |= (
+            {"logprobs": True, "top_logprobs": sampling.alternatives}
+            if is_chat
+            else {"logprobs": max(1, sampling.alternatives)}
+        )
+    return {**request, **said}
 
 
 def _open_xllamacpp(main: Path, threads: int, context: int) -> GgufEngine:
@@ -193,6 +222,22 @@ def _called_back(call: Callable[..., object], request: dict[str, Any]) -> Iterat
         left.set()
 
 
+def _as_llama_cpp_python(llama_cpp: Any, request: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401  # not typed
+    """Make a grammar of what bounds the answer, as that package wants it.
+
+    Raises:
+        ValueError: probabilities are asked for, which it tells only where it keeps all logits in memory.
+    """
+    if "logprobs" in request:
+        raise ValueError("llama-cpp-python tells no probabilities here; xllamacpp does")
+    if "json_schema" in request:
+        schema = json.dumps(request.pop("json_schema") or {"type": "object"})
+        request["grammar"] = llama_cpp.LlamaGrammar.from_json_schema(schema, verbose=False)
+    elif "grammar" in request:
+        request["grammar"] = llama_cpp.LlamaGrammar.from_string(request["grammar"], verbose=False)
+    return request
+
+
 def _open_llama_cpp(llama_cpp: Any, main: Path, threads: int, context: int) -> GgufEngine:  # noqa: ANN401  # not typed
     try:
         model = llama_cpp.Llama(
@@ -205,6 +250,7 @@ def _open_llama_cpp(llama_cpp: Any, main: Path, threads: int, context: int) -> G
     def ask(is_chat: bool, request: dict[str, Any]) -> Iterator[Chunk]:
         with lock:
             try:
+                request = _as_llama_cpp_python(llama_cpp, request)
                 yield from (model.create_chat_completion if is_chat else model.create_completion)(**request)
             except (ValueError, RuntimeError) as error:
                 yield {"error": {"message": str(error)}}

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from edgekit.errors import EdgekitError, HealthError, InputError
-from edgekit.runtime.backends import Message, Sampling, TextPiece
+from edgekit.runtime.backends import Message, Sampling, TextPiece, TokenScore
 from edgekit.runtime.server.exchange import HttpError, Request, Response, as_json
 from edgekit.runtime.session import TextSession
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from edgekit.runtime.host import Host
     from edgekit.runtime.server.gate import Gate
@@ -48,19 +48,59 @@ class _Generation(msgspec.Struct, kw_only=True):
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    grammar: Annotated[str, msgspec.Meta(max_length=1 << 16)] | None = None
     stop: str | Annotated[list[str], msgspec.Meta(max_length=4)] | None = None
     n: Literal[1] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
 
+class _Schema(msgspec.Struct):
+    schema: dict[str, Any] = {}
+
+
+class _Format(msgspec.Struct):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _Schema | None = None
+
+
 class _Chat(_Generation, kw_only=True):
     messages: Annotated[list[_Turn], msgspec.Meta(min_length=1, max_length=1000)]
+    response_format: _Format | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens are told beside each one; None for no scores."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """What bounds the answer; empty for any JSON object."""
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        stated = self.response_format.json_schema
+        return stated.schema if self.response_format.type == "json_schema" and stated else {"type": "object"}
 
 
 class _Completion(_Generation, kw_only=True):
     prompt: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=1)]
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """The same."""
+        return self.logprobs
+
+    @property
+    def schema(self) -> None:
+        """Completions have no such option."""
 
 
 class _Shape(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,10 +112,11 @@ class _Shape(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     created: int
 
-    def piece(self, text: str, finish: str | None) -> dict[str, Any]:
+    def piece(self, piece: TextPiece) -> dict[str, Any]:
         """Return one event of a stream."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
-        choice |= {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": piece.finish or None, "logprobs": None}
+        choice |= {"delta": {"content": piece.text} if piece.text else {}} if self.chat else {"text": piece.text}
+        choice["logprobs"] = self._scored(piece.scores)
         return self._frame("chat.completion.chunk" if self.chat else "text_completion", [choice])
 
     def opening(self) -> dict[str, Any]:
@@ -84,9 +125,9 @@ class _Shape(msgspec.Struct, frozen=True, kw_only=True):
         choice = {"index": 0, "delta": delta, "finish_reason": None, "logprobs": None}
         return self._frame("chat.completion.chunk", [choice])
 
-    def whole(self, text: str, last: TextPiece) -> dict[str, Any]:
+    def whole(self, text: str, last: TextPiece, scores: Sequence[TokenScore]) -> dict[str, Any]:
         """Return an answer that is not streamed."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": last.finish, "logprobs": None}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": last.finish, "logprobs": self._scored(scores)}
         choice |= {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._frame(kind, [choice]), "usage": _usage(last)}
@@ -95,6 +136,27 @@ class _Shape(msgspec.Struct, frozen=True, kw_only=True):
         """Return the event that carries the token counts."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return {**self._frame(kind, []), "usage": _usage(last)}
+
+    def _scored(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+        if not scores:
+            return None
+        if not self.chat:
+            return {
+                "tokens": [one.token for one in scores],
+                "token_logprobs": [one.logprob for one in scores],
+                "top_logprobs": [{token: logprob for token, logprob, _ in one.likely} for one in scores],
+                "text_offset": [],
+            }
+        content = [
+            {
+                "token": one.token,
+                "logprob": one.logprob,
+                "bytes": one.bytes,
+                "top_logprobs": [{"token": t, "logprob": p, "bytes": b} for t, p, b in one.likely],
+            }
+            for one in scores
+        ]
+        return {"content": content, "refusal": None}
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -159,12 +221,13 @@ async def _generate(
     if wish.stream:
         usage = bool(wish.stream_options and wish.stream_options.include_usage)
         return Response(_events(generation, first, shape, (usage, leaving)), kind=b"text/event-stream")
-    text, last = "", first
+    text, last, scores = "", first, [*first.scores]
     while not last.finish:
         text += last.text
         last = await generation.next()
+        scores += last.scores
     leaving.cancel()
-    return as_json(shape.whole(text, last))
+    return as_json(shape.whole(text, last, scores))
 
 
 class _Generating:
@@ -237,9 +300,9 @@ async def _events(
         if shape.chat:
             yield _event(shape.opening())
         while not piece.finish:
-            yield _event(shape.piece(piece.text, None))
+            yield _event(shape.piece(piece))
             piece = await generation.next()
-        yield _event(shape.piece("", piece.finish))
+        yield _event(shape.piece(TextPiece("", piece.finish)))
         if with_usage:
             yield _event(shape.usage(piece))
         yield b"data: [DONE]\n\n"
@@ -265,14 +328,21 @@ def _parse(request: Request, kind: type[Any]) -> Any:  # noqa: ANN401  # the cal
         raise HttpError(400, f"malformed request: {error}") from error
 
 
-def _sampling(asked: _Generation) -> Sampling:
+def _sampling(asked: _Chat | _Completion) -> Sampling:
     stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
     return Sampling(
         max_tokens=asked.max_completion_tokens or asked.max_tokens or MAX_TOKENS,
         temperature=0.8 if asked.temperature is None else asked.temperature,
         top_p=0.95 if asked.top_p is None else asked.top_p,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+        frequency_penalty=asked.frequency_penalty,
+        presence_penalty=asked.presence_penalty,
         seed=asked.seed,
         stop=stop,
+        grammar=asked.grammar or "",
+        schema=asked.schema,
+        alternatives=asked.alternatives,
     )
 
 
