@@ -6,12 +6,13 @@ Knows no data but the length of its token windows, and nothing of passes.
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
 from edgekit import token_numbers
 from edgekit.errors import CompressionError, UsageError
+from edgekit.manifest import Embedding
 from edgekit.model import TextReading, TorchNetwork
 from edgekit.network_files import broken_file_errors
 from edgekit.plugins import extra
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from edgekit.model import Model, Split
 
+Kind = TypeVar("Kind")
 CAUSAL = "AutoModelForCausalLM"
 HEADS = {
     "ForCausalLM": (CAUSAL, "logits"),
@@ -36,6 +38,13 @@ HEADS = {
 }
 """By the end of an architecture's name: what of transformers opens it, and which of its outputs is ours."""
 
+POOLINGS: dict[str, Literal["mean", "max", "cls", "last"]] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
+"""Sentence Transformers' names of what makes one vector of many."""
 SINGLE = "single_label_classification"
 INNER = "inner"
 PICTURES = 4
@@ -91,6 +100,35 @@ def reading(folder: Path, samples: Split) -> TextReading | None:
     except UsageError:
         return None
     return TextReading(written, int(windows.shape[1])) if written else None
+
+
+def embedding(folder: Path) -> Embedding | None:
+    """Return how a folder of Sentence Transformers makes a vector of a text; None for other folders.
+
+    Raises:
+        UsageError: it adds layers of its own, or pools in a way that is not known.
+    """
+    path = folder / "modules.json"
+    if not path.is_file() or _head(folder)[1] != HEADS["Model"][1]:
+        return None
+    modules = [(str(one.get("type", "")).rpartition(".")[2], str(one.get("path", ""))) for one in _listed(path)]
+    kinds = [kind for kind, _ in modules]
+    if kinds[:1] != ["Transformer"] or not set(kinds[1:]) <= {"Pooling", "Normalize"}:
+        raise UsageError(
+            f"{path} describes {', '.join(kinds)}; a transformer, its pooling and a normalization are read",
+            "wrap the whole of it in a Python workload: file.py:build",
+        )
+    pooling = next((where for kind, where in modules if kind == "Pooling"), None)
+    if pooling is None:
+        return None
+    stated = _decoded(folder / pooling / "config.json", dict[str, Any])
+    found = [name for key, name in POOLINGS.items() if stated.get(key)]
+    if len(found) != 1:
+        raise UsageError(
+            f"{folder / pooling} pools by {' and '.join(found) or 'something else'}",
+            f"one is read of {', '.join(POOLINGS.values())}",
+        )
+    return Embedding(output=HEADS["Model"][1], pooling=found[0], normalize="Normalize" in kinds)
 
 
 def network(folder: Path, samples: Split) -> TorchNetwork:
@@ -195,9 +233,16 @@ def _architecture(folder: Path) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    return _decoded(folder / "config.json", dict[str, Any])
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    return _decoded(path, list[dict[str, Any]])
+
+
+def _decoded(path: Path, kind: type[Kind]) -> Kind:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(path.read_bytes(), type=kind)
     except (msgspec.DecodeError, OSError) as error:
         raise UsageError(f"{path} is damaged: {error}", "fetch the folder again") from error
 

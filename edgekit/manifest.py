@@ -89,6 +89,18 @@ class Detection(_Part, frozen=True, kw_only=True):
     max_detections: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
 
 
+class Embedding(_Part, frozen=True, kw_only=True):
+    """From an encoder's output to one vector a text.
+
+    ``output`` is [batch, tokens, width], made one by ``pooling`` over the tokens that the mask counts, or [batch,
+    width] with "none". ``normalize``: the vector has length 1, so that a product of two is their cosine.
+    """
+
+    output: str
+    pooling: Literal["mean", "max", "cls", "last", "none"] = "mean"
+    normalize: bool = True
+
+
 class TextPreprocess(_Part, frozen=True, kw_only=True):
     """From a text, or a pair of texts, to its tokens' numbers, special ones included: cut, or filled up with zeros.
 
@@ -262,6 +274,7 @@ class Manifest(_Part, frozen=True, kw_only=True):
     text: TextPreprocess | None = None
     postprocess: Classification | None = None
     detection: Detection | None = None
+    embedding: Embedding | None = None
     variants: Annotated[tuple[Variant, ...], msgspec.Meta(min_length=1)]
     golden: Golden = msgspec.field(default_factory=Golden)
     lineage: tuple[Step, ...] = ()
@@ -351,6 +364,7 @@ def _check_processing(manifest: Manifest) -> None:
     inputs, outputs = ({spec.name for spec in specs} for specs in (manifest.inputs, manifest.outputs))
     read = ([image.input] if image else []) + (list(text.inputs) if text else [])
     told = ([labels.output] if labels else []) + ([found.boxes, found.scores] if found else [])
+    told += [manifest.embedding.output] if manifest.embedding else []
     for kind, names, there in (("input", read, inputs), ("output", told, outputs)):
         if missing := set(names) - there:
             raise BundleError(f"the manifest prepares or reads the {kind} {min(missing)!r}, which the model has not")

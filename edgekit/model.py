@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import onnxruntime
     import torch
 
-    from edgekit.manifest import Detection, ImagePreprocess, Step, Task
+    from edgekit.manifest import Detection, Embedding, ImagePreprocess, Step, Task
     from edgekit.plan import QuantizationPlan
     from edgekit.tensors import Array, TensorSpec
 
@@ -92,8 +92,8 @@ class TextReading:
 class Data:
     """The splits of a data set, how its pictures, texts and labels read, and the names of the outputs if they are told.
 
-    ``detection`` says how objects are read from the outputs of a detector. ``calibration`` and
-    ``validation`` steer, ``train`` trains, ``test`` is read once at the end.
+    ``detection`` says how objects are read from the outputs of a detector, ``embedding`` how a vector from an
+    encoder's. ``calibration`` and ``validation`` steer, ``train`` trains, ``test`` is read once at the end.
     """
 
     calibration: Split
@@ -105,6 +105,7 @@ class Data:
     outputs: tuple[str, ...] = ()
     text: TextReading | None = None
     detection: Detection | None = None
+    embedding: Embedding | None = None
 
     @classmethod
     def of(
@@ -125,7 +126,8 @@ class Data:
 
     def digest(self) -> str:
         """Return the SHA-256 over every array with its name, type and shape, and how pictures, texts, labels read."""
-        total = hashlib.sha256(repr((self.preprocess, self.labels, self.outputs, self.text, self.detection)).encode())
+        told = (self.preprocess, self.labels, self.outputs, self.text, self.detection, self.embedding)
+        total = hashlib.sha256(repr(told).encode())
         total.update(self.text.tokenizer if self.text else b"")
         for part, split in self.splits().items():
             for name, array in (*split.inputs.items(), ("labels", split.labels), ("groups", split.groups)):

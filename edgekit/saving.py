@@ -13,7 +13,7 @@ import msgspec
 from edgekit import hugging_face, network_files, onnx_io
 from edgekit.durable import new_folder
 from edgekit.errors import UsageError
-from edgekit.manifest import Detection, ImagePreprocess, Step, Task
+from edgekit.manifest import Detection, Embedding, ImagePreprocess, Step, Task
 from edgekit.model import Data, Model, OnnxNetwork, Split, TextReading, TorchNetwork
 from edgekit.plan import FILE as PLAN
 from edgekit.plan import QuantizationPlan
@@ -68,6 +68,7 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     labels: tuple[str, ...]
     lineage: tuple[Step, ...]
     detection: Detection | None = None
+    embedding: Embedding | None = None
     tokens: int = 0
 
 
@@ -107,6 +108,7 @@ def write(model: Model, folder: Path) -> None:
         preprocess=data.preprocess if data else None,
         labels=data.labels if data else (),
         detection=data.detection if data else None,
+        embedding=data.embedding if data else None,
         tokens=data.text.tokens if data and data.text else 0,
     )
     if data and data.text:
@@ -216,6 +218,7 @@ def _reading_of(folder: Path, saved: Saved, data: Data) -> Data:
         labels=data.labels or saved.labels,
         text=data.text or text,
         detection=data.detection or saved.detection,
+        embedding=data.embedding or saved.embedding,
     )
 
 

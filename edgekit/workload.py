@@ -263,7 +263,8 @@ def _load_hugging_face(folder: Path, data: Data | None, *, as_text: bool) -> Mod
         steps = (Step(name="load", options={"source": name, "checkpoint": digest.hexdigest()}),)
         if not (as_text and hugging_face.speaks(folder)):
             text = data.text or hugging_face.reading(folder, data.calibration)
-            data = replace(_numbered(data, hugging_face.labels(folder)), text=text)
+            vector = data.embedding or hugging_face.embedding(folder)
+            data = replace(_numbered(data, hugging_face.labels(folder)), text=text, embedding=vector)
             return _described(name, hugging_face.network(folder, data.calibration), data, steps)
         hugging_face.refuse_windows(folder, data.calibration)
     if hugging_face.speaks(folder):

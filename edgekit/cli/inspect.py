@@ -124,6 +124,10 @@ def _tell_tensors(terminal: Terminal, manifest: Manifest) -> None:
         terminal.say(f"labels  {len(own.labels)}, from {own.output}{softmax}, best {own.top_k}")
     if manifest.detection:
         terminal.say(f"objects {_detection(manifest.detection)}")
+    if manifest.embedding:
+        vector = manifest.embedding
+        length = ", of length 1" if vector.normalize else ""
+        terminal.say(f"vectors from {vector.output}, pooling {vector.pooling}{length}")
     for prompt, answer in manifest.golden.prompts:
         terminal.say(f"golden  {prompt!r} -> {answer!r}")
     terminal.say()

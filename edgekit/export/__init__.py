@@ -308,6 +308,7 @@ def _seal(model: Model, reference: Reference, rows: Sequence[TargetResult], *, s
         text=contract.text,
         postprocess=contract.postprocess,
         detection=contract.detection,
+        embedding=contract.embedding,
         variants=variants,
         golden=golden,
         lineage=model.lineage,

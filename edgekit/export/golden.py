@@ -59,6 +59,7 @@ def reference_of(model: Model, name: str, version: str) -> Reference:
         text=_text(model),
         postprocess=_postprocess(model),
         detection=model.data.detection if model.data else None,
+        embedding=model.data.embedding if model.data and model.inputs else None,
     )
     if isinstance(model.network, LlamaFolder):
         tokens = _tokens(model.network)

@@ -138,6 +138,26 @@ class Host:
         """
         return self._asked(lambda session: (session.text_inputs(*texts), lambda out: session.labels(out)[0]))
 
+    def embed(self, texts: Sequence[str]) -> tuple[Array, int, str]:
+        """Return a vector for each text [texts, width], how many tokens were read, and the digest of the bundle.
+
+        Raises:
+            InputError: the model takes no text, or gives no vectors.
+            HealthError: the engine fails.
+        """
+
+        def question(
+            session: Session,
+        ) -> tuple[dict[str, Array], Callable[[dict[str, Array]], tuple[Array, int]]]:
+            inputs = session.texts_inputs(texts)
+            how = session.contract.text
+            counted = inputs.get(how.mask) if how else None
+            tokens = int(counted.sum()) if counted is not None else sum(array.size for array in inputs.values())
+            return inputs, lambda outputs: (session.vectors(inputs, outputs), tokens)
+
+        (vectors, tokens), digest = self._asked(question)
+        return vectors, tokens, digest
+
     def detect(self, picture: bytes) -> tuple[list[Detected], str]:
         """Return the objects in an encoded picture, and the digest of the bundle.
 

@@ -149,6 +149,7 @@ def contract_of(opened: bundle.Bundle) -> Contract:
         text=manifest.text,
         postprocess=manifest.postprocess,
         detection=manifest.detection,
+        embedding=manifest.embedding,
         digest=opened.digest,
         folder=opened.folder,
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from edgekit.manifest import Classification, Detection, ImagePreprocess, Task, TextPreprocess, Variant
+    from edgekit.manifest import Classification, Detection, Embedding, ImagePreprocess, Task, TextPreprocess, Variant
     from edgekit.pictures import Placement
     from edgekit.runtime.backends import Engine, TextEngine, TextPiece
     from edgekit.runtime.detection import Detected
@@ -42,6 +42,7 @@ class Contract:
     text: TextPreprocess | None = None
     postprocess: Classification | None = None
     detection: Detection | None = None
+    embedding: Embedding | None = None
     digest: str = ""
     folder: Path | None = None
 
@@ -163,6 +164,43 @@ class Session:
         if how is None:
             raise InputError(f"{self.contract.name} gives no labels", "its manifest has no postprocess")
         return [best_labels(scores, how, top_k or how.top_k) for scores in outputs[how.output]]
+
+    def embed(self, texts: Sequence[str]) -> Array:
+        """Return a vector for each text: float32 [texts, width].
+
+        Raises:
+            InputError: the model takes no text, or gives no vectors.
+            HealthError: the output has another shape than the manifest says.
+        """
+        inputs = self.texts_inputs(texts)
+        return self.vectors(inputs, self.run(inputs))
+
+    def texts_inputs(self, texts: Sequence[str]) -> dict[str, Array]:
+        """Turn several texts into one batch of inputs for `run`.
+
+        Raises:
+            InputError: no text, the model takes none, or one is too long to be read.
+        """
+        import numpy as np
+
+        if not texts:
+            raise InputError("there is no text", "give one or more")
+        rows = [self.text_inputs(text) for text in texts]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def vectors(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Array:
+        """Turn the outputs of `run` for texts into vectors, float32 [texts, width].
+
+        Raises:
+            InputError: the manifest does not say how.
+            HealthError: the output has another shape than the manifest says, or holds NaN.
+        """
+        from edgekit.runtime.vectors import pooled
+
+        how, text = self.contract.embedding, self.contract.text
+        if how is None or text is None:
+            raise InputError(f"{self.contract.name} gives no vectors", "its manifest has no text and embedding")
+        return pooled(outputs[how.output], inputs.get(text.mask), how)
 
     def objects(
         self, outputs: Mapping[str, Array], placements: Sequence[Placement] | None = None

@@ -18,6 +18,7 @@ from edgekit.compress.passes.quantize import Quantize
 from edgekit.compress.recipe import Recipe
 from edgekit.errors import UsageError
 from edgekit.export import export
+from edgekit.manifest import Embedding
 from edgekit.model import Data, Split, TextReading
 
 pytest.importorskip("torch", reason="exporters need torch")
@@ -250,3 +251,59 @@ def test_texts_become_what_the_model_takes_or_are_not_promised(tmp_path, kind, i
         assert (session.contract.text is not None) == is_read
         if is_read:
             assert session.run(session.text_inputs("good film"))["y"].tolist() == [[2 + 4 + 6 + 3] * 2]
+
+
+def sentence_transformer(folder, modules=("Transformer", "Pooling", "Normalize"), **pooling):
+    """Make an encoder's folder one of Sentence Transformers."""
+    transformers = pytest.importorskip("transformers")
+    encoder(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, vocab_size=64, max_position_embeddings=32)
+    transformers.BertModel(config).save_pretrained(folder)
+    listed = [
+        {"idx": n, "path": f"{n}_{kind}", "type": f"sentence_transformers.models.{kind}"}
+        for n, kind in enumerate(modules)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 32, **pooling}))
+    return datasets.load_data(str(folder.parent / "data.toml"))
+
+
+def test_a_sentence_transformer_gives_vectors_pooled_as_its_folder_says(tmp_path):
+    data = sentence_transformer(tmp_path / "bert", pooling_mode_mean_tokens=True, pooling_mode_cls_token=False)
+    data = replace(data, calibration=Split(data.calibration.inputs))
+    model = workload.load(str(tmp_path / "bert"), data=data)
+    assert model.data.embedding == Embedding(output="last_hidden_state", pooling="mean")
+    workload.save(model, tmp_path / "saved")
+    bundle_of(workload.load(str(tmp_path / "saved")), tmp_path / "b", "onnx")
+    with edgekit.load(tmp_path / "b") as session:
+        found = session.embed(["bad film a", "good film b"])
+        inputs = session.texts_inputs(["bad film a", "good film b"])
+    hidden, mask = model.network.run(inputs)["last_hidden_state"], inputs["attention_mask"][..., None]
+    wanted = (hidden * mask).sum(1) / mask.sum(1)
+    np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-5)
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")]).output
+    assert "vectors from last_hidden_state, pooling mean, of length 1" in shown
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "message"),
+    [
+        (
+            ("Transformer", "Pooling", "Dense"),
+            {"pooling_mode_mean_tokens": True},
+            "describes Transformer, Pooling, Dense",
+        ),
+        (
+            ("Transformer", "Pooling"),
+            {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
+            "by mean and max",
+        ),
+        (("Transformer", "Pooling"), {"pooling_mode_weightedmean_tokens": True}, "by something else"),
+    ],
+)
+def test_a_sentence_transformer_that_does_more_is_refused_not_cut_short(tmp_path, modules, pooling, message):
+    data = sentence_transformer(tmp_path / "bert", modules, **pooling)
+    with pytest.raises(UsageError, match=message):
+        workload.load(str(tmp_path / "bert"), data=replace(data, calibration=Split(data.calibration.inputs)))

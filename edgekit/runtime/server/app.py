@@ -135,6 +135,9 @@ class App:
 
         return await self._gate.compute(work)
 
+    async def _embed(self, request: Request) -> Response:
+        return await self._gate.compute(lambda: openai.embeddings(self.host, request))
+
     def _table(self) -> dict[tuple[str, ...], tuple[str, Answer]]:
         live = _at_once(lambda: as_json({"live": True}))
         ready = _at_once(lambda: as_json({"ready": True, "digest": self.host.digest}))
@@ -145,6 +148,7 @@ class App:
             ("v1", "models"): ("GET", _at_once(lambda: openai.models(self.host))),
             ("v1", "chat", "completions"): ("POST", self._chat),
             ("v1", "completions"): ("POST", self._complete),
+            ("v1", "embeddings"): ("POST", self._embed),
             ("v1", "classify"): ("POST", self._classify),
             ("v1", "detect"): ("POST", self._detect),
             ("healthz",): ("GET", live),

@@ -6,6 +6,7 @@ Reference: https://platform.openai.com/docs/api-reference/chat
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 import uuid
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -103,6 +104,13 @@ class _Completion(_Generation, kw_only=True):
         """Completions have no such option."""
 
 
+class _Embeddings(msgspec.Struct):
+    model: str
+    input: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
 class _Shape(msgspec.Struct, frozen=True, kw_only=True):
     """How an answer is written: a chat or a completion, under which id, model and digest."""
 
@@ -197,6 +205,30 @@ async def completions(host: Host, request: Request, gate: Gate) -> Response:
     return await _generate(host, (request, asked), lambda s: s.complete(prompt, _sampling(asked)), gate)
 
 
+def embeddings(host: Host, request: Request) -> Response:
+    """Answer ``POST /v1/embeddings``: vectors of texts, as numbers or as base64 of 32-bit floats (little-endian)."""
+    asked = _parse(request, _Embeddings)
+    contract = host.session.contract
+    _refuse_other_model(asked.model, contract.name)
+    texts = [asked.input] if isinstance(asked.input, str) else asked.input
+    vectors, tokens, digest = host.embed(texts)
+    if asked.dimensions not in (None, vectors.shape[1]):
+        raise HttpError(400, f"{contract.name} gives vectors of {vectors.shape[1]} numbers, not {asked.dimensions}")
+    if asked.encoding_format == "base64":
+        told: list[Any] = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+    else:
+        told = vectors.tolist()
+    listed = [{"object": "embedding", "index": number, "embedding": one} for number, one in enumerate(told)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    document = {"object": "list", "data": listed, "model": contract.name, "usage": usage, "system_fingerprint": digest}
+    return as_json(document)
+
+
+def _refuse_other_model(asked: str, name: str) -> None:
+    if asked != name:
+        raise HttpError(404, f"the model {asked!r} does not serve here; {name!r} does", "model_not_found")
+
+
 async def _generate(
     host: Host,
     asked: tuple[Request, _Chat | _Completion],
@@ -205,8 +237,7 @@ async def _generate(
 ) -> Response:
     request, wish = asked
     contract = host.session.contract
-    if wish.model != contract.name:
-        raise HttpError(404, f"the model {wish.model!r} does not serve here; {contract.name!r} does", "model_not_found")
+    _refuse_other_model(wish.model, contract.name)
     generation = _Generating(host, start, gate.limits.seconds)
     asyncio.wrap_future(gate.start(generation.work)).add_done_callback(generation.ended)
     leaving = asyncio.create_task(_watch(request, generation))
