@@ -1,7 +1,9 @@
 """Limits of the server: how many wait, how long, who may ask, and over what."""
 
+import asyncio
 import http.client
 import json
+import socket
 import ssl
 import threading
 import time
@@ -15,6 +17,8 @@ import edgekit
 from edgekit.errors import UsageError
 from edgekit.runtime.host import Host
 from edgekit.runtime.server import Access, Limits, Options, read_tokens, serve_in_thread
+from edgekit.runtime.server.gate import Gate
+from edgekit.runtime.server.serving import listen
 from edgekit.runtime.session import Contract, Session
 from edgekit.tensors import TensorSpec
 
@@ -127,6 +131,38 @@ def test_a_text_that_stalls_is_given_up(tmp_path):
         status, answer = post_json(running.url, "/v1/completions", asked)
         assert (status, answer["error"]["code"]) == (504, "timeout")
     host.close()
+
+
+def test_a_body_is_not_held_back_until_the_client_acknowledges_its_head():
+    """asyncio switches Nagle's algorithm off on sockets that call themselves TCP, and leaves it on for others."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
+        accepted, _ = listener.accept()
+        assert accepted.proto == socket.IPPROTO_TCP
+        accepted.close()
+        del client
+
+
+def test_work_that_is_short_on_average_is_done_without_a_thread_and_other_work_never():
+    async def places(seconds, count=40):
+        gate = Gate(Limits(workers=2))
+
+        def work():
+            time.sleep(seconds)
+            return threading.current_thread().name.startswith("inference")
+
+        in_threads = [await gate.compute(work) for _ in range(count)]
+        together = await asyncio.gather(*[gate.compute(work) for _ in range(3)])
+        waits, _ = gate.waits()
+        gate.close()
+        assert sum(waits) == count + 3
+        return in_threads, together
+
+    quick, _ = asyncio.run(places(0))
+    assert quick[0]
+    assert not quick[-1]
+    slow, together = asyncio.run(places(0.002))
+    assert all(slow)
+    assert all(together)
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     Result = TypeVar("Result")
 
+AT_ONCE_SECONDS = 0.0005
+"""Work that takes less on average is not worth a thread: to wake one and to be woken takes a quarter of that."""
 HANG_SECONDS = 1.0
 """What a client that was turned away is told to wait at least."""
 
@@ -82,12 +84,14 @@ class Gate:
         return future
 
     async def compute(self, work: Callable[[], Result]) -> Result:
-        """Give work to a thread and wait for its result.
+        """Give work to a thread and wait for its result; what is done sooner than a thread is woken is done at once.
 
         Raises:
             HttpError: 429 where as many wait already as may; 504 where it takes too long. What has not begun is dropped
                 then; an engine that computes cannot be stopped, and keeps its thread.
         """
+        if not self._inside and 0 < self._average < AT_ONCE_SECONDS:
+            return self._timed(work, time.perf_counter())
         future = self.start(work)
         waiting = asyncio.wrap_future(future)
         late = False
