@@ -123,7 +123,8 @@ class Gate:
         try:
             return work()
         finally:
-            self._average += 0.1 * (time.perf_counter() - started - self._average)
+            spent = time.perf_counter() - started
+            self._average += (0.1 if self._average else 1) * (spent - self._average)
 
     def _leave(self, _: Future[Result]) -> None:
         with self._lock:
