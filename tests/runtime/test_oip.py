@@ -49,6 +49,7 @@ def test_client_sees_a_live_and_ready_server(client, mlp):
     metadata = client.get_model_metadata("mlp")
     assert metadata["inputs"] == [{"name": "image", "datatype": "FP32", "shape": [-1, 64]}]
     assert metadata["outputs"] == [{"name": "scores", "datatype": "FP32", "shape": [-1, 10]}]
+    assert client.get_model_repository_index() == [{"name": "mlp", "version": "3", "state": "READY", "reason": ""}]
     assert metadata["versions"] == ["3"]
     assert metadata["parameters"]["digest"] == mlp[1]
 

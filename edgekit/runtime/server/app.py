@@ -104,7 +104,7 @@ class App:
         if action == ("infer",):
             _refuse_other_method(request, "POST")
             named = (name, version or self.host.session.contract.version)
-            return await self._gate.compute(lambda: oip.infer(self.host, request, named))
+            return await self._gate.compute(lambda: oip.infer(self.host, request, named), len(request.body))
         _refuse_other_method(request, "GET")
         if action == ("ready",):
             return as_json({"name": name, "ready": True})
@@ -125,7 +125,7 @@ class App:
             listed = [{"label": name, "probability": share} for name, share in labels]
             return as_json({"labels": listed, "digest": digest})
 
-        return await self._gate.compute(work)
+        return await self._gate.compute(work, len(request.body))
 
     async def _detect(self, request: Request) -> Response:
         def work() -> Response:
@@ -133,16 +133,17 @@ class App:
             listed = [{"label": one.label, "score": one.score, "box": one.box} for one in found]
             return as_json({"objects": listed, "digest": digest})
 
-        return await self._gate.compute(work)
+        return await self._gate.compute(work, len(request.body))
 
     async def _embed(self, request: Request) -> Response:
-        return await self._gate.compute(lambda: openai.embeddings(self.host, request))
+        return await self._gate.compute(lambda: openai.embeddings(self.host, request), len(request.body))
 
     def _table(self) -> dict[tuple[str, ...], tuple[str, Answer]]:
         live = _at_once(lambda: as_json({"live": True}))
         ready = _at_once(lambda: as_json({"ready": True, "digest": self.host.digest}))
         return {
             ("v2",): ("GET", _at_once(oip.server_metadata)),
+            ("v2", "repository", "index"): ("POST", _at_once(lambda: oip.repository_index(self.host))),
             ("v2", "health", "live"): ("GET", live),
             ("v2", "health", "ready"): ("GET", ready),
             ("v1", "models"): ("GET", _at_once(lambda: openai.models(self.host))),

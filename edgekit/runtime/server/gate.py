@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 AT_ONCE_SECONDS = 0.0005
 """Work that takes less on average is not worth a thread: to wake one and to be woken takes a quarter of that."""
+AT_ONCE_BYTES = 16 << 10
+"""Larger bodies say nothing of the average: a batch of a thousand may come after a thousand single samples."""
 HANG_SECONDS = 1.0
 """What a client that was turned away is told to wait at least."""
 
@@ -83,14 +85,16 @@ class Gate:
         future.add_done_callback(self._leave)
         return future
 
-    async def compute(self, work: Callable[[], Result]) -> Result:
-        """Give work to a thread and wait for its result; what is done sooner than a thread is woken is done at once.
+    async def compute(self, work: Callable[[], Result], size: int) -> Result:
+        """Give work on a body of so many bytes to a thread and wait for its result.
+
+        What is small, and is done sooner on average than a thread is woken, is done at once.
 
         Raises:
             HttpError: 429 where as many wait already as may; 504 where it takes too long. What has not begun is dropped
                 then; an engine that computes cannot be stopped, and keeps its thread.
         """
-        if not self._inside and 0 < self._average < AT_ONCE_SECONDS:
+        if size <= AT_ONCE_BYTES and not self._inside and 0 < self._average < AT_ONCE_SECONDS:
             return self._timed(work, time.perf_counter())
         future = self.start(work)
         waiting = asyncio.wrap_future(future)

@@ -27,6 +27,12 @@ def server_metadata() -> Response:
     return as_json({"name": "edgekit", "version": edgekit.__version__, "extensions": ["binary_tensor_data"]})
 
 
+def repository_index(host: Host) -> Response:
+    """Answer ``POST /v2/repository/index`` (Triton's extension): the models that are there."""
+    contract = host.session.contract
+    return as_json([{"name": contract.name, "version": contract.version, "state": "READY", "reason": ""}])
+
+
 def model_metadata(host: Host) -> Response:
     """Answer ``GET /v2/models/{name}``."""
     session = host.session
