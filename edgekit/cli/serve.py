@@ -44,8 +44,8 @@ def COMMAND(  # noqa: N802  # the name under which the command line finds it
     """Serve BUNDLE over HTTP until SIGINT or SIGTERM, then answer what is in flight and stop.
 
     Open Inference Protocol v2 under /v2, OpenAI's API for language models and embeddings under /v1, pictures and
-    texts at /v1/classify, pictures at /v1/detect, and /healthz, /readyz, /metrics. Other addresses than loopback want
-    a file of tokens or an authority of certificates.
+    texts at /v1/classify, pictures at /v1/detect, and /healthz, /readyz, /metrics; /openapi.json describes all of it.
+    Other addresses than loopback want a file of tokens or an authority of certificates.
     """
     if listening.pop("systemd"):
         _tell_unit(terminal)

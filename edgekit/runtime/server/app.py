@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgekit.errors import EdgekitError, InputError, MissingExtra, UsageError
-from edgekit.runtime.server import access_log, metrics, oip, openai
+from edgekit.runtime.server import access_log, metrics, oip, openai, openapi
 from edgekit.runtime.server.access import Access
 from edgekit.runtime.server.exchange import (
     JSON,
@@ -34,12 +34,6 @@ if TYPE_CHECKING:
     from edgekit.runtime.server.exchange import Receive, Scope, Send
 
     Answer = Callable[[Request], Awaitable[Response]]
-
-
-class _Text(msgspec.Struct, forbid_unknown_fields=True):
-    """A body of /v1/classify for a model that reads texts."""
-
-    text: str | tuple[str, ...]
 
 
 class App:
@@ -152,6 +146,7 @@ class App:
             ("v1", "embeddings"): ("POST", self._embed),
             ("v1", "classify"): ("POST", self._classify),
             ("v1", "detect"): ("POST", self._detect),
+            ("openapi.json",): ("GET", _at_once(lambda: as_json(openapi.document(self.host)))),
             ("healthz",): ("GET", live),
             ("readyz",): ("GET", ready),
             ("metrics",): ("GET", _at_once(lambda: Response(metrics.text(self.host, self._gate), kind=metrics.KIND))),
@@ -170,7 +165,7 @@ def _texts(request: Request) -> tuple[str, ...] | None:
     if request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != JSON:
         return None
     try:
-        text = msgspec.json.decode(request.body, type=_Text).text
+        text = msgspec.json.decode(request.body, type=openapi.Text).text
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HttpError(400, f'the body is not {{"text": "…"}}: {error}') from error
     return (text,) if isinstance(text, str) else text
@@ -178,7 +173,9 @@ def _texts(request: Request) -> tuple[str, ...] | None:
 
 def _refuse_other_method(request: Request, method: str) -> None:
     if request.method != method and (request.method, method) != ("HEAD", "GET"):
-        raise HttpError(405, f"{request.method} is not taken here: use {method}")
+        allowed = b"GET, HEAD" if method == "GET" else method.encode()
+        headers = ((b"allow", allowed),)
+        raise HttpError(405, f"{request.method} is not taken here: use {method}", "", headers)
 
 
 def _nothing_at(request: Request) -> HttpError:

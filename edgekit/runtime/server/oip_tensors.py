@@ -46,7 +46,7 @@ class WireInput(msgspec.Struct):
     name: str
     shape: tuple[int, ...]
     datatype: str
-    data: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     parameters: Parameters = {}
 
 

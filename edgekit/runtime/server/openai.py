@@ -70,7 +70,9 @@ class _Format(msgspec.Struct):
     json_schema: _Schema | None = None
 
 
-class _Chat(_Generation, kw_only=True):
+class Chat(_Generation, kw_only=True):
+    """A body of ``POST /v1/chat/completions``."""
+
     messages: Annotated[list[_Turn], msgspec.Meta(min_length=1, max_length=1000)]
     response_format: _Format | None = None
     logprobs: bool | None = None
@@ -90,7 +92,9 @@ class _Chat(_Generation, kw_only=True):
         return stated.schema if self.response_format.type == "json_schema" and stated else {"type": "object"}
 
 
-class _Completion(_Generation, kw_only=True):
+class Completion(_Generation, kw_only=True):
+    """A body of ``POST /v1/completions``."""
+
     prompt: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=1)]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
 
@@ -104,7 +108,9 @@ class _Completion(_Generation, kw_only=True):
         """Completions have no such option."""
 
 
-class _Embeddings(msgspec.Struct):
+class Embeddings(msgspec.Struct):
+    """A body of ``POST /v1/embeddings``."""
+
     model: str
     input: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=2048)]
     encoding_format: Literal["float", "base64"] = "float"
@@ -193,21 +199,21 @@ def models(host: Host) -> Response:
 
 async def chat(host: Host, request: Request, gate: Gate) -> Response:
     """Answer ``POST /v1/chat/completions``."""
-    asked = _parse(request, _Chat)
+    asked = _parse(request, Chat)
     messages = [Message(_role(turn.role), _text(turn.content)) for turn in asked.messages]
     return await _generate(host, (request, asked), lambda s: s.stream(messages, _sampling(asked)), gate)
 
 
 async def completions(host: Host, request: Request, gate: Gate) -> Response:
     """Answer ``POST /v1/completions``."""
-    asked = _parse(request, _Completion)
+    asked = _parse(request, Completion)
     prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
     return await _generate(host, (request, asked), lambda s: s.complete(prompt, _sampling(asked)), gate)
 
 
 def embeddings(host: Host, request: Request) -> Response:
     """Answer ``POST /v1/embeddings``: vectors of texts, as numbers or as base64 of 32-bit floats (little-endian)."""
-    asked = _parse(request, _Embeddings)
+    asked = _parse(request, Embeddings)
     contract = host.session.contract
     _refuse_other_model(asked.model, contract.name)
     texts = [asked.input] if isinstance(asked.input, str) else asked.input
@@ -231,7 +237,7 @@ def _refuse_other_model(asked: str, name: str) -> None:
 
 async def _generate(
     host: Host,
-    asked: tuple[Request, _Chat | _Completion],
+    asked: tuple[Request, Chat | Completion],
     start: Callable[[TextSession], Iterator[TextPiece]],
     gate: Gate,
 ) -> Response:
@@ -243,8 +249,8 @@ async def _generate(
     leaving = asyncio.create_task(_watch(request, generation))
     first = await generation.next()
     shape = _Shape(
-        chat=isinstance(wish, _Chat),
-        id=f"{'chatcmpl' if isinstance(wish, _Chat) else 'cmpl'}-{uuid.uuid4().hex}",
+        chat=isinstance(wish, Chat),
+        id=f"{'chatcmpl' if isinstance(wish, Chat) else 'cmpl'}-{uuid.uuid4().hex}",
         model=contract.name,
         digest=generation.digest,
         created=int(time.time()),
@@ -359,7 +365,7 @@ def _parse(request: Request, kind: type[Any]) -> Any:  # noqa: ANN401  # the cal
         raise HttpError(400, f"malformed request: {error}") from error
 
 
-def _sampling(asked: _Chat | _Completion) -> Sampling:
+def _sampling(asked: Chat | Completion) -> Sampling:
     stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
     return Sampling(
         max_tokens=asked.max_completion_tokens or asked.max_tokens or MAX_TOKENS,
