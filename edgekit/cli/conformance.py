@@ -31,7 +31,7 @@ def COMMAND(terminal: Terminal, *, url: str, model: str, token: str) -> None:  #
     for number, check in enumerate(conformance.run(conformance.Server(url, headers), model)):
         terminal.progress(check.what, number, 0)
         found.append(check)
-    rows = [(one.protocol, one.what, VERDICTS[one.holds], one.told[:100]) for one in found]
+    rows = [(one.protocol, one.what, VERDICTS[one.holds], " ".join(one.told.split())[:100]) for one in found]
     terminal.table(("protocol", "check", "holds", "what came"), rows)
     asked = [one.holds for one in found if one.holds is not None]
     terminal.say(f"\n{sum(asked)} of {len(asked)} checks hold")
