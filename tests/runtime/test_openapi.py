@@ -44,14 +44,14 @@ def test_every_route_is_described(tmp_path):
     host.close()
 
 
-def test_nothing_made_of_the_description_breaks_the_server(running):
+def test_nothing_made_of_the_description_breaks_the_server(running, tmp_path):
     """Valid and broken requests by the hundred: only documented answers, of the documented kind, and none is a 500."""
     pytest.importorskip("schemathesis", reason="schemathesis makes the requests")
     start = "from schemathesis.cli import schemathesis; schemathesis()"
     # what is valid by the description may still not fit the model: its tensors are no part of it
     flags = ["--max-examples", "10", "--exclude-checks", "positive_data_acceptance", "--seed", "1", "--no-color"]
     command = [sys.executable, "-c", start, "run", f"{running.url}/openapi.json", *flags]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "failure" not in done.stdout
 
