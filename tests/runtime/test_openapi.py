@@ -51,6 +51,7 @@ def test_nothing_made_of_the_description_breaks_the_server(running, tmp_path):
     # what is valid by the description may still not fit the model: its tensors are no part of it
     flags = ["--max-examples", "10", "--exclude-checks", "positive_data_acceptance", "--seed", "1", "--no-color"]
     command = [sys.executable, "-c", start, "run", f"{running.url}/openapi.json", *flags]
+    (tmp_path / "schemathesis.toml").touch()  # else one of a folder above would be taken
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "failure" not in done.stdout
