@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class Server:
     """A server that runs, and the requests that it takes: whole messages of HTTP by their name."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
     port: int
     requests: dict[str, bytes]
     ready_seconds: float = 0.0
@@ -75,14 +76,64 @@ def main(quick: bool) -> list[Row]:
         for _ in range(rounds):
             for server in servers:
                 _measure(server, seconds)
-        return [*_rows(servers), *absent]
+        return [*_rows(servers), *_swaps(folder, 50 if quick else 1000), *absent]
 
 
-def _write_model(folder: Path) -> None:
-    """Write ``model.onnx`` and a bundle of it, whose weights are always the same."""
+def _swaps(folder: Path, count: int) -> list[Row]:
+    """Swap two models under load so often; count the requests that failed, and those that another model answered."""
+    import edgekit
+    from edgekit.runtime.host import Host
+    from edgekit.runtime.server import serve_in_thread
+
+    os.sched_setaffinity(0, CORES)
+    _write_model(folder / "other", seed=1)
+    bundles = [folder / "b", folder / "other" / "b"]
+    sessions = [edgekit.load(path, threads=1) for path in bundles]
+    given = np.array([_values()], np.float32)
+    answers = {session.digest: session.run({"x": given})["y"][0] for session in sessions}
+    for session in sessions:
+        session.close()
+    host = Host(edgekit.load(bundles[0], threads=1))
+    done, failed, wrong = 0, 0, 0
+    ended = threading.Event()
+
+    def load(server: Server) -> None:
+        nonlocal done, failed, wrong
+        with _connected(server) as link:
+            while not ended.is_set():
+                link.sendall(server.requests["JSON"])
+                head, _, body = _answer(link).partition(b"\r\n\r\n")
+                told = json.loads(body)
+                good = head.startswith(b"HTTP/1.1 200")
+                done, failed = done + 1, failed + (not good)
+                wanted = answers[told["parameters"]["digest"]] if good else None
+                wrong += good and not np.allclose(told["outputs"][0]["data"], wanted, atol=1e-5)
+
+    with serve_in_thread(host) as running:
+        server = Server("edgekit", None, int(running.url.rpartition(":")[2]), _oip("mlp"))
+        threads = [threading.Thread(target=load, args=(server,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        began = time.perf_counter()
+        for number in range(count):
+            host.swap(edgekit.load(bundles[(number + 1) % 2], threads=1))
+        seconds = time.perf_counter() - began
+        ended.set()
+        for thread in threads:
+            thread.join()
+    host.close()
+    return [
+        Row(f"failed of {done} requests during {count} swaps", failed, f"in {seconds:.0f} s", goal="value <= 0"),
+        Row("answers that another model computed", wrong, "", goal="value <= 0"),
+    ]
+
+
+def _write_model(folder: Path, seed: int = 0) -> None:
+    """Write ``model.onnx`` and a bundle of it, whose weights are always the same for a seed."""
     from onnx import TensorProto, helper, numpy_helper
 
-    chance = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    chance = np.random.default_rng(seed)
     nodes, weights, last = [], [], "x"
     for i, (a, b) in enumerate(itertools.pairwise(SIZES)):
         weights.append(numpy_helper.from_array(chance.normal(0, a**-0.5, (a, b)).astype(np.float32), f"w{i}"))
