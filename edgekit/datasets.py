@@ -149,6 +149,13 @@ def refuse_unfit(model: Model) -> None:
     if model.data is None or not model.inputs:
         return
     _refuse_detection(model.data, [spec.name for spec in model.outputs])
+    vector = model.data.embedding
+    if vector and vector.output not in {spec.name for spec in model.outputs}:
+        raise UsageError(
+            f"embedding reads the output {vector.output!r}, the network gives "
+            f"{', '.join(spec.name for spec in model.outputs)}",
+            "name it: Data(…, outputs=(…,))",
+        )
     for part, split in model.data.splits().items():
         if not len(split):
             raise UsageError(f"the {part} split is empty", "give it samples, or leave the whole split out")

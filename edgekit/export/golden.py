@@ -99,14 +99,14 @@ def _text(model: Model) -> TextPreprocess | None:
 
 
 def _refuse_unreadable(contract: Contract, outputs: Mapping[str, Array]) -> None:
-    """Read objects as a device will, from what the model itself gives."""
-    how, picture = contract.detection, contract.preprocess
-    if how is None or picture is None:
-        return
-    from edgekit.runtime import detection
+    """Read objects and vectors as a device will, from what the model itself gives."""
+    from edgekit.runtime import detection, vectors
 
     try:
-        detection.refuse_misread(outputs, how)
+        if contract.detection:
+            detection.refuse_misread(outputs, contract.detection)
+        if contract.embedding:
+            vectors.pooled(outputs[contract.embedding.output], None, contract.embedding)
     except HealthError as error:
         raise UsageError(error.message, error.hint) from error
 

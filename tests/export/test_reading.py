@@ -307,3 +307,23 @@ def test_a_sentence_transformer_that_does_more_is_refused_not_cut_short(tmp_path
     data = sentence_transformer(tmp_path / "bert", modules, **pooling)
     with pytest.raises(UsageError, match=message):
         workload.load(str(tmp_path / "bert"), data=replace(data, calibration=Split(data.calibration.inputs)))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (Embedding(output="gone"), "reads the output 'gone', the network gives last_hidden_state"),
+        (Embedding(output="last_hidden_state", pooling="none"), "is not pooled by none"),
+    ],
+)
+def test_an_embedding_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, how, message):
+    data = sentence_transformer(tmp_path / "bert", pooling_mode_mean_tokens=True)
+    data = replace(data, calibration=Split(data.calibration.inputs), embedding=how)
+
+    def exported():
+        model = workload.load(str(tmp_path / "bert"), data=data)
+        export(model, [device_profiles.of_format("onnx")], tmp_path / "b")
+
+    with pytest.raises(UsageError, match=message):
+        exported()
+    assert not (tmp_path / "b").exists()

@@ -14,7 +14,7 @@ from fakes import bundles
 from fakes.requests_to import ask, post_json
 
 import edgekit
-from edgekit.errors import UsageError
+from edgekit.errors import InputError, UsageError
 from edgekit.runtime.host import Host
 from edgekit.runtime.server import Access, Limits, Options, read_tokens, serve_in_thread
 from edgekit.runtime.server.gate import Gate
@@ -164,6 +164,27 @@ def test_work_that_is_short_on_average_is_done_without_a_thread_and_other_work_n
     slow, large = asyncio.run(places(0.002))
     assert all(slow)
     assert large
+
+
+def test_refusals_do_not_make_a_slow_model_look_quick():
+    def refused():
+        raise InputError("no")
+
+    def work():
+        time.sleep(0.002)
+        return threading.current_thread().name.startswith("inference")
+
+    async def asked():
+        gate = Gate(Limits(workers=1))
+        first = await gate.compute(work, 100)
+        for _ in range(100):
+            with pytest.raises(InputError):
+                await gate.compute(refused, 100)
+        last = await gate.compute(work, 100)
+        gate.close()
+        return first, last
+
+    assert asyncio.run(asked()) == (True, True)
 
 
 @pytest.fixture

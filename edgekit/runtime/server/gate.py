@@ -26,7 +26,7 @@ AT_ONCE_SECONDS = 0.0005
 """Work that takes less on average is not worth a thread: to wake one and to be woken takes a quarter of that."""
 AT_ONCE_BYTES = 16 << 10
 """Larger bodies say nothing of the average: a batch of a thousand may come after a thousand single samples."""
-HANG_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 """What a client that was turned away is told to wait at least."""
 
 
@@ -124,17 +124,16 @@ class Gate:
         started = time.perf_counter()
         with self._lock:
             self._waits.add(started - asked)
-        try:
-            return work()
-        finally:
-            spent = time.perf_counter() - started
-            self._average += (0.1 if self._average else 1) * (spent - self._average)
+        result = work()  # what is refused says nothing of how long the model takes
+        spent = time.perf_counter() - started
+        self._average += (0.1 if self._average else 1) * (spent - self._average)
+        return result
 
     def _leave(self, _: Future[Result]) -> None:
         with self._lock:
             self._inside -= 1
 
     def _busy(self) -> HttpError:
-        seconds = max(HANG_SECONDS, self._average * self.limits.queue / self.limits.workers)
+        seconds = max(RETRY_SECONDS, self._average * self.limits.queue / self.limits.workers)
         headers = ((b"retry-after", str(math.ceil(seconds)).encode()),)
         return HttpError(429, f"{self.limits.queue} requests wait already: come again later", "busy", headers)
