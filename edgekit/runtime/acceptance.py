@@ -1,36 +1,56 @@
 """Tries a bundle out on this device: its golden inputs must give its golden outputs, within the variant's limits.
 
-`try_out` does so in a child process, because a native engine that crashes takes its process with it.
+`try_out` does so in a child process that is shut in (`edgekit.runtime.sandbox`), because a native engine that crashes
+takes its process with it, and a hostile file whatever that process may reach.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+import os
 import signal
-import subprocess
+import site
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from edgekit.errors import BundleError, EdgekitError, HealthError, MissingExtra, ResourceError, UsageError, from_os
-from edgekit.plugins import extra
+from edgekit.errors import (
+    BundleError,
+    EdgekitError,
+    HealthError,
+    MissingExtra,
+    ResourceError,
+    Unrunnable,
+    UsageError,
+)
+from edgekit.runtime import arrays, memory
 from edgekit.runtime.backends import Sampling
-from edgekit.runtime.memory import rss_mib
 from edgekit.runtime.opening import load, read_manifest
 from edgekit.runtime.session import Session, TextSession
 from edgekit.runtime.telemetry import percentile
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Mapping, Sequence
 
     from edgekit.manifest import Expected, Golden, Parity, Variant
+    from edgekit.runtime.sandbox.warden import Ended
     from edgekit.tensors import Array
+
+log = logging.getLogger(__name__)
 
 MIN_RUNS = 20
 GOLDEN_TOKENS = 8
+FREE_SHARE, LEAST_MIB = 0.9, 256.0
+"""Without a signed limit a try-out may take that share of the free memory, and in any case so many MiB."""
+RESERVED, RESERVED_MIB = 2, 256
 EXACT_DB = 200.0
 """Reported where the outputs agree to the last bit: JSON has no infinity."""
 
@@ -39,71 +59,132 @@ def check(folder: Path, variant: str | None = None, threads: int = 0) -> dict[st
     """Load a sealed bundle's variant and compare it with its golden samples.
 
     Returns:
-        ``load_ms``, ``p95_ms`` of single samples, ``rss_mib`` of this process, and ``sqnr_db`` and
-        ``top1_agreement`` against the golden outputs (only the last of these for a language model).
+        ``load_ms``, ``p95_ms`` of single samples, ``rss_mib`` of this process and the most that it ever was,
+        ``peak_rss_mib``, and ``sqnr_db`` and ``top1_agreement`` against the golden outputs (only the last of these for
+        a language model).
 
     Raises:
+        Unrunnable: no engine is installed that takes the file.
         HealthError: a limit does not hold, or the engine fails; says the figures.
         BundleError: a golden file does not hold what the manifest says.
     """
     started = time.perf_counter()
-    with load(folder, variant=variant, threads=threads) as session:
+    with _opened(folder, variant, threads) as session:
         measured = {"load_ms": 1000 * (time.perf_counter() - started)}
         golden = read_manifest(folder).golden
         if isinstance(session, Session):
             measured |= _check_tensors(session, *golden_arrays(folder, golden, session.variant))
         else:
             measured |= _check_prompts(session, golden)
-        measured["rss_mib"] = rss_mib()
+        measured |= {"rss_mib": memory.rss_mib(), "peak_rss_mib": memory.peak_mib()}
         _hold_limits(measured, session.variant.expected or session.variant.parity)
     return {name: round(value, 3) for name, value in measured.items()}
 
 
-def try_out(folder: Path, variant: str | None = None, threads: int = 0, timeout: float = 120.0) -> dict[str, float]:
-    """Run `check` in a child process, so that an engine that crashes or hangs takes only the child with it.
+def _opened(folder: Path, variant: str | None, threads: int) -> Session | TextSession:
+    try:
+        return load(folder, variant=variant, threads=threads)
+    except HealthError as error:
+        raise Unrunnable(error.message, error.hint) from error
+    except MissingExtra as error:  # its hint is the way out, and only the message travels to the fleet
+        raise Unrunnable(f"{error.message}: {error.hint}") from error
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a try-out may take: ``seconds``, and MiB of memory (0: most of what is free).
+
+    ``is_shut_in``: it reaches no file, no network and no process that it does not need.
+    """
+
+    seconds: float = 120.0
+    memory_mib: float = 0.0
+    is_shut_in: bool = True
+
+
+def try_out(
+    folder: Path, variant: str | None = None, threads: int = 0, allowed: Allowance | None = None
+) -> dict[str, float]:
+    """Run `check` in a child process, so that an engine that crashes, hangs or does harm takes only the child with it.
 
     Raises:
-        HealthError: a limit does not hold, the child crashed, or ran longer than ``timeout`` seconds.
+        Unrunnable: no engine is installed that takes the file, or the processor lacks an instruction.
+        HealthError: a limit does not hold, the child crashed, or took more time or memory than is allowed.
         BundleError, UsageError, ResourceError: as `check` raises them.
     """
+    from edgekit.runtime.sandbox import warden
+
+    allowed = allowed or Allowance()
+    free = max(LEAST_MIB, FREE_SHARE * memory.available_mib())
+    most = allowed.memory_mib or (0.0 if math.isinf(free) else free)
     # -P: the folder one stands in must not shadow a package of the child.
-    command = [sys.executable, "-P", "-m", __name__, str(folder), "--threads", str(threads)]
+    command = [sys.executable, "-P", "-m", __name__, str(folder.resolve()), "--threads", str(threads)]
     command += ["--variant", variant] if variant else []
-    try:
-        child = subprocess.run(command, capture_output=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise HealthError(f"{folder.name} did not finish its golden samples in {timeout:g} s") from error
-    except OSError as error:
-        raise from_os(error, "starting the try-out") from error
-    if child.returncode < 0:
-        name = signal.Signals(-child.returncode).name
-        raise HealthError(f"the engine crashed on {folder.name} with {name}", "the old model keeps serving")
-    return _verdict(child.stdout, child.stderr, child.returncode)
+    with tempfile.TemporaryDirectory(prefix="edgekit-try-") as scratch:
+        if allowed.is_shut_in:
+            command += ["--scratch", scratch, "--seconds", str(allowed.seconds), "--memory", str(most)]
+        ended = warden.run(command, _environment(scratch), seconds=allowed.seconds, memory_mib=most)
+    peak = {"peak_rss_mib": round(ended.peak_mib, 3)} if ended.peak_mib else {}
+    if ended.why == "time":
+        raise HealthError(f"{folder.name} did not finish its golden samples in {allowed.seconds:g} s", measured=peak)
+    if ended.why == "memory":
+        raise HealthError(f"{folder.name} took more memory than the {most:.0f} MiB that it may have", measured=peak)
+    if ended.code < 0:
+        raise _crash(folder.name, signal.Signals(-ended.code), peak)
+    return _verdict(ended, peak)
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    """Let engines write at home (OpenVINO's telemetry does) into the scratch; packages stay where they are."""
+    own = {"TMPDIR": scratch, "HOME": scratch, "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**os.environ, **own, "PYTHONUSERBASE": site.getuserbase()}
+
+
+def _crash(name: str, how: signal.Signals, peak: Mapping[str, float]) -> HealthError:
+    if how is signal.SIGILL:
+        return Unrunnable(f"the processor lacks an instruction that the engine needs for {name}", measured=peak)
+    return HealthError(f"the engine crashed on {name} with {how.name}", "the old model keeps serving", peak)
+
+
+MOST_TOLD = 4000
+Told = Annotated[str, msgspec.Meta(max_length=MOST_TOLD)]
+Figure = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_]{1,40}\Z")]
 
 
 class _Verdict(msgspec.Struct):
-    """What the child says on its last line: figures, or an error."""
+    """What the child says on its last line: figures, or an error. It may be the file that speaks."""
 
-    measured: dict[str, float] = {}
-    kind: str = ""
-    message: str = ""
-    hint: str = ""
-
-
-_KINDS = {kind.__name__: kind for kind in (HealthError, BundleError, UsageError, ResourceError)}
+    measured: Annotated[dict[Figure, float], msgspec.Meta(max_length=16)] = {}
+    kind: Told = ""
+    message: Told = ""
+    hint: Told = ""
+    lacks: Annotated[tuple[Told, ...], msgspec.Meta(max_length=2)] = ()
 
 
-def _verdict(stdout: bytes, stderr: bytes, code: int) -> dict[str, float]:
+_KINDS = {kind.__name__: kind for kind in (BundleError, UsageError, ResourceError)}
+_HEALTH_KINDS = {kind.__name__: kind for kind in (HealthError, Unrunnable)}
+
+
+def _verdict(ended: Ended, peak: Mapping[str, float]) -> dict[str, float]:
     try:
-        verdict = msgspec.json.decode(stdout.strip().rpartition(b"\n")[2], type=_Verdict)
-    except msgspec.DecodeError as error:
-        last = stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
-        raise HealthError(f"the try-out ended with exit code {code}: {last or 'no message'}") from error
-    if verdict.kind == MissingExtra.__name__:  # its hint is the way out, and only the message travels to the fleet
-        raise HealthError(f"{verdict.message}: {verdict.hint}")
+        verdict = msgspec.json.decode(ended.stdout.strip().rpartition(b"\n")[2], type=_Verdict)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        last = ended.stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
+        told = f"the try-out ended with exit code {ended.code}: {last or 'no message'}"
+        raise HealthError(told, measured=peak) from error
+    for lack in verdict.lacks:
+        _warn_once(lack)
+    measured = {**verdict.measured, "peak_rss_mib": max([*peak.values(), verdict.measured.get("peak_rss_mib", 0.0)])}
+    if verdict.kind in _KINDS:
+        raise _KINDS[verdict.kind](verdict.message, verdict.hint)
     if verdict.kind:
-        raise _KINDS.get(verdict.kind, HealthError)(verdict.message, verdict.hint)
-    return verdict.measured
+        raise _HEALTH_KINDS.get(verdict.kind, HealthError)(verdict.message, verdict.hint, measured)
+    return measured
+
+
+@functools.cache
+def _warn_once(lack: str) -> None:
+    log.warning("%s", lack)
 
 
 def golden_arrays(folder: Path, golden: Golden, variant: Variant) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -113,8 +194,8 @@ def golden_arrays(folder: Path, golden: Golden, variant: Variant) -> tuple[dict[
         BundleError: a file holds no array.
     """
     outputs = variant.expected.outputs if variant.expected else golden.outputs
-    inputs = {name: _read_npy(folder / path) for name, path in golden.inputs.items()}
-    return inputs, {name: _read_npy(folder / path) for name, path in outputs.items()}
+    inputs = {name: arrays.read(folder / path) for name, path in golden.inputs.items()}
+    return inputs, {name: arrays.read(folder / path) for name, path in outputs.items()}
 
 
 def _check_tensors(session: Session, inputs: dict[str, Array], wanted: dict[str, Array]) -> dict[str, float]:
@@ -191,18 +272,9 @@ def _hold_limits(measured: Mapping[str, float], wanted: Expected | Parity) -> No
         if limit is not None and name in measured and measured[name] < limit:
             figures = ", ".join(f"{key} {value:.4g}" for key, value in measured.items())
             raise HealthError(
-                f"{name} is {measured[name]:.4g} on this device, at least {limit:g} is wanted ({figures})"
+                f"{name} is {measured[name]:.4g} on this device, at least {limit:g} is wanted ({figures})",
+                measured=measured,
             )
-
-
-def _read_npy(path: Path) -> Array:
-    with extra("device"):
-        import numpy as np
-    try:
-        array: Array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise BundleError(f"{path.name} is no .npy file: {error}", "export the bundle again") from error
-    return array
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -213,15 +285,36 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--variant")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--scratch", type=Path, help="Be shut in, and write nowhere else.")
+    parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--memory", type=float, default=0.0)
     options = parser.parse_args(arguments)
-    code = 0
+    code, lacks = 0, tuple[str, ...]()
     try:
-        verdict = _Verdict(measured=check(options.bundle, options.variant, options.threads))
+        if options.scratch is not None:
+            lacks = _shut_in(options)
+        verdict = _Verdict(measured=check(options.bundle, options.variant, options.threads), lacks=lacks)
     except EdgekitError as error:
-        verdict = _Verdict(kind=type(error).__name__, message=error.message, hint=error.hint)
+        measured = error.measured if isinstance(error, HealthError) else {}
+        verdict = _Verdict(
+            measured=measured,
+            kind=type(error).__name__,
+            message=error.message[:MOST_TOLD],
+            hint=error.hint[:MOST_TOLD],
+            lacks=lacks,
+        )
         code = error.exit_code
     sys.stdout.write("\n" + msgspec.json.encode(verdict).decode() + "\n")
     return code
+
+
+def _shut_in(options: argparse.Namespace) -> tuple[str, ...]:
+    from edgekit.runtime import sandbox
+
+    # What engines reserve and do not touch counts as well, so that this only brakes: the parent looks at what is held.
+    memory_mib = RESERVED * options.memory + RESERVED_MIB if options.memory else 0.0
+    bounds = sandbox.Bounds(memory_mib, options.seconds, (options.bundle,), options.scratch)
+    return sandbox.enter(bounds)
 
 
 if __name__ == "__main__":

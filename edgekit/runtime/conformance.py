@@ -125,33 +125,37 @@ def _first(document: Any) -> Any:  # noqa: ANN401  # JSON of a stranger
     return data[0].get("id", "") if isinstance(data, list) and data and isinstance(data[0], dict) else ""
 
 
-def _checked(protocol: str, checks: Mapping[str, Callable[[], object]]) -> Iterator[Check]:
+def checked(protocol: str, checks: Mapping[str, Callable[[], object]]) -> Iterator[Check]:
+    """Ask each, and tell what came of it: it holds, unless `Wrong` says why not or a text why it was not asked."""
     for what, ask in checks.items():
         try:
             told = ask()
         except Wrong as error:
             yield Check(protocol, what, holds=False, told=str(error))
+        except IndexError:  # a stranger's list, of outputs or of choices
+            yield Check(protocol, what, holds=False, told="a list is empty that names at least one in the protocol")
         except TransferError as error:
             yield Check(protocol, what, holds=False, told=f"the connection broke: {error.message}")
         else:
             yield Check(protocol, what, holds=None if isinstance(told, str) else True, told=str(told or ""))
 
 
-def _expect(is_so: object, told: str) -> None:
+def expect(is_so: object, told: str) -> None:
+    """Raise `Wrong` unless something is so."""
     if not is_so:
         raise Wrong(told)
 
 
 def _expect_status(reply: Reply, *wanted: int) -> Reply:
     said = reply.body[:120].decode(errors="replace")
-    _expect(reply.status in wanted, f"answered {reply.status}, not {' or '.join(map(str, wanted))}: {said}")
+    expect(reply.status in wanted, f"answered {reply.status}, not {' or '.join(map(str, wanted))}: {said}")
     return reply
 
 
 def _expect_fields(document: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str) -> None:  # noqa: ANN401  # JSON of a stranger
-    _expect(isinstance(document, dict), f"{where} is no JSON object")
+    expect(isinstance(document, dict), f"{where} is no JSON object")
     for name, kind in kinds.items():
-        _expect(isinstance(document.get(name), kind), f"{where} has {document.get(name)!r} as {name!r}")
+        expect(isinstance(document.get(name), kind), f"{where} has {document.get(name)!r} as {name!r}")
 
 
 class _Inference:
@@ -168,7 +172,7 @@ class _Inference:
         _expect_fields(found, {"name": str, "platform": str, "inputs": list, "outputs": list}, "the model's metadata")
         for tensor in (*found["inputs"], *found["outputs"]):
             _expect_fields(tensor, {"name": str, "datatype": str, "shape": list}, "a tensor's metadata")
-        _expect(found["name"] == self.model, f"the model calls itself {found['name']!r}")
+        expect(found["name"] == self.model, f"the model calls itself {found['name']!r}")
         return dict(found)
 
     def given(self) -> list[dict[str, Any]]:
@@ -196,7 +200,7 @@ class _Inference:
             count = 1
             for size in output["shape"]:
                 count *= size
-            _expect(_size(output["data"]) == count, f"{output['name']!r} of shape {output['shape']} has other data")
+            expect(_size(output["data"]) == count, f"{output['name']!r} of shape {output['shape']} has other data")
         return dict(document)
 
     def health(self) -> None:
@@ -224,18 +228,18 @@ class _Inference:
         wanted, got = (
             sorted((one["name"], one["datatype"]) for one in told["outputs"]) for told in (self.described(), found)
         )
-        _expect(got == wanted, f"outputs are {got}, the metadata say {wanted}")
+        expect(got == wanted, f"outputs are {got}, the metadata say {wanted}")
 
     def one_output(self) -> None:
         """Ask for the last output alone."""
         name = self.described()["outputs"][-1]["name"]
         found = self.answered(self.infer({"inputs": self.given(), "outputs": [{"name": name}]}))
-        _expect([one["name"] for one in found["outputs"]] == [name], f"asked for {name!r} alone")
+        expect([one["name"] for one in found["outputs"]] == [name], f"asked for {name!r} alone")
 
     def identity(self) -> None:
         """Ask with an identifier, which comes back."""
         found = self.answered(self.infer({"id": "a 1", "inputs": self.given()}))
-        _expect(found.get("id") == "a 1", f"the identifier came back as {found.get('id')!r}")
+        expect(found.get("id") == "a 1", f"the identifier came back as {found.get('id')!r}")
 
     def nested(self) -> str | None:
         """Ask with data nested by rows, as the specification allows."""
@@ -261,10 +265,10 @@ class _Inference:
         head = json.dumps({"inputs": given, "parameters": {"binary_data_output": True}}).encode()
         reply = _expect_status(self.infer(head + b"".join(blobs), {LENGTH: str(len(head))}), 200)
         length = reply.headers.get(LENGTH.lower(), "")
-        _expect(length.isdigit() and int(length) <= len(reply.body), f"the answer has {length!r} as {LENGTH}")
+        expect(length.isdigit() and int(length) <= len(reply.body), f"the answer has {length!r} as {LENGTH}")
         document = json.loads(reply.body[: int(length)])
         sizes = [one.get("parameters", {}).get("binary_data_size", -1) for one in document["outputs"]]
-        _expect(sum(sizes) == len(reply.body) - int(length), f"outputs of {sizes} bytes, {len(reply.body)} came")
+        expect(sum(sizes) == len(reply.body) - int(length), f"outputs of {sizes} bytes, {len(reply.body)} came")
         return None
 
     def refusals(self, change: Callable[[list[dict[str, Any]]], object]) -> None:
@@ -330,7 +334,7 @@ def _inference(server: Server, model: str) -> Iterator[Check]:
         "an unknown model is refused": about.stranger,
         "after all that it still answers": about.all_outputs,
     }
-    yield from _checked(INFERENCE, checks)
+    yield from checked(INFERENCE, checks)
 
 
 class _OpenAi:
@@ -359,12 +363,12 @@ class _OpenAi:
         _expect_fields(
             found, {"id": str, "object": str, "created": int, "model": str, "choices": list, "usage": dict}, "a chat"
         )
-        _expect(found["object"] == "chat.completion", f"the object is {found['object']!r}")
+        expect(found["object"] == "chat.completion", f"the object is {found['object']!r}")
         _expect_fields(found["choices"][0].get("message"), {"role": str, "content": str}, "the message")
-        _expect(found["choices"][0].get("finish_reason") in ("stop", "length"), "no reason of its end")
+        expect(found["choices"][0].get("finish_reason") in ("stop", "length"), "no reason of its end")
         counts = found["usage"]
         _expect_fields(counts, {"prompt_tokens": int, "completion_tokens": int, "total_tokens": int}, "the usage")
-        _expect(
+        expect(
             counts["total_tokens"] == counts["prompt_tokens"] + counts["completion_tokens"], "the usage does not add up"
         )
 
@@ -372,22 +376,22 @@ class _OpenAi:
         """Ask for a stream with usage."""
         reply = _expect_status(self.chat(stream=True, stream_options={"include_usage": True}), 200)
         kind = reply.headers.get("content-type", "")
-        _expect(kind.startswith("text/event-stream"), f"the stream is {kind!r}")
+        expect(kind.startswith("text/event-stream"), f"the stream is {kind!r}")
         lines = [line[6:] for line in reply.body.decode().splitlines() if line.startswith("data: ")]
-        _expect(lines and lines[-1] == "[DONE]", "the stream does not end with [DONE]")
+        expect(lines and lines[-1] == "[DONE]", "the stream does not end with [DONE]")
         events = [json.loads(line) for line in lines[:-1]]
         for event in events:
-            _expect(event.get("object") == "chat.completion.chunk", f"an event is {event.get('object')!r}")
-        _expect(isinstance(events[-1].get("usage"), dict) and events[-1].get("choices") == [], "no usage at the end")
+            expect(event.get("object") == "chat.completion.chunk", f"an event is {event.get('object')!r}")
+        expect(isinstance(events[-1].get("usage"), dict) and events[-1].get("choices") == [], "no usage at the end")
         text = "".join(c.get("delta", {}).get("content") or "" for e in events for c in e["choices"])
         whole = self.chat().document["choices"][0]["message"]["content"]
-        _expect(text == whole, f"streamed {text!r}, whole {whole!r}")
+        expect(text == whole, f"streamed {text!r}, whole {whole!r}")
 
     def completion(self) -> None:
         """Ask for a continuation."""
         asked = {"model": self.model, "prompt": "one, two,", "max_tokens": 4, "temperature": 0}
         found = _expect_status(self.server.ask("POST", "/v1/completions", asked), 200).document
-        _expect(found.get("object") == "text_completion", f"the object is {found.get('object')!r}")
+        expect(found.get("object") == "text_completion", f"the object is {found.get('object')!r}")
         _expect_fields(found["choices"][0], {"text": str, "finish_reason": str}, "a choice")
 
     def refusal(self, reply: Reply, *wanted: int) -> None:
@@ -399,7 +403,7 @@ class _OpenAi:
 
 def _openai(server: Server, model: str) -> Iterator[Check]:
     about = _OpenAi(server, model)
-    yield from _checked("OpenAI", {"models are listed": about.models})
+    yield from checked("OpenAI", {"models are listed": about.models})
     first = about.chat()
     if first.status != 200:
         told = f"{model} answers a chat with {first.status}: a model of tensors?"
@@ -416,4 +420,4 @@ def _openai(server: Server, model: str) -> Iterator[Check]:
         "broken JSON is refused": lambda: about.refusal(server.ask("POST", "/v1/chat/completions", broken), 400, 422),
         "after all that it still answers": about.whole,
     }
-    yield from _checked("OpenAI", checks)
+    yield from checked("OpenAI", checks)

@@ -59,6 +59,25 @@ def refuse_misread(outputs: Mapping[str, Array], how: Detection) -> None:
         )
 
 
+def surest(outputs: Mapping[str, Array], how: Detection) -> Array:
+    """Return of each sample the class of its surest candidate, how sure it is, and how many count: float64 [batch, 3].
+
+    The class is -1 where none counts. Candidates that overlap are not suppressed.
+
+    Raises:
+        HealthError: a score or a box is NaN or infinite, or an output has another shape than the manifest says.
+    """
+    import numpy as np
+
+    shares = _shares(_candidates(outputs, how)[1], how)
+    best = shares.max(-1)
+    count = (best >= how.score_threshold).sum(1)
+    if not best.shape[1]:
+        return np.stack([count - 1, count, count], 1).astype(np.float64)
+    classes = shares.reshape(len(shares), -1).argmax(1) % shares.shape[-1]
+    return np.stack([np.where(count, classes, -1), best.max(1), count], 1)
+
+
 @dataclass(frozen=True)
 class _Frame:
     """From the network's input back to the picture."""

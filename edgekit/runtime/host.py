@@ -6,76 +6,66 @@ request that leaves it.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from edgekit.errors import EdgekitError, InputError, UsageError
+from edgekit.errors import InputError, UsageError
+from edgekit.runtime.comparison import Agreement
+from edgekit.runtime.lease import Lease, Pair, Serving, of_tensors
 from edgekit.runtime.session import Session, TextSession
-from edgekit.runtime.telemetry import Statistics, Telemetry
+from edgekit.runtime.telemetry import Statistics, Telemetry, are_finite
+from edgekit.runtime.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from edgekit.runtime.batching import Batching
     from edgekit.runtime.detection import Detected
+    from edgekit.runtime.drift import Alert
     from edgekit.tensors import Array
 
+    Again = Callable[[], Session | TextSession]
     Told = TypeVar("Told")
     Question = Callable[[Session], tuple[dict[str, Array], Callable[[dict[str, Array]], Told]]]
 
-MAX_SHADOWED = 8
 MAX_REMEMBERED = 16
+DRAIN_SECONDS = 30.0
+"""So long does a model that needs the memory of another one wait for the other's last request."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """The outputs of a request, and the digest of the bundle that computed them."""
 
     outputs: dict[str, Array]
     digest: str
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How often the old and the new model chose the same class: ``same`` of ``samples``.
+class Host:
+    """Serves one model at a time to any number of threads, or two for a while.
 
-    ``skipped`` requests were not compared: the old model was still busy, or failed on them.
+    ``again`` opens the model anew after `unload`; requests that come meanwhile wait for it. ``watch`` looks at what was
+    answered; several hosts may share one.
     """
 
-    samples: int = 0
-    same: int = 0
-    skipped: int = 0
-
-    @property
-    def share(self) -> float:
-        """From 0 to 1; 1 where nothing was compared."""
-        return self.same / self.samples if self.samples else 1.0
-
-
-class _Serving:
-    """A session, who uses it, and what is counted of it."""
-
-    def __init__(self, session: Session | TextSession, telemetry: Telemetry) -> None:
-        self.session = session
-        self.telemetry = telemetry
-        self.in_flight = 0
-        self.retired = False
-
-
-class Host:
-    """Serves one model at a time to any number of threads."""
-
-    def __init__(self, session: Session | TextSession) -> None:
+    def __init__(
+        self,
+        session: Session | TextSession,
+        again: Again | None = None,
+        *,
+        batching: Batching | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        self.watch = watch or Watch()
         self._lock = threading.Lock()
+        self._batching = batching
+        self._left = threading.Condition(self._lock)
         self._changing = threading.RLock()
         self._known: OrderedDict[str, Telemetry] = OrderedDict()
-        self._serving = _Serving(session, self._telemetry(session.digest))
-        self._shadow: _Shadow | None = None
+        self._serving = Serving(session, self._telemetry(session.digest), batching)
+        self._pair: Pair | None = None
+        self._again = again
         self._closed = False
 
     @property
@@ -88,24 +78,13 @@ class Host:
         """The digest of the bundle that serves now."""
         return self._serving.session.digest
 
-    @contextmanager
-    def lease(self) -> Iterator[Session | TextSession]:
-        """Keep the serving session alive for one request, and count its time or its error.
+    def lease(self) -> Lease:
+        """Keep the serving session alive for one request, and count its time or its error: to be used by ``with``.
 
         Raises:
-            UsageError: the host is closed.
+            UsageError: the host is closed; when it is entered.
         """
-        serving = self._acquire()
-        started = time.perf_counter()
-        try:
-            yield serving.session
-        except EdgekitError as error:
-            serving.telemetry.failed(type(error).__name__, by_caller=isinstance(error, InputError))
-            raise
-        else:
-            serving.telemetry.answered(time.perf_counter() - started)
-        finally:
-            self._release(serving)
+        return Lease(self)
 
     def run(self, inputs: Mapping[str, Array]) -> Answer:
         """Compute the outputs for a batch on the serving model.
@@ -114,9 +93,10 @@ class Host:
             InputError: an input does not fit, or the model takes text.
             HealthError: the engine fails.
         """
-        with self.lease() as leased:
-            session = _of_tensors(leased)
-            outputs = session.run(inputs)
+        lease = self.lease()
+        with lease as leased:
+            session = of_tensors(leased)
+            outputs = lease.run(inputs)
         self._observe(session, inputs, outputs)
         return Answer(outputs, session.digest)
 
@@ -155,8 +135,16 @@ class Host:
             tokens = int(counted.sum()) if counted is not None else sum(array.size for array in inputs.values())
             return inputs, lambda outputs: (session.vectors(inputs, outputs), tokens)
 
+        if isinstance(self.session, TextSession):
+            return self._embed_text(texts)
         (vectors, tokens), digest = self._asked(question)
         return vectors, tokens, digest
+
+    def _embed_text(self, texts: Sequence[str]) -> tuple[Array, int, str]:
+        with self.lease() as session:
+            if not isinstance(session, TextSession):
+                raise InputError(f"{session.contract.name} has just taken over", "ask again")
+            return *session.embed_counted(texts), session.digest
 
     def detect(self, picture: bytes) -> tuple[list[Detected], str]:
         """Return the objects in an encoded picture, and the digest of the bundle.
@@ -174,49 +162,99 @@ class Host:
 
     def _asked(self, question: Question[Told]) -> tuple[Told, str]:
         """Prepare inputs, compute, and tell of the outputs, all by the session that serves now."""
-        with self.lease() as leased:
-            session = _of_tensors(leased)
-            inputs, told = question(session)
-            outputs = session.run(inputs)
+        lease = self.lease()
+        with lease as leased:
+            session = of_tensors(leased)
+            inputs, told = lease.prepared(lambda: question(session))
+            outputs = lease.run(inputs)
             answer = told(outputs)
         self._observe(session, inputs, outputs)
         return answer, session.digest
 
-    def swap(self, new: Session | TextSession, *, shadow: bool = False) -> None:
+    def swap(self, new: Session | TextSession, *, shadow: bool = False, share: float = 1.0) -> None:
         """Let ``new`` serve from the next request on; requests in flight finish where they began.
 
         With ``shadow`` the old model lives on and computes the live requests too, until `end_shadow` or
-        `roll_back`; only the new one's answers are returned.
+        `roll_back`; only the new one's answers are returned. With a ``share`` below 1 only that part of the requests,
+        evenly spread, is answered by ``new``; the old model stays and answers the others, and each is computed by both.
 
         Raises:
             UsageError: the host is closed; ``new`` is closed too, then.
         """
         with self._changing:
             self.end_shadow()
+            if shadow or share < 1:
+                self._reload()  # it is to answer, too
+            serving = self._served(new)
             with self._lock:
                 closed = self._closed
                 old = self._serving
                 if not closed:
-                    self._serving = _Serving(new, self._telemetry(new.digest))
-                    self._shadow = _Shadow(old) if shadow else None
+                    self._serving = serving
+                    self._pair = Pair(old, share) if shadow or share < 1 else None
         if closed:
             new.close()
             raise UsageError("the host is closed")
-        if not shadow:
+        if self._pair is None:
             self._retire(old)
+
+    def replace(self, open_new: Again, open_old: Again | None = None) -> float:
+        """Close the model, then let the one that is opened serve; return for how many seconds requests had to wait.
+
+        For devices whose memory does not hold two. Requests in flight finish first. Where the new model does not open,
+        the old one is opened again, by ``open_old`` or as the host was told.
+
+        Raises:
+            HealthError: the new model does not open; the old one serves again, or nothing does.
+            UsageError: the host is closed.
+        """
+        with self._changing:
+            self.end_shadow()
+            began, old = time.perf_counter(), self._serving
+            before, self._again = open_old or self._again, open_new
+            self.unload()
+            with self._left:
+                self._left.wait_for(lambda: old.closed, DRAIN_SECONDS)
+            try:
+                self._reload()
+            except BaseException:  # the lack of memory above all
+                self._again = before
+                if before:
+                    self._reload()
+                raise
+        return time.perf_counter() - began
+
+    def split(self, share: float) -> None:
+        """Let the newer of two models answer that part of the requests from now on.
+
+        Raises:
+            UsageError: no old model is kept.
+        """
+        pair = self._pair
+        if pair is None:
+            raise UsageError(
+                "there is no model to share requests with", "swap with shadow=True or a share keeps the old one"
+            )
+        pair.share = share
+
+    @property
+    def sessions(self) -> tuple[Session | TextSession, ...]:
+        """What answers requests now: the serving session, and the older one where requests are split."""
+        pair = self._pair
+        return (self.session, pair.old.session) if pair and pair.share < 1 else (self.session,)
 
     def agreement(self) -> Agreement:
         """Compare so far; nothing where no shadow runs."""
-        shadow = self._shadow
-        return shadow.agreement() if shadow else Agreement()
+        pair = self._pair
+        return pair.comparison.agreement() if pair else Agreement()
 
     def end_shadow(self) -> Agreement:
         """Finish the comparison, close the old model, and return how well both agreed."""
-        shadow = self._take_shadow()
-        if shadow is None:
+        pair = self._take_pair()
+        if pair is None:
             return Agreement()
-        result = shadow.finish()
-        self._retire(shadow.old)
+        result = pair.comparison.finish()
+        self._retire(pair.old)
         return result
 
     def roll_back(self) -> None:
@@ -226,13 +264,55 @@ class Host:
             UsageError: no old model is kept.
         """
         with self._changing:
-            shadow = self._take_shadow()
-            if shadow is None:
+            pair = self._take_pair()
+            if pair is None:
                 raise UsageError("there is no model to go back to", "swap with shadow=True keeps the old one")
-            shadow.finish()
+            pair.comparison.finish()
             with self._lock:
-                new, self._serving = self._serving, shadow.old
+                new, self._serving = self._serving, pair.old
             self._retire(new)
+
+    def batch_sizes(self) -> Mapping[int, int]:
+        """Return how many batches of each size the serving model has computed; none where it computes none."""
+        batcher = self._serving.batcher
+        return batcher.sizes() if batcher else {}
+
+    @property
+    def is_loaded(self) -> bool:
+        """Say whether the model is in memory."""
+        return not self._serving.retired
+
+    @property
+    def idle_seconds(self) -> float:
+        """For how long no request has come; 0 while one is computed."""
+        serving = self._serving
+        return 0.0 if serving.in_flight else time.perf_counter() - serving.used
+
+    def yields(self) -> bool:
+        """Free the model as `unload` does, unless it is just being changed; say whether it is free."""
+        if not self._changing.acquire(blocking=False):
+            return False
+        try:
+            self.unload()
+        finally:
+            self._changing.release()
+        return True
+
+    def unload(self) -> None:
+        """Free the model after its last request; the next one opens it again.
+
+        Raises:
+            UsageError: the host is closed.
+            InputError: it was not told how to open the model again.
+        """
+        with self._changing:
+            self.end_shadow()
+            with self._lock:
+                if self._closed:
+                    raise UsageError("the host is closed")
+                if self._again is None:
+                    raise InputError(f"nobody said how {self.session.contract.name} is loaded again", "let it stay")
+            self._retire(self._serving)
 
     def statistics(self, digest: str | None = None) -> Statistics:
         """Return what was counted of one bundle, by default the serving one."""
@@ -240,6 +320,15 @@ class Host:
             digest = self._serving.session.digest if digest is None else digest
             telemetry = self._known.get(digest)
         return telemetry.statistics() if telemetry else Statistics(digest=digest)
+
+    @property
+    def alerts(self) -> tuple[Alert, ...]:
+        """What is not as it was with the serving model, its requests and the device."""
+        return self.alerts_of(self.digest)
+
+    def alerts_of(self, digest: str) -> tuple[Alert, ...]:
+        """Return the same of one bundle."""
+        return self.watch.alerts(self.statistics(digest))
 
     def close(self) -> None:
         """Refuse new requests; the model is closed after the last one in flight."""
@@ -257,124 +346,75 @@ class Host:
             self._known.popitem(last=False)
         return telemetry
 
-    def _acquire(self) -> _Serving:
-        with self._lock:
-            if self._closed:
-                raise UsageError("the host is closed")
-            self._serving.in_flight += 1
-            return self._serving
+    def acquire(self) -> Serving:
+        """Take what serves now, for `Lease`; a model that was unloaded is opened first.
 
-    def _release(self, serving: _Serving) -> None:
+        Raises:
+            UsageError: the host is closed.
+        """
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise UsageError("the host is closed")
+                serving = self._pair.chosen(self._serving) if self._pair else self._serving
+                if not serving.retired:
+                    serving.in_flight += 1
+                    return serving
+            self._reload()
+
+    def _reload(self) -> None:
+        with self._changing:
+            if not self._serving.retired or self._closed:
+                return  # another request has been here
+            if self._again is None:
+                raise UsageError(f"{self.session.contract.name} is not loaded", "load its bundle again")
+            session = self._again()
+            serving = self._served(session)
+            with self._lock:
+                self._serving = serving
+
+    def _served(self, session: Session | TextSession) -> Serving:
+        """Get a session ready to serve; it is closed where that fails."""
+        try:
+            return Serving(session, self._telemetry(session.digest), self._batching)
+        except BaseException:
+            session.close()
+            raise
+
+    def release(self, serving: Serving) -> None:
+        """Give back what was taken; the last one closes what was replaced."""
         with self._lock:
             serving.in_flight -= 1
             last = serving.retired and serving.in_flight == 0
         if last:
-            serving.session.close()
+            self._close(serving)
 
-    def _retire(self, serving: _Serving) -> None:
+    def _retire(self, serving: Serving) -> None:
         with self._lock:
             serving.retired = True
             idle = serving.in_flight == 0
         if idle:
-            serving.session.close()
+            self._close(serving)
 
-    def _take_shadow(self) -> _Shadow | None:
+    def _close(self, serving: Serving) -> None:
+        serving.session.close()
+        with self._left:
+            serving.closed = True
+            self._left.notify_all()
+
+    def _take_pair(self) -> Pair | None:
         with self._lock:
-            shadow, self._shadow = self._shadow, None
-        return shadow
+            pair, self._pair = self._pair, None
+        return pair
 
     def _observe(self, session: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         # A client that sends NaN gets NaN: that is no fault of the model, and must not roll it back.
-        if not all(map(_is_finite, outputs.values())) and all(map(_is_finite, inputs.values())):
+        if not are_finite(outputs.values()) and are_finite(inputs.values()):
             telemetry = self._known.get(session.digest)
             if telemetry:
                 telemetry.saw_non_finite()
-        shadow = self._shadow
-        if shadow is not None:
-            shadow.compare(session, inputs, outputs)
-
-
-def _of_tensors(session: Session | TextSession) -> Session:
-    if isinstance(session, Session):
-        return session
-    raise InputError(f"{session.contract.name} is a language model", "ask it for a chat or a completion")
-
-
-class _Shadow:
-    """Runs the old model on live requests in one thread of its own, never more than a few behind."""
-
-    def __init__(self, old: _Serving) -> None:
-        self.old = old
-        self._lock = threading.Lock()
-        self._pending = self._samples = self._same = self._skipped = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shadow")
-
-    def compare(self, new: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Queue one request that ``new`` has answered; skip it where the old model cannot keep up."""
-        with self._lock:
-            if self._pending >= MAX_SHADOWED:
-                self._skipped += 1
-                return
-            self._pending += 1
-        try:
-            self._thread.submit(self._compare, new, dict(inputs), dict(outputs))
-        except RuntimeError:  # the comparison ended in this moment
-            with self._lock:
-                self._pending -= 1
-
-    def agreement(self) -> Agreement:
-        """Return the counts as they stand."""
-        with self._lock:
-            return Agreement(self._samples, self._same, self._skipped)
-
-    def finish(self) -> Agreement:
-        """Compare what is queued, and end."""
-        self._thread.shutdown(wait=True)
-        return self.agreement()
-
-    def _compare(self, new: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        samples = same = skipped = 0
-        try:
-            session = self.old.session
-            if isinstance(session, Session):
-                samples, same = _same((session, session.run(inputs)), (new, outputs))
-        except EdgekitError:
-            skipped = 1
-        with self._lock:
-            self._pending -= 1
-            self._samples += samples
-            self._same += same
-            self._skipped += skipped
-
-
-def _same(old: tuple[Session, Mapping[str, Array]], new: tuple[Session, Mapping[str, Array]]) -> tuple[int, int]:
-    """Count the samples, and those on which both answer alike.
-
-    Detectors do where they see the same kind of object best, each by its own manifest, or both none.
-    """
-    if not all(session.contract.detection for session, _ in (old, new)):
-        return _same_choices(old[1], new[1])
-    best = [
-        [objects[0].label if objects else None for objects in session.objects(outputs)]
-        for session, outputs in (old, new)
-    ]
-    return len(best[1]), sum(before == now for before, now in zip(*best, strict=False))
-
-
-def _same_choices(old: Mapping[str, Array], new: Mapping[str, Array]) -> tuple[int, int]:
-    """Count the samples, and those on which both have their largest score in the same place of the first output."""
-    name = next(iter(new))
-    ours, theirs = new[name], old.get(name)
-    if theirs is None or theirs.shape != ours.shape or ours.ndim == 0:
-        return len(ours) if ours.ndim else 1, 0
-    flat = ours.reshape(len(ours), -1), theirs.reshape(len(ours), -1)
-    return len(ours), int((flat[0].argmax(1) == flat[1].argmax(1)).sum())
-
-
-def _is_finite(array: Array) -> bool:
-    if array.dtype.kind != "f":
-        return True
-    import numpy as np
-
-    # A sum is NaN or infinite if any part is, and cheap; it may also overflow, so a bad one is looked at closely.
-    return math.isfinite(np.add.reduce(array, axis=None)) or bool(np.isfinite(array).all())
+        self.watch.observe(session, inputs, outputs)
+        pair = self._pair
+        if pair is not None:
+            old, new = pair.old.session, self._serving.session
+            pair.comparison.compare((session, outputs), old if session is new else new, inputs)

@@ -14,10 +14,9 @@ from typing import IO, TYPE_CHECKING, cast
 
 import msgspec
 
-from edgekit import errors
-from edgekit.errors import EdgekitError, HealthError, UsageError
+from edgekit.errors import HealthError, UsageError
 from edgekit.progress import silent
-from edgekit.runtime import measured
+from edgekit.runtime import failures, measured
 from edgekit.runtime.measured import Contender, Settings
 from edgekit.runtime.telemetry import percentile
 
@@ -150,8 +149,8 @@ class _Child:
                 f"{self.contender.bundle}: {_last_words(self.process, self.log)}", "run it alone with: edgekit run"
             )
         answer: measured.Answer = msgspec.json.decode(line, type=measured.Answer)
-        if isinstance(answer, measured.Failed):
-            raise _rebuilt(answer, self.contender.bundle)
+        if isinstance(answer, failures.Failed):
+            raise failures.rebuilt(answer, self.contender.bundle)
         return answer
 
     def turn(self, turn: measured.Turn) -> None:
@@ -210,12 +209,3 @@ def _last_words(process: subprocess.Popen[bytes], log: IO[bytes]) -> str:
     said = log.read().decode(errors="replace").strip().splitlines()
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"its process ended with {how}{': ' + said[-1][:300] if said else ''}"
-
-
-def _rebuilt(failed: measured.Failed, name: str) -> EdgekitError:
-    kind = getattr(errors, failed.kind, EdgekitError)
-    error: EdgekitError = kind.__new__(kind)  # not the constructor: MissingExtra and UnknownName make their own text
-    error.message = failed.message if name in failed.message else f"{name}: {failed.message}"
-    error.hint = failed.hint
-    error.args = (error.message,)
-    return error

@@ -16,6 +16,8 @@ import msgspec
 
 from edgekit import bundle
 from edgekit.errors import EdgekitError, HealthError
+from edgekit.runtime import failures
+from edgekit.runtime.failures import Failed
 from edgekit.runtime.memory import rss_mib
 
 if TYPE_CHECKING:
@@ -70,14 +72,6 @@ class Samples(msgspec.Struct, frozen=True, kw_only=True, tag="samples"):
     peak_rss_mib: float
 
 
-class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """The error of edgekit that ended the process; ``kind`` is its class."""
-
-    kind: str
-    message: str
-    hint: str
-
-
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
     """Run for so long, or until so many samples where ``requests`` is given."""
 
@@ -103,7 +97,7 @@ def main() -> None:
         try:
             _serve(sys.stdin, answers)
         except EdgekitError as error:
-            _answer(answers, Failed(kind=type(error).__name__, message=error.message, hint=error.hint))
+            _answer(answers, failures.told(error))
         except MemoryError:
             _answer(answers, Failed(kind="ResourceError", message="out of memory", hint="measure a smaller batch"))
 
@@ -189,15 +183,15 @@ def _batches(folder: Path, manifest: Manifest, size: int) -> list[dict[str, Arra
     """Take the bundle's golden inputs, in batches of ``size``; zeros where it has none."""
     import numpy as np
 
-    from edgekit.runtime import ports
+    from edgekit.runtime import arrays, ports
 
     golden = manifest.golden.inputs
     if any(spec.name not in golden for spec in manifest.inputs):
         return [ports.zeros(manifest.inputs, batch=size)]
-    arrays = {name: np.load(folder / path, allow_pickle=False) for name, path in golden.items()}
-    count = min(len(array) for array in arrays.values())
+    given = {name: arrays.read(folder / path) for name, path in golden.items()}
+    count = min(len(array) for array in given.values())
     picks = [np.arange(start, start + size) % count for start in range(0, count, size)]
-    return [{name: np.ascontiguousarray(array[pick]) for name, array in arrays.items()} for pick in picks]
+    return [{name: np.ascontiguousarray(array[pick]) for name, array in given.items()} for pick in picks]
 
 
 def _run(request: Request, turn: Turn) -> Samples:

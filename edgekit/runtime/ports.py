@@ -84,6 +84,9 @@ def to_file(public: Mapping[str, Array], ports: Iterable[Port]) -> dict[str, Arr
     arrays: dict[str, Array] = {}
     for port in ports:
         array = public[port.name]
+        if not port.axes and array.dtype == port.dtype and not port.scale:  # the usual case, for every request
+            arrays[port.key] = array
+            continue
         if port.axes:
             array = np.ascontiguousarray(array.transpose(port.axes))
         if port.scale:

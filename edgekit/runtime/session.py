@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Self
 from edgekit.errors import InputError, UsageError
 from edgekit.runtime import ports
 from edgekit.runtime.backends import Message, Sampling
+from edgekit.runtime.isolation.engine import Isolated
 from edgekit.tensors import DYNAMIC
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from edgekit.baseline import Baseline
     from edgekit.manifest import Classification, Detection, Embedding, ImagePreprocess, Task, TextPreprocess, Variant
     from edgekit.pictures import Placement
     from edgekit.runtime.backends import Engine, TextEngine, TextPiece
     from edgekit.runtime.detection import Detected
+    from edgekit.runtime.isolation import Condition
     from edgekit.runtime.tokens import TextReader
     from edgekit.tensors import Array, TensorSpec
 
@@ -43,6 +46,7 @@ class Contract:
     postprocess: Classification | None = None
     detection: Detection | None = None
     embedding: Embedding | None = None
+    baseline: Baseline | None = None
     digest: str = ""
     folder: Path | None = None
 
@@ -50,13 +54,15 @@ class Contract:
 class Session:
     """A loaded tensor model. Thread-safe; warm; ends with `close` or a ``with`` block.
 
-    ``variant``, ``engine`` and ``choice`` say what runs and why; ``digest`` names the bundle ("" before sealing).
+    ``variant``, ``engine`` and ``choice`` say what runs and why, ``considered`` what became of every variant of the
+    bundle, in the order of trying: its name and the reason. ``digest`` names the bundle ("" before sealing).
     """
 
     def __init__(self, engine: Engine, variant: Variant, contract: Contract, choice: str = "") -> None:
         self.contract = contract
         self.variant = variant
         self.choice = choice
+        self.considered: tuple[tuple[str, str], ...] = ((variant.name, choice),)
         self._ran = engine.engine
         self._engine: Engine | None = engine
         self._inputs = ports.ports_for(contract.inputs, variant.inputs)
@@ -72,6 +78,15 @@ class Session:
         """Name and version of what runs now, after closing of what ran; an engine may replace itself."""
         engine = self._engine
         return self._ran if engine is None else engine.engine
+
+    @property
+    def is_isolated(self) -> bool:
+        """Say whether the engine has a process of its own."""
+        return isinstance(self._engine, Isolated)
+
+    def condition(self) -> Condition | None:
+        """Return how the engine's own process does; None where it has none, or is closed."""
+        return self._engine.condition() if isinstance(self._engine, Isolated) else None
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute the outputs for a batch: arrays by public name, samples on the first axis.
@@ -267,13 +282,19 @@ class Session:
 
 
 class TextSession:
-    """A loaded language model; the same attributes as `Session`."""
+    """A loaded language model; the same attributes as `Session`.
+
+    ``embeds``: it makes vectors of texts, and answers none. ``room``: how many conversations it holds, and how long.
+    """
 
     def __init__(self, engine: TextEngine, variant: Variant, contract: Contract, choice: str = "") -> None:
         self.contract = contract
         self.variant = variant
         self.choice = choice
+        self.considered: tuple[tuple[str, str], ...] = ((variant.name, choice),)
         self.engine = engine.engine
+        self.embeds = engine.embeds
+        self.room = engine.room
         self._engine: TextEngine | None = engine
 
     @property
@@ -281,30 +302,66 @@ class TextSession:
         """SHA-256 of the bundle's manifest."""
         return self.contract.digest
 
+    @property
+    def is_isolated(self) -> bool:
+        """Say whether the engine has a process of its own."""
+        return isinstance(self._engine, Isolated)
+
+    def condition(self) -> Condition | None:
+        """Return how the engine's own process does; None where it has none, or is closed."""
+        return self._engine.condition() if isinstance(self._engine, Isolated) else None
+
     def stream(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Iterator[TextPiece]:
         """Answer a conversation piece by piece; the last piece has ``finish`` and the token counts.
 
         Raises:
-            InputError: no message, or more tokens than the context holds.
+            ContextError: more tokens than the context holds.
+            InputError: no message, or the model answers none.
             UsageError: the session is closed.
         """
         if not messages:
             raise InputError("a conversation needs at least one message")
-        return self._open().stream(messages, sampling or Sampling())
+        return self._open_to_answer().stream(messages, sampling or Sampling())
 
     def complete(self, prompt: str, sampling: Sampling | None = None) -> Iterator[TextPiece]:
         """Continue a text as it stands, piece by piece.
 
         Raises:
-            InputError: an empty prompt, or more tokens than the context holds.
+            ContextError: more tokens than the context holds.
+            InputError: an empty prompt, or the model continues none.
             UsageError: the session is closed.
         """
         if not prompt:
             raise InputError("the prompt is empty")
-        return self._open().complete(prompt, sampling or Sampling())
+        return self._open_to_answer().complete(prompt, sampling or Sampling())
+
+    def embed(self, texts: Sequence[str]) -> Array:
+        """Return a vector of length 1 for each text: float32 [texts, width].
+
+        Raises:
+            ContextError: one has more tokens than the context holds.
+            InputError: no text, an empty one, or the model was not made for vectors.
+            UsageError: the session is closed.
+        """
+        return self.embed_counted(texts)[0]
+
+    def embed_counted(self, texts: Sequence[str]) -> tuple[Array, int]:
+        """Return the same as `embed`, and how many tokens were read. Raises the same."""
+        if not texts or not all(texts):
+            raise InputError("there is no text, or an empty one", "give one or more")
+        engine = self._open()
+        if not self.embeds:
+            raise InputError(
+                f"{self.contract.name} makes no vectors: its file names no pooling",
+                "serve an embedding model, as GGUF with a pooling_type or as an encoder with an embedding",
+            )
+        return engine.embed(texts)
 
     def warm(self) -> None:
-        """Produce one token, so that the first request is not the slow one."""
+        """Produce one token or vector, so that the first request is not the slow one."""
+        if self.embeds:
+            self.embed(["Hello"])
+            return
         for _ in self.complete("Hello", Sampling(max_tokens=1, temperature=0.0)):
             pass
 
@@ -313,6 +370,11 @@ class TextSession:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
+
+    def _open_to_answer(self) -> TextEngine:
+        if self.embeds:
+            raise InputError(f"{self.contract.name} is an embedding model: it answers none", "ask it for embeddings")
+        return self._open()
 
     def _open(self) -> TextEngine:
         if self._engine is None:

@@ -11,7 +11,9 @@ from fakes import bundles, engines
 from edgekit import bundle
 from edgekit.errors import BundleError, HealthError, UnknownName, UsageError
 from edgekit.manifest import Golden, Manifest, Parity
-from edgekit.runtime.acceptance import check, compare, main, sqnr_db, try_out
+from edgekit.runtime import acceptance
+from edgekit.runtime.acceptance import Allowance, check, compare, main, sqnr_db, try_out
+from edgekit.runtime.sandbox.warden import Ended
 from edgekit.tensors import TensorSpec
 
 
@@ -44,7 +46,7 @@ def test_bundle_without_limits_only_has_to_run(tmp_path):
 
 def test_bundle_without_golden_samples_only_has_to_load(tmp_path):
     bundles.null_bundle(tmp_path / "b")
-    assert set(check(tmp_path / "b")) == {"load_ms", "rss_mib"}
+    assert set(check(tmp_path / "b")) == {"load_ms", "rss_mib", "peak_rss_mib"}
 
 
 def test_golden_prompts_are_compared_by_prefix(tmp_path):
@@ -114,7 +116,7 @@ def misbehaving_engine(tmp_path, monkeypatch):
 
 def test_child_that_runs_a_sound_bundle_returns_the_figures(tmp_path):
     bundles.mlp_bundle(tmp_path / "b")
-    assert try_out(tmp_path / "b", "x86-64", timeout=60)["top1_agreement"] == 1.0
+    assert try_out(tmp_path / "b", "x86-64", allowed=Allowance(60))["top1_agreement"] == 1.0
 
 
 def test_folder_one_stands_in_shadows_no_package_of_the_child(tmp_path, monkeypatch):
@@ -126,38 +128,44 @@ def test_folder_one_stands_in_shadows_no_package_of_the_child(tmp_path, monkeypa
 
 def test_engine_that_crashes_takes_only_the_child_with_it(tmp_path, misbehaving_engine):
     with pytest.raises(HealthError, match="crashed on b with SIGSEGV"):
-        try_out(misbehaving(tmp_path / "b", "crash"), timeout=60)
+        try_out(misbehaving(tmp_path / "b", "crash"), allowed=Allowance(60))
 
 
 def test_an_engine_that_is_not_installed_is_told_with_the_command_that_installs_it(tmp_path, monkeypatch):
     bundles.mlp_bundle(tmp_path / "b")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/sitecustomize.py").write_text("import sys\nsys.modules['onnxruntime'] = None\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bare"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "bare"), *sys.path]))
     with pytest.raises(HealthError, match=r"onnxruntime.*pip install 'edgekit\[onnx\]'"):
         try_out(tmp_path / "b", bundle.read(tmp_path / "b").manifest.variants[0].name)
 
 
 def test_engine_that_hangs_is_given_up(tmp_path, misbehaving_engine):
     with pytest.raises(HealthError, match="did not finish"):
-        try_out(misbehaving(tmp_path / "b", "hang"), timeout=2)
+        try_out(misbehaving(tmp_path / "b", "hang"), allowed=Allowance(2))
 
 
 def test_engine_that_ends_the_process_is_a_health_error(tmp_path, misbehaving_engine):
     with pytest.raises(HealthError, match="exit code 7"):
-        try_out(misbehaving(tmp_path / "b", "quit"), timeout=60)
+        try_out(misbehaving(tmp_path / "b", "quit"), allowed=Allowance(60))
+
+
+def test_verdict_that_nests_without_end_is_a_health_error():
+    nested = b'{"x":' + b"[" * 50_000 + b"]" * 50_000 + b"}"
+    with pytest.raises(HealthError, match="the try-out ended with exit code 0"):
+        acceptance._verdict(Ended(code=0, stdout=nested, stderr=b"", peak_mib=1.0), {})
 
 
 def test_child_hands_its_error_back_with_its_kind(tmp_path):
     bundles.mlp_bundle(tmp_path / "wrong", wrong_golden=True)
     with pytest.raises(HealthError, match="at least 40 is wanted"):
-        try_out(tmp_path / "wrong", timeout=60)
+        try_out(tmp_path / "wrong", allowed=Allowance(60))
     bundles.mlp_bundle(tmp_path / "changed")
     (tmp_path / "changed/x86-64/model.onnx").write_bytes(b"x")
     with pytest.raises(BundleError, match="not the file that was sealed"):
-        try_out(tmp_path / "changed", timeout=60)
+        try_out(tmp_path / "changed", allowed=Allowance(60))
     with pytest.raises(UsageError):
-        try_out(tmp_path / "nowhere", timeout=60)
+        try_out(tmp_path / "nowhere", allowed=Allowance(60))
 
 
 def test_entry_point_prints_json_and_exits_by_kind(tmp_path, capsys):

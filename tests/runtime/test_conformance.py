@@ -111,6 +111,7 @@ def forgiving(_, __, reply):
 FAULTS = {
     "the server names itself and its extensions": changed("/v2", lambda d: d.pop("extensions", None)),
     "the model describes its tensors": changed("/models/mlp", lambda d: d.pop("platform", None)),
+    "an inference gives the output that is asked for": changed("/models/mlp", lambda d: d.update(outputs=[])),
     "an identifier comes back": changed("/infer", lambda d: d.pop("id", None)),
     "an inference without names of outputs gives all": changed(
         "/infer", lambda d: d["outputs"].append(d["outputs"][0])
@@ -162,3 +163,13 @@ def test_a_server_of_something_else_is_told():
     server.server_close()
     assert done.exit_code == 2
     assert "answers neither /v2 (404) nor /v1/models (404)" in done.output
+
+
+def test_a_server_of_which_nothing_could_be_asked_has_shown_nothing(monkeypatch):
+    from edgekit.cli import conformance as command
+
+    unasked = conformance.Check("any", "the model describes its tensors", holds=None, told="it takes none")
+    monkeypatch.setattr(command, "_checks", lambda *_: iter([unasked]))
+    done = invoked("http://127.0.0.1:1")
+    assert done.exit_code == 1
+    assert "0 of 0 checks hold" in done.output

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import edgekit
 from edgekit.errors import InputError, UsageError
-from edgekit.runtime.host import Agreement, Host
+from edgekit.runtime.comparison import Agreement
+from edgekit.runtime.host import Host
 from edgekit.runtime.session import Contract, Session
 from edgekit.runtime.telemetry import Telemetry, percentile
 from edgekit.tensors import TensorSpec

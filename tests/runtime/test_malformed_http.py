@@ -172,19 +172,6 @@ def test_body_that_claims_to_be_giant_is_refused_before_it_is_read(url):
     assert b" 413 " in raw(url, head).split(b"\r\n")[0]
 
 
-def test_chunked_body_is_bounded_too(tmp_path, url):
-    from edgekit.runtime.server import exchange
-
-    async def receive():
-        return {"type": "http.request", "body": b"x" * 100, "more_body": True}
-
-    import asyncio
-
-    scope = {"headers": [], "path": "/", "method": "POST"}
-    with pytest.raises(exchange.HttpError, match="longer than 1000 bytes"):
-        asyncio.run(exchange.read_request(scope, receive, 1000))
-
-
 def test_compressed_body_is_a_415(url):
     assert ask(url, "POST", INFER, b"x", {"Content-Encoding": "gzip"})[0] == 415
 
@@ -219,6 +206,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(field=st.sampled_from(["name", "shape", "datatype", "data", "parameters"]), value=json_values)
 def test_no_value_in_any_field_makes_a_500(url, field, value):

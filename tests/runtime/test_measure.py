@@ -11,8 +11,8 @@ from fakes.bundles import mlp_bundle, null_bundle
 
 from edgekit import errors
 from edgekit.errors import BundleError, HealthError, MissingExtra, UnknownName, UsageError
+from edgekit.runtime import failures, measured
 from edgekit.runtime import measure as measuring
-from edgekit.runtime import measured
 from edgekit.runtime.measure import measure
 from edgekit.runtime.measured import Contender, Settings, Turn
 
@@ -110,7 +110,7 @@ def test_a_changed_byte_is_noticed_before_anything_is_measured(tmp_path):
 
 @pytest.mark.parametrize("kind", ["MissingExtra", "HealthError", "UnknownName", "Nonsense"])
 def test_any_error_survives_the_way_between_processes(kind):
-    rebuilt = measuring._rebuilt(measured.Failed(kind=kind, message="it broke", hint="mend it"), "cat")
+    rebuilt = failures.rebuilt(failures.Failed(kind=kind, message="it broke", hint="mend it"), "cat")
     assert type(rebuilt) is getattr(errors, kind, errors.EdgekitError)
     assert (str(rebuilt), rebuilt.message, rebuilt.hint) == ("cat: it broke", "cat: it broke", "mend it")
     assert issubclass(MissingExtra, errors.EdgekitError)

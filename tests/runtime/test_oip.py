@@ -107,18 +107,17 @@ DTYPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def echoes(tmp_path_factory):
-    """One model that gives back its inputs, one of each datatype."""
+def echoes_bundle(folder, names=tuple(DTYPES)):
+    """Seal a model that gives back its inputs, one of each datatype."""
     from onnx import TensorProto, helper
 
-    nodes = [helper.make_node("Identity", [f"in_{name}"], [f"out_{name}"]) for name in DTYPES]
+    nodes = [helper.make_node("Identity", [f"in_{name}"], [f"out_{name}"]) for name in names]
     ins, outs = (
-        [helper.make_tensor_value_info(f"{d}_{n}", getattr(TensorProto, t), ["n", 2]) for n, (_, t) in DTYPES.items()]
+        [helper.make_tensor_value_info(f"{d}_{n}", getattr(TensorProto, DTYPES[n][1]), ["n", 2]) for n in names]
         for d in ("in", "out")
     )
     variant = bundles.variant("any", "onnx")
-    specs = {n: np.dtype(k).name for n, (k, _) in DTYPES.items()}
+    specs = {n: np.dtype(DTYPES[n][0]).name for n in names}
     manifest = Manifest(
         name="echoes",
         version="1",
@@ -128,8 +127,13 @@ def echoes(tmp_path_factory):
         variants=(variant,),
         files=(),
     )
-    folder = tmp_path_factory.mktemp("echoes") / "b"
     bundle.seal(folder, manifest, {variant.main: bundles._model(helper.make_graph(nodes, "echoes", ins, outs))})
+
+
+@pytest.fixture(scope="module")
+def echoes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("echoes") / "b"
+    echoes_bundle(folder)
     host = Host(edgekit.load(folder, threads=1))
     with serve_in_thread(host) as running:
         yield running.url

@@ -1,6 +1,7 @@
 """OpenAI's API through the openai package: the real SmolLM2 where it is installed, the echoing null model anywhere."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -11,6 +12,7 @@ import edgekit
 from edgekit.errors import HealthError
 from edgekit.runtime import Contract, open_variant
 from edgekit.runtime.backends import EngineOptions
+from edgekit.runtime.conversations import Room
 from edgekit.runtime.host import Host
 from edgekit.runtime.server import serve_in_thread
 from edgekit.runtime.session import TextSession
@@ -19,7 +21,7 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 
 
 def client_of(url):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,8 @@ def test_real_model_chats_whole_and_streamed_alike(smol):
     assert events[0].choices[0].delta.role == "assistant"
     assert [e.choices[0].finish_reason for e in events if e.choices][-1] == "length"
     assert events[-1].choices == []
-    assert events[-1].usage == whole.usage
+    counted = events[-1].usage
+    assert (counted.prompt_tokens, counted.completion_tokens) == (whole.usage.prompt_tokens, 12)
     assert all(e.usage is None for e in events[:-1])
 
 
@@ -153,19 +156,58 @@ def test_real_model_takes_what_narrows_its_choice(smol):
 
 
 def test_real_model_answers_a_prompt_beyond_its_context_with_400(smol):
-    with pytest.raises(openai.BadRequestError, match="context size"):
-        smol.completions.create(model="smollm2", prompt="word " * 2000)
-    with pytest.raises(openai.BadRequestError, match="context size"):
-        smol.completions.create(model="smollm2", prompt="word " * 2000, stream=True)
+    asked = {"model": "smollm2", "prompt": "word " * 2000}
+    talk = {"model": "smollm2", "messages": [{"role": "user", "content": "word " * 2000}]}
+    for create, body in ((smol.completions.create, asked), (smol.chat.completions.create, talk)):
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match=r"20\d\d tokens, and .* context holds 512") as caught:
+                create(**body, stream=stream)
+            assert caught.value.code == "context_length_exceeded"
 
 
-def test_client_that_leaves_a_stream_frees_the_model(smol):
-    stream = smol.chat.completions.create(model="smollm2", messages=USER, max_tokens=450, stream=True)
-    next(iter(stream))
-    stream.close()
-    started = time.perf_counter()
-    smol.completions.create(model="smollm2", prompt="x", max_tokens=1)
-    assert time.perf_counter() - started < 4
+@pytest.mark.slow
+def test_real_model_asked_for_more_than_its_context_holds_ends_there(smol):
+    asked = {"model": "smollm2", "messages": USER, "temperature": 0, "max_tokens": 100_000}
+    said = smol.chat.completions.create(**asked, extra_body={"grammar": 'root ::= "so " root'})  # it never ends
+    assert said.choices[0].finish_reason == "length"
+    assert 500 < said.usage.total_tokens <= 513
+
+
+def test_real_model_tells_what_it_knew_of_a_second_turn(smol):
+    asked = {"model": "smollm2", "temperature": 0, "max_tokens": 8}
+    talk = [{"role": "user", "content": "Name a colour of the rainbow, and tell why it is there. " * 6}]
+    first = smol.chat.completions.create(**asked, messages=talk)
+    talk += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "And another?"},
+    ]
+    events = list(
+        smol.chat.completions.create(**asked, messages=talk, stream=True, stream_options={"include_usage": True})
+    )
+    usage = events[-1].usage
+    assert first.usage.total_tokens > 90
+    assert usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens - 1
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"extra_body": {"functions": [{"name": "f"}]}},
+        {"logit_bias": {"5": 1}},
+    ],
+)
+def test_what_is_not_offered_is_refused_by_name(echo, wanted):
+    name = next(iter(wanted.get("extra_body", wanted)))
+    with pytest.raises(openai.BadRequestError, match=f"{name} is not offered here") as caught:
+        client_of(echo[0]).chat.completions.create(model="echo", messages=USER, **wanted)
+    assert caught.value.code == "unsupported_parameter"
+
+
+def test_what_changes_no_answer_is_taken(echo):
+    asked = {"model": "echo", "messages": USER, "user": "me", "n": 1, "metadata": {"a": "b"}, "store": False}
+    said = client_of(echo[0]).chat.completions.create(**asked, tools=[], tool_choice="none", seed=3)
+    assert said.choices[0].message.content == "Say hi "
 
 
 def test_models_are_listed(echo):
@@ -205,7 +247,8 @@ def test_completion_streams_with_usage_and_done(echo):
     assert events[-2:] == ["data: [DONE]", ""]
     documents = [json.loads(e.removeprefix("data: ")) for e in events[:-2]]
     assert "".join(d["choices"][0]["text"] for d in documents if d["choices"]) == "a b c "
-    assert documents[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    counted = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert documents[-1]["usage"] == {**counted, "prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_unknown_model_is_a_404(echo):
@@ -253,6 +296,8 @@ class Breaking:
     """A language model that breaks after one piece, in a way that is foreseen or not."""
 
     engine = "breaking"
+    embeds = False
+    room = Room(0)
 
     def __init__(self, error):
         self.error = error
@@ -279,3 +324,46 @@ def test_engine_that_breaks_in_the_middle_ends_the_stream_with_an_error(error):
         with pytest.raises(openai.InternalServerError, match="broken"):
             client_of(running.url).completions.create(model="m", prompt="x")
     host.close()
+
+
+class Waiting(Breaking):
+    """A language model that computes others' answers first: for so many pieces, or until nobody waits."""
+
+    def __init__(self, pieces):
+        super().__init__(None)
+        self.pieces = pieces
+        self.left = threading.Event()
+
+    def complete(self, prompt, sampling):
+        from edgekit.runtime.backends import WAITING, TextPiece
+
+        try:
+            for _ in range(self.pieces):
+                yield WAITING
+                time.sleep(0.01)
+            yield TextPiece("at last")
+            yield TextPiece("", "stop", 1, 1)
+        finally:
+            self.left.set()
+
+    stream = complete
+
+
+def test_who_waits_for_others_gets_no_events_of_it_and_may_leave():
+    contract = Contract(name="m", task="text-generation")
+    engines = Waiting(3), Waiting(100_000)
+    for engine in engines:
+        host = Host(TextSession(engine, bundles.variant("any", "null"), contract))
+        with serve_in_thread(host) as running:
+            if engine is engines[0]:
+                stream = client_of(running.url).completions.create(model="m", prompt="x", stream=True)
+                assert [one.choices[0].text for one in stream] == ["at last", ""]
+                whole = client_of(running.url).completions.create(model="m", prompt="x")
+                assert whole.choices[0].text == "at last"
+            else:
+                with pytest.raises(openai.APITimeoutError):
+                    client_of(running.url).with_options(timeout=0.3, max_retries=0).completions.create(
+                        model="m", prompt="x"
+                    )
+                assert engine.left.wait(10)
+        host.close()

@@ -44,6 +44,7 @@ def test_every_route_is_described(tmp_path):
     host.close()
 
 
+@pytest.mark.slow
 def test_nothing_made_of_the_description_breaks_the_server(running, tmp_path):
     """Valid and broken requests by the hundred: only documented answers, of the documented kind, and none is a 500."""
     pytest.importorskip("schemathesis", reason="schemathesis makes the requests")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import edgekit
 from edgekit import bundle, device_profiles
 from edgekit.device_profiles import Detection
-from edgekit.errors import BundleError, InputError, MissingExtra, UnknownName, UsageError
+from edgekit.errors import BundleError, HealthError, InputError, MissingExtra, UnknownName, UsageError
 from edgekit.manifest import Manifest, Port
 from edgekit.runtime import Contract, Session, TextSession, open_variant
 from edgekit.runtime import ports as port_laws
@@ -64,6 +64,77 @@ def test_first_installed_engine_serves_where_the_class_is_unknown(tmp_path, monk
     with edgekit.load(folder) as session:
         assert session.variant.name == "dry"
         assert "first whose engine (null) is installed" in session.choice
+
+
+def test_every_variant_that_was_considered_is_told_with_its_reason(tmp_path, on_raspberry_pi, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    folder = several(
+        tmp_path / "b",
+        ("strange", "qnn"),
+        ("dry", "null"),
+        ("raspberry-pi-5", "onnx"),
+        ("late", "null"),
+        ("gone", "null"),
+    )
+    (folder / "gone/model.null").unlink()
+    with edgekit.load(folder) as session:
+        assert session.considered == (
+            ("raspberry-pi-5", "this needs onnxruntime, which is not installed"),
+            ("dry", "first whose engine (null) is installed"),
+            ("late", "comes after dry"),
+            ("strange", "no engine runs qnn"),
+            ("gone", "its file is not in this folder"),
+        )
+        assert dict(session.considered)[session.variant.name] == session.choice
+    with edgekit.load(folder, variant="late") as session:
+        assert session.considered[0] == ("late", "named by the caller")
+        assert set(session.considered[1:]) == {
+            (name, "late was named") for name in ("strange", "dry", "raspberry-pi-5", "gone")
+        }
+
+
+def broken_first(folder, *formats):
+    """Seal a bundle whose first variant's file is the right one byte by byte, and no engine takes it."""
+    variants = tuple(bundles.variant(name, form) for name, form in formats)
+    contents = {v.main: b'{"outputs": [{"name": "scores", "dtype": "float32", "shape": [-1, 4]}]}' for v in variants}
+    contents[variants[0].main] = b"no model of any kind"
+    tensors = {
+        "inputs": (TensorSpec("image", "float32", (-1, 3)),),
+        "outputs": (TensorSpec("scores", "float32", (-1, 4)),),
+    }
+    manifest = Manifest(name="broken", version="1", task="tensor", variants=variants, files=(), **tensors)
+    bundle.seal(folder, manifest, contents)
+    return folder
+
+
+def test_a_variant_that_its_engine_refuses_leaves_the_next_with_a_warning(tmp_path, on_raspberry_pi, caplog):
+    folder = broken_first(tmp_path / "b", ("raspberry-pi-5", "onnx"), ("dry", "null"))
+    with edgekit.load(folder) as session:
+        assert session.variant.name == "dry"
+        assert "refuses model.onnx" in dict(session.considered)["raspberry-pi-5"]
+    assert "variant raspberry-pi-5 does not open, the next one is tried: " in caplog.text
+
+
+def test_a_variant_that_was_named_is_never_left_for_another(tmp_path, on_raspberry_pi, caplog):
+    folder = broken_first(tmp_path / "b", ("raspberry-pi-5", "onnx"), ("dry", "null"))
+    with pytest.raises(HealthError, match=r"refuses model\.onnx"):
+        edgekit.load(folder, variant="raspberry-pi-5")
+    assert not caplog.records
+
+
+def test_the_refusal_of_an_engine_outweighs_an_engine_that_is_missing(tmp_path, monkeypatch):
+    folder = broken_first(tmp_path / "b", ("dry", "null"), ("pc", "onnx"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(HealthError, match="no file of the null backend"):
+        edgekit.load(folder)
+
+
+def test_a_class_that_is_given_takes_the_place_of_the_detected_one(tmp_path, on_raspberry_pi):
+    folder = several(tmp_path / "b", ("raspberry-pi-5", "null"), ("pixel-8", "null"))
+    with edgekit.load(folder, profile="pixel-8") as session:
+        assert (session.variant.name, session.choice) == ("pixel-8", "the given hardware class")
+    with pytest.raises(UnknownName):
+        edgekit.load(folder, profile="pixel-88")
 
 
 def test_missing_engine_of_the_only_variant_names_the_pip_command(tmp_path, monkeypatch):

@@ -160,11 +160,14 @@ def test_nobody_listens_is_no_fault(tmp_path):
 def test_the_unit_runs_the_command_that_was_typed(tmp_path, monkeypatch):
     bundles.null_bundle(tmp_path / "a b")
     monkeypatch.chdir(tmp_path)
-    flags = ["--threads", "2", "--token-file", "t%k", "--access-log", "--systemd"]
+    flags = ["--threads", "2", "--token-file", "t%k", "--access-log", "--no-isolate", "--systemd"]
     shown = CliRunner().invoke(cli, ["serve", "a b", *flags])
     assert shown.exit_code == 0, shown.output
     line = re.search(r"^ExecStart=(.*)$", shown.output, re.MULTILINE)[1]
-    assert line.split(" serve ")[1] == f"'{tmp_path}/a b' --threads 2 --token-file {tmp_path!s}/t%%k --access-log"
+    assert (
+        line.split(" serve ")[1]
+        == f"'{tmp_path}/a b' --threads 2 --no-isolate --token-file {tmp_path!s}/t%%k --access-log"
+    )
     assert "Type=notify" in shown.output
     assert "WatchdogSec=30" in shown.output
     assert json.loads(CliRunner().invoke(cli, ["serve", "a b", "--systemd", "--json"]).output)["unit"].startswith(

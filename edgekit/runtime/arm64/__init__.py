@@ -66,7 +66,7 @@ def lacking() -> str:
         system = msgspec.json.decode((place() / RECORD).read_bytes(), type=System)
     except FileNotFoundError:
         return f"the arm64 system is not built: {BUILD}"
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return f"the arm64 system in {place()} is damaged: {BUILD}"
     if system.versions != installed():
         here = ", ".join(f"{name} {version}" for name, version in installed().items())

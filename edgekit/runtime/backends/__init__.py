@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 import msgspec
 
-from edgekit.device_profiles import machine
+from edgekit import plugins
+from edgekit.device_profiles import RuntimeSettings, machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from edgekit.manifest import EngineBuild
+    from edgekit.runtime.conversations import Room
     from edgekit.tensors import Array
 
 
@@ -43,18 +45,31 @@ class OwnEngine:
     min_top1_agreement: float
 
 
+ON_THE_CPU = RuntimeSettings(providers=())
+
+
 @dataclass(frozen=True)
 class EngineOptions:
-    """What every engine is told: how many threads it may use (0: as many as there are cores).
+    """What every engine is told: how many threads it may use (0: one a core, ``most_threads`` where that is less).
 
+    ``runtime``: what the hardware class says; by default the processor alone, on which files are compared at export.
+    ``context``: the tokens of a conversation with a language model; 0: what it was trained for, where memory allows.
     ``own``: build an engine on this device, where the format has that; ``None``: never. ``has_dot_product``: whether
     the processor adds products of 8-bit integers in 32 bits; ``None``: look.
     """
 
     threads: int = 0
-    context: int = 2048
+    context: int = 0
+    most_threads: int = 0
+    runtime: RuntimeSettings = ON_THE_CPU
     own: OwnEngine | None = None
     has_dot_product: bool | None = None
+
+    @property
+    def workers(self) -> int:
+        """The number of threads to start."""
+        cores = machine.usable_cores()
+        return self.threads or min(cores, self.most_threads or cores)
 
     @property
     def cuts_sums(self) -> bool:
@@ -120,19 +135,32 @@ class TokenScore(msgspec.Struct, frozen=True):
 
 
 class TextPiece(msgspec.Struct, frozen=True):
-    """A piece of an answer; the last has ``finish`` and the token counts. ``scores`` are of its tokens, if asked."""
+    """A piece of an answer; the last has ``finish`` and the token counts. ``scores`` are of its tokens, if asked.
+
+    `WAITING`, with nothing in it, comes from time to time while other answers are generated first.
+
+    ``cached_tokens`` of the prompt's were known from an earlier turn, and not computed again.
+    """
 
     text: str
     finish: Literal["", "stop", "length"] = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
     scores: tuple[TokenScore, ...] = ()
 
 
+WAITING = TextPiece("")
+"""Other answers are generated first."""
+
+
 class TextEngine(Protocol):
-    """A loaded language model."""
+    """A loaded language model: one that answers, or one that makes a vector of a text (``embeds``)."""
 
     engine: str
+    embeds: bool
+    room: Room
+    """How many conversations it holds, and how long each may be; a context of 0 has no end."""
 
     def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[TextPiece]:
         """Answer a conversation through the model's own chat template, piece by piece."""
@@ -144,6 +172,10 @@ class TextEngine(Protocol):
 
     def next_scores(self, tokens: Sequence[int], most: int) -> Mapping[int, float]:
         """Return the log probabilities of the ``most`` likely next tokens; empty where the engine does not tell."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> tuple[Array, int]:
+        """Return a vector of length 1 for each text, float32 [texts, width], and how many tokens were read."""
         ...
 
     def close(self) -> None:
@@ -165,3 +197,20 @@ class Backend(Protocol):
             HealthError: the engine refuses the file on this device.
         """
         ...
+
+
+@runtime_checkable
+class Homebound(Protocol):
+    """A backend whose engine exists on some systems only, whatever is installed."""
+
+    def absence(self) -> str:
+        """Say why no engine can be had on this machine; empty where one can."""
+        ...
+
+
+def absence(file_format: str) -> str:
+    """Say why no engine of a format can be had on this machine, whatever is installed; empty where one can."""
+    if file_format not in plugins.names(__name__):
+        return f"no engine runs {file_format}"
+    backend = cast("Backend", plugins.load(__name__, file_format, "engine"))
+    return backend.absence() if isinstance(backend, Homebound) else ""

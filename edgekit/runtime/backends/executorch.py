@@ -6,7 +6,6 @@ loops.
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -83,7 +82,7 @@ class ExecutorchBackend:
         content = main.read_bytes()
         if content[4:6] != MAGIC:  # its own check of what is no program reads beyond the file's end
             raise HealthError(f"{main.name} is no ExecuTorch program", "fetch or export the bundle again")
-        threads = options.threads or len(os.sched_getaffinity(0))
+        threads = options.workers
         with _PROCESS:
             try:
                 if portable_lib._threadpool_get_thread_count() != threads:  # noqa: SLF001  # the only way to it

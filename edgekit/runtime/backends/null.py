@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgekit.errors import HealthError, UsageError
+from edgekit.errors import HealthError, InputError, UsageError
 from edgekit.runtime.backends import TextPiece
+from edgekit.runtime.conversations import Room
 from edgekit.tensors import DYNAMIC, TensorSpec
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class NullText:
     """Answers with the words it was given."""
 
     engine = "null"
+    embeds = False
+    room = Room(context=0)
 
     def __init__(self) -> None:
         self._closed = False
@@ -78,6 +81,10 @@ class NullText:
         """Tell nothing."""
         del tokens, most
         return {}
+
+    def embed(self, texts: Sequence[str]) -> tuple[Array, int]:
+        """Refuse: an echo is no vector."""
+        raise InputError(f"the null engine makes no vectors of {len(texts)} texts")
 
     def close(self) -> None:
         """Refuse later calls."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +61,7 @@ class OpenvinoBackend:
         with extra("openvino"):
             import openvino
         settings: dict[str, Any] = {
-            "INFERENCE_NUM_THREADS": options.threads or len(os.sched_getaffinity(0)),
+            "INFERENCE_NUM_THREADS": options.workers,
             "NUM_STREAMS": 1,
             # processors with units for it would compute float networks in bfloat16, at 40 dB
             "INFERENCE_PRECISION_HINT": "f32",

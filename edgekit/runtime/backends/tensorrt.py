@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgekit.plugins import extra
 from edgekit.runtime.backends.onnx import open_with
 from edgekit.runtime.engine_swap import SwappingEngine
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgekit.runtime.backends import Backend, Engine, EngineOptions
-
-PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 class TensorRtBackend:
@@ -34,10 +31,7 @@ class TensorRtBackend:
             MissingExtra: ONNX Runtime is not installed.
             HealthError: ONNX Runtime refuses the file.
         """
-        with extra("onnx"):
-            import onnxruntime
-        present = onnxruntime.get_available_providers()
-        first = open_with(main, options, [name for name in PREFERRED if name in present])
+        first = open_with(main, options, ("cuda",), tell_absent=False)
         if options.own is None:
             first.engine += " (no TensorRT engine was asked for)"
             return first
@@ -46,7 +40,7 @@ class TensorRtBackend:
 
         def on_the_cpu() -> Engine:
             # what fails on a GPU often goes on failing there until the process ends: CUDA calls such errors sticky
-            return open_with(main, options, PREFERRED[-1:])
+            return open_with(main, options, ())
 
         return SwappingEngine(first, Ready(main, options.own, tensorrt_tools.find), "TensorRT", on_the_cpu)
 

@@ -1,11 +1,15 @@
 """Runs LiteRT files through ai-edge-litert, or the older tflite-runtime that many Raspberry Pi images still carry.
 
-The interpreter is not thread-safe and the batch is the file's: a lock orders the calls, `Session` loops.
+The interpreter is not thread-safe and the batch is the file's: a lock orders the calls, `Session` loops. A class may
+name a delegate; XNNPACK serves on the CPU where that does not load or does not run the file.
 """
 
 from __future__ import annotations
 
-import os
+import ctypes
+import importlib
+import logging
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +19,18 @@ from edgekit.plugins import extra
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+    from types import ModuleType
 
     from edgekit.runtime.backends import Backend, EngineOptions
     from edgekit.tensors import Array
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = {
+    "gpu": "libtensorflowlite_gpu_delegate.so",
+    "edgetpu": "libedgetpu.1.dylib" if sys.platform == "darwin" else "libedgetpu.so.1",
+}
+"""Which library each delegate lies in; the system's loader finds it."""
 
 
 class TfliteEngine:
@@ -56,7 +69,7 @@ class TfliteEngine:
 
 
 class TfliteBackend:
-    """Opens LiteRT files on the CPU; XNNPACK runs what it can."""
+    """Opens LiteRT files with the delegate of the class, else on the CPU, where XNNPACK runs what it can."""
 
     extra = "tflite"
 
@@ -67,26 +80,46 @@ class TfliteBackend:
             MissingExtra: neither ai-edge-litert nor tflite-runtime is installed.
             HealthError: the engine refuses the file.
         """
-        interpreter_class, engine = _interpreter_class()
-        threads = options.threads or len(os.sched_getaffinity(0))
+        package, engine = _package()
+        wanted = options.runtime.delegate
+        refused = ""
+        if wanted:
+            try:
+                return TfliteEngine(_delegated(package, main, wanted), f"{engine} {wanted}")
+            except (OSError, ValueError, RuntimeError, AttributeError) as error:  # the last: no delegate's library
+                refused = f" ({wanted}: {LIBRARIES[wanted]}: {_last_line(error)})"
+                log.warning("%s is not served by a delegate%s", main.name, refused)
         try:
-            interpreter = interpreter_class(model_path=str(main), num_threads=threads)
+            interpreter = package.Interpreter(model_path=str(main), num_threads=options.workers)
             interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise HealthError(f"{engine} refuses {main.name}: {error}", "the file is damaged or too new") from error
-        return TfliteEngine(interpreter, engine)
+        return TfliteEngine(interpreter, f"{engine} XNNPACK{refused}")
 
 
-def _interpreter_class() -> tuple[Any, str]:
+def _package() -> tuple[ModuleType, str]:
     from importlib.metadata import version
 
     try:
-        from ai_edge_litert.interpreter import Interpreter
+        return importlib.import_module("ai_edge_litert.interpreter"), f"ai-edge-litert {version('ai-edge-litert')}"
     except ModuleNotFoundError:
         with extra("tflite"):
-            from tflite_runtime.interpreter import Interpreter
-        return Interpreter, f"tflite-runtime {version('tflite-runtime')} XNNPACK"
-    return Interpreter, f"ai-edge-litert {version('ai-edge-litert')} XNNPACK"
+            return importlib.import_module("tflite_runtime.interpreter"), f"tflite-runtime {version('tflite-runtime')}"
+
+
+def _delegated(package: ModuleType, main: Path, name: str) -> Any:  # noqa: ANN401  # neither package is typed
+    """Return an interpreter that has run once, on what its memory held, with a delegate."""
+    # Asked for first: where it fails in LiteRT's own hands, that prints another error while it cleans up.
+    _ = ctypes.CDLL(LIBRARIES[name]).tflite_plugin_create_delegate
+    delegate = package.load_delegate(LIBRARIES[name])
+    interpreter = package.Interpreter(model_path=str(main), experimental_delegates=[delegate])
+    interpreter.allocate_tensors()
+    interpreter.invoke()
+    return interpreter
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]  # the first names the library
 
 
 def _indices(interpreter: Any) -> tuple[dict[str, int], dict[str, int]]:  # noqa: ANN401  # neither package is typed

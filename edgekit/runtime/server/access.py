@@ -6,12 +6,13 @@ import hashlib
 import hmac
 import ipaddress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgekit.errors import UsageError
 from edgekit.runtime.server.exchange import HttpError
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Mapping
     from pathlib import Path
 
@@ -33,8 +34,8 @@ class Tls:
     key: Path
     clients: Path | None = None
 
-    def settings(self) -> dict[str, Any]:
-        """Return them as uvicorn takes them.
+    def context(self) -> ssl.SSLContext:
+        """Read them.
 
         Raises:
             UsageError: a file is missing, no PEM, or the key is another's.
@@ -46,15 +47,13 @@ class Tls:
             context.load_cert_chain(self.certificate, self.key)
             if self.clients:
                 context.load_verify_locations(self.clients)
+                context.verify_mode = ssl.CERT_REQUIRED
         except OSError as error:  # ssl.SSLError is one
             files = ", ".join(str(one) for one in (self.certificate, self.key, self.clients) if one)
             raise UsageError(
                 f"TLS cannot be set up from {files}: {error}", "give PEM files that belong together"
             ) from error
-        told = {"ssl_certfile": str(self.certificate), "ssl_keyfile": str(self.key)}
-        if self.clients is None:
-            return told
-        return {**told, "ssl_ca_certs": str(self.clients), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+        return context
 
 
 @dataclass(frozen=True, kw_only=True)

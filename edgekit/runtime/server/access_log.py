@@ -42,12 +42,12 @@ def trace_of(headers: Mapping[bytes, bytes]) -> Trace | None:
     return Trace(trace, parent, secrets.token_hex(8), bool(int(flags, 16) & 1))
 
 
-def write(method: str, path: str, status: int, *, started: float, trace: Trace | None) -> None:
+def write(method: str, path: tuple[str, ...], status: int, *, started: float, trace: Trace | None) -> None:
     """Log a request that was answered; ``started`` is by `time.perf_counter`."""
     told: dict[str, object] = {
         "time": round(time.time(), 3),
         "method": method,
-        "path": path,
+        "path": f"/{'/'.join(path)}",
         "status": status,
         "ms": round(1000 * (time.perf_counter() - started), 3),
     }

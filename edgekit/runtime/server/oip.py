@@ -16,7 +16,8 @@ from edgekit.runtime.server.exchange import HttpError, Request, Response, as_jso
 
 if TYPE_CHECKING:
     from edgekit.runtime.host import Host
-    from edgekit.tensors import Array, TensorSpec
+    from edgekit.runtime.repository import Repository
+    from edgekit.tensors import TensorSpec
 
 LENGTH = b"inference-header-content-length"
 _decoder = msgspec.json.Decoder(wire.InferRequest)
@@ -27,10 +28,19 @@ def server_metadata() -> Response:
     return as_json({"name": "edgekit", "version": edgekit.__version__, "extensions": ["binary_tensor_data"]})
 
 
-def repository_index(host: Host) -> Response:
-    """Answer ``POST /v2/repository/index`` (Triton's extension): the models that are there."""
-    contract = host.session.contract
-    return as_json([{"name": contract.name, "version": contract.version, "state": "READY", "reason": ""}])
+def repository_index(models: Repository) -> Response:
+    """Answer ``POST /v2/repository/index`` (Triton's extension): the models that are there, loaded or not."""
+    return as_json(
+        [
+            {
+                "name": host.session.contract.name,
+                "version": host.session.contract.version,
+                "state": "READY",
+                "reason": "" if host.is_loaded else "loaded when it is asked for",
+            }
+            for host in models
+        ]
+    )
 
 
 def model_metadata(host: Host) -> Response:
@@ -49,12 +59,18 @@ def model_metadata(host: Host) -> Response:
     )
 
 
-def refuse_other_model(host: Host, name: str, version: str | None) -> None:
-    """Raise HttpError 404 unless that model, in that version, is the one that serves."""
-    contract = host.session.contract
-    if name != contract.name or version not in (None, contract.version):
-        asked = name if version is None else f"{name} version {version}"
-        raise HttpError(404, f"there is no model {asked!r} here; {contract.name!r} {contract.version} serves")
+def find(models: Repository, name: str, version: str | None) -> Host:
+    """Return the host of a model.
+
+    Raises:
+        HttpError: 404, it does not serve here in that version.
+    """
+    host = models.get(name)
+    if host is not None and version in (None, host.session.contract.version):
+        return host
+    asked = name if version is None else f"{name} version {version}"
+    served = ", ".join(f"{one.session.contract.name!r} {one.session.contract.version}" for one in models)
+    raise HttpError(404, f"there is no model {asked!r} here; served: {served}")
 
 
 def infer(host: Host, request: Request, model: tuple[str, str]) -> Response:
@@ -65,19 +81,19 @@ def infer(host: Host, request: Request, model: tuple[str, str]) -> Response:
     """
     parsed, binary = _parse(request)
     answer = host.run(wire.read_tensors(parsed.inputs, binary))
-    wanted: list[wire.WireOutput | None] = [*parsed.outputs]
-    names = [output.name for output in parsed.outputs] or list(answer.outputs)
     outputs: list[dict[str, Any]] = []
     blobs: list[bytes] = []
-    for name, output in zip(names, wanted or [None] * len(names), strict=True):
-        if name not in answer.outputs:
+    asked: list[tuple[str, wire.WireOutput | None]] = [(output.name, output) for output in parsed.outputs]
+    for name, output in asked or [(name, None) for name in answer.outputs]:
+        array = answer.outputs.get(name)
+        if array is None:
             raise InputError(f"the model has no output {name!r}", f"it gives {', '.join(answer.outputs)}")
-        described = _result(name, answer.outputs[name])
+        described: dict[str, Any] = {"name": name, "datatype": wire.datatype(array.dtype), "shape": array.shape}
         if wire.wants_binary(parsed, output):
-            blobs.append(wire.binary_data(answer.outputs[name]))
+            blobs.append(wire.binary_data(array))
             described["parameters"] = {"binary_data_size": len(blobs[-1])}
         else:
-            described["data"] = wire.json_data(answer.outputs[name])
+            described["data"] = wire.json_data(array)
         outputs.append(described)
     return _written(parsed, model, answer.digest, (outputs, blobs))
 
@@ -120,7 +136,3 @@ def _parse(request: Request) -> tuple[wire.InferRequest, memoryview]:
 
 def _described(spec: TensorSpec) -> dict[str, object]:
     return {"name": spec.name, "datatype": wire.NAMES.get(spec.dtype, spec.dtype), "shape": spec.shape}
-
-
-def _result(name: str, array: Array) -> dict[str, Any]:
-    return {"name": name, "datatype": wire.NAMES[array.dtype.name], "shape": wire.shape_of(array)}

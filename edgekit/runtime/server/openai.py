@@ -1,5 +1,6 @@
-"""OpenAI's API for language models: models, chat and completions, whole or as a stream of events. Knows no engine.
+"""OpenAI's API for language models: models, chat, completions, whole or as a stream of events, and embeddings.
 
+Knows no engine; `openai_requests` decodes what is asked.
 Reference: https://platform.openai.com/docs/api-reference/chat
 """
 
@@ -7,114 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import time
 import uuid
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from edgekit.errors import EdgekitError, HealthError, InputError
-from edgekit.runtime.backends import Message, Sampling, TextPiece, TokenScore
-from edgekit.runtime.server.exchange import HttpError, Request, Response, as_json
+from edgekit.runtime.backends import WAITING, TextPiece, TokenScore
+from edgekit.runtime.server.exchange import HttpError, Request, Response, as_json, refusal
+from edgekit.runtime.server.openai_requests import (
+    Chat,
+    Completion,
+    Embeddings,
+    messages_of,
+    parse,
+    prompt_of,
+    sampling_of,
+)
 from edgekit.runtime.session import TextSession
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
     from edgekit.runtime.host import Host
+    from edgekit.runtime.repository import Repository
     from edgekit.runtime.server.gate import Gate
-
-MAX_TOKENS = 256
-MAX_BODY = 4 << 20
-"""More text than any context holds; it is parsed on the event loop, where 64 MB would stop everybody for 0.4 s."""
-
-
-class _Part(msgspec.Struct):
-    type: Literal["text"]
-    text: str
-
-
-class _Turn(msgspec.Struct):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part]
-
-
-class _StreamOptions(msgspec.Struct):
-    include_usage: bool = False
-
-
-class _Generation(msgspec.Struct, kw_only=True):
-    model: str
-    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] | None = None
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] | None = None
-    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
-    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
-    seed: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
-    grammar: Annotated[str, msgspec.Meta(max_length=1 << 16)] | None = None
-    stop: str | Annotated[list[str], msgspec.Meta(max_length=4)] | None = None
-    n: Literal[1] | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-
-
-class _Schema(msgspec.Struct):
-    schema: dict[str, Any] = {}
-
-
-class _Format(msgspec.Struct):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: _Schema | None = None
-
-
-class Chat(_Generation, kw_only=True):
-    """A body of ``POST /v1/chat/completions``."""
-
-    messages: Annotated[list[_Turn], msgspec.Meta(min_length=1, max_length=1000)]
-    response_format: _Format | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-
-    @property
-    def alternatives(self) -> int | None:
-        """How many likely tokens are told beside each one; None for no scores."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def schema(self) -> dict[str, Any] | None:
-        """What bounds the answer; empty for any JSON object."""
-        if self.response_format is None or self.response_format.type == "text":
-            return None
-        stated = self.response_format.json_schema
-        return stated.schema if self.response_format.type == "json_schema" and stated else {"type": "object"}
-
-
-class Completion(_Generation, kw_only=True):
-    """A body of ``POST /v1/completions``."""
-
-    prompt: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=1)]
-    logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
-
-    @property
-    def alternatives(self) -> int | None:
-        """The same."""
-        return self.logprobs
-
-    @property
-    def schema(self) -> None:
-        """Completions have no such option."""
-
-
-class Embeddings(msgspec.Struct):
-    """A body of ``POST /v1/embeddings``."""
-
-    model: str
-    input: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=2048)]
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
 
 
 class _Shape(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,31 +109,29 @@ def error_document(error: HttpError) -> dict[str, object]:
     return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code or None}}
 
 
-def models(host: Host) -> Response:
+def models(served: Repository) -> Response:
     """Answer ``GET /v1/models``."""
-    contract = host.session.contract
-    return as_json(
-        {"object": "list", "data": [{"id": contract.name, "object": "model", "created": 0, "owned_by": "edgekit"}]}
-    )
+    told = {"object": "model", "created": 0, "owned_by": "edgekit"}
+    return as_json({"object": "list", "data": [{"id": host.session.contract.name, **told} for host in served]})
 
 
 async def chat(host: Host, request: Request, gate: Gate) -> Response:
     """Answer ``POST /v1/chat/completions``."""
-    asked = _parse(request, Chat)
-    messages = [Message(_role(turn.role), _text(turn.content)) for turn in asked.messages]
-    return await _generate(host, (request, asked), lambda s: s.stream(messages, _sampling(asked)), gate)
+    asked = parse(request, Chat)
+    messages, sampling = messages_of(asked), sampling_of(asked)
+    return await _generate(host, (request, asked), lambda s: s.stream(messages, sampling), gate)
 
 
 async def completions(host: Host, request: Request, gate: Gate) -> Response:
     """Answer ``POST /v1/completions``."""
-    asked = _parse(request, Completion)
-    prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
-    return await _generate(host, (request, asked), lambda s: s.complete(prompt, _sampling(asked)), gate)
+    asked = parse(request, Completion)
+    prompt, sampling = prompt_of(asked), sampling_of(asked)
+    return await _generate(host, (request, asked), lambda s: s.complete(prompt, sampling), gate)
 
 
 def embeddings(host: Host, request: Request) -> Response:
     """Answer ``POST /v1/embeddings``: vectors of texts, as numbers or as base64 of 32-bit floats (little-endian)."""
-    asked = _parse(request, Embeddings)
+    asked = parse(request, Embeddings)
     contract = host.session.contract
     _refuse_other_model(asked.model, contract.name)
     texts = [asked.input] if isinstance(asked.input, str) else asked.input
@@ -244,35 +162,40 @@ async def _generate(
     request, wish = asked
     contract = host.session.contract
     _refuse_other_model(wish.model, contract.name)
-    generation = _Generating(host, start, gate.limits.seconds)
+    generation = _Generating(host, start, (request.body, gate.limits.seconds))
     asyncio.wrap_future(gate.start(generation.work)).add_done_callback(generation.ended)
     leaving = asyncio.create_task(_watch(request, generation))
-    first = await generation.next()
-    shape = _Shape(
-        chat=isinstance(wish, Chat),
-        id=f"{'chatcmpl' if isinstance(wish, Chat) else 'cmpl'}-{uuid.uuid4().hex}",
-        model=contract.name,
-        digest=generation.digest,
-        created=int(time.time()),
-    )
-    if wish.stream:
-        usage = bool(wish.stream_options and wish.stream_options.include_usage)
-        return Response(_events(generation, first, shape, (usage, leaving)), kind=b"text/event-stream")
-    text, last, scores = "", first, [*first.scores]
-    while not last.finish:
-        text += last.text
-        last = await generation.next()
-        scores += last.scores
-    leaving.cancel()
-    return as_json(shape.whole(text, last, scores))
+    with contextlib.ExitStack() as ending:  # however it ends: nobody reads on, and nobody watches the client
+        ending.callback(leaving.cancel)
+        ending.callback(generation.leave)
+        first = await generation.next()
+        shape = _Shape(
+            chat=isinstance(wish, Chat),
+            id=f"{'chatcmpl' if isinstance(wish, Chat) else 'cmpl'}-{uuid.uuid4().hex}",
+            model=contract.name,
+            digest=generation.digest,
+            created=int(time.time()),
+        )
+        if wish.stream:
+            ending.pop_all()
+            usage = bool(wish.stream_options and wish.stream_options.include_usage)
+            return Response(_events(generation, first, shape, (usage, leaving)), kind=b"text/event-stream")
+        text, last, scores = "", first, [*first.scores]
+        while not last.finish:
+            text += last.text
+            last = await generation.next()
+            scores += last.scores
+        return as_json(shape.whole(text, last, scores))
 
 
 class _Generating:
     """A generation in a thread, read from the event loop. The lease is held to its end: a swap waits for nobody."""
 
-    def __init__(self, host: Host, start: Callable[[TextSession], Iterator[TextPiece]], seconds: float) -> None:
+    def __init__(
+        self, host: Host, start: Callable[[TextSession], Iterator[TextPiece]], asked: tuple[bytes, float]
+    ) -> None:
         self.digest = ""
-        self._seconds = seconds
+        self._body, self._seconds = asked
         self._host = host
         self._start = start
         self._left = False
@@ -286,9 +209,15 @@ class _Generating:
                 self.digest = session.digest
                 if not isinstance(session, TextSession):
                     raise InputError(f"{session.contract.name} is no language model", "use /v2/models/…/infer")
+                said: list[str] = []
                 for piece in self._start(session):
-                    self._tell(piece)
-                    if self._left:
+                    said.append(piece.text)
+                    left = self._left
+                    if piece.finish or left:  # noted before the answer ends: whoever has it may end the server
+                        self._host.watch.said(session, self._body, "".join(said))
+                    if piece != WAITING:
+                        self._tell(piece)
+                    if left:
                         self._tell(TextPiece("", "stop"))
                         break
         except EdgekitError as error:
@@ -304,7 +233,8 @@ class _Generating:
         """Return the next piece; raise what the generation raised.
 
         Raises:
-            HttpError: 504 where it takes too long; the generation ends with the piece in work.
+            HttpError: 400 where the text is longer than the context; 504 where it takes too long, and then the
+                generation ends with the piece in work.
         """
         try:
             async with asyncio.timeout(self._seconds):
@@ -331,7 +261,7 @@ async def _watch(request: Request, generation: _Generating) -> None:
 
 async def _events(
     generation: _Generating, piece: TextPiece, shape: _Shape, ending: tuple[bool, asyncio.Task[None]]
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     with_usage, leaving = ending
     try:
         if shape.chat:
@@ -344,7 +274,7 @@ async def _events(
             yield _event(shape.usage(piece))
         yield b"data: [DONE]\n\n"
     except EdgekitError as error:
-        yield _event(error_document(HttpError(500, error.message)))
+        yield _event(error_document(refusal(error)))
     except HttpError as error:
         yield _event(error_document(error))
     finally:
@@ -356,46 +286,10 @@ def _event(document: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(document) + b"\n\n"
 
 
-def _parse(request: Request, kind: type[Any]) -> Any:  # noqa: ANN401  # the callers name the type
-    if len(request.body) > MAX_BODY:
-        raise HttpError(413, f"a text request has {len(request.body)} bytes, at most {MAX_BODY} are taken")
-    try:
-        return msgspec.json.decode(request.body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise HttpError(400, f"malformed request: {error}") from error
-
-
-def _sampling(asked: Chat | Completion) -> Sampling:
-    stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
-    return Sampling(
-        max_tokens=asked.max_completion_tokens or asked.max_tokens or MAX_TOKENS,
-        temperature=0.8 if asked.temperature is None else asked.temperature,
-        top_p=0.95 if asked.top_p is None else asked.top_p,
-        top_k=asked.top_k,
-        min_p=asked.min_p,
-        frequency_penalty=asked.frequency_penalty,
-        presence_penalty=asked.presence_penalty,
-        seed=asked.seed,
-        stop=stop,
-        grammar=asked.grammar or "",
-        schema=asked.schema,
-        alternatives=asked.alternatives,
-    )
-
-
-def _role(role: str) -> Literal["system", "user", "assistant"]:
-    if role == "user":
-        return "user"
-    return "assistant" if role == "assistant" else "system"
-
-
-def _text(content: str | list[_Part]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def _usage(last: TextPiece) -> dict[str, int]:
+def _usage(last: TextPiece) -> dict[str, Any]:
     return {
         "prompt_tokens": last.prompt_tokens,
         "completion_tokens": last.completion_tokens,
         "total_tokens": last.prompt_tokens + last.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": last.cached_tokens},
     }

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 import edgekit
-from edgekit.runtime.server import oip_tensors, openai
+from edgekit.runtime.server import oip_tensors, openai_requests
 
 if TYPE_CHECKING:
-    from edgekit.runtime.host import Host
+    from edgekit.runtime.repository import Repository
 
 TEMPLATE = "#/components/schemas/{name}"
 JSON = "application/json"
@@ -33,13 +33,15 @@ class Text(msgspec.Struct, forbid_unknown_fields=True):
     text: str | tuple[str, ...]
 
 
-def document(host: Host) -> dict[str, Any]:
-    """Return the description of a server whose model has these name and version."""
-    contract = host.session.contract
-    types = (oip_tensors.InferRequest, openai.Chat, openai.Completion, openai.Embeddings, Text)
+def document(models: Repository) -> dict[str, Any]:
+    """Return the description of a server of these models."""
+    contracts = [host.session.contract for host in models]
+    asked = (openai_requests.Chat, openai_requests.Completion, openai_requests.Embeddings)
+    types = (oip_tensors.InferRequest, *asked, Text)
     found, components = msgspec.json.schema_components(types, ref_template=TEMPLATE)
     infer, chat, completion, embeddings, text = found
-    model = {"MODEL_NAME": contract.name, "MODEL_VERSION": contract.version}
+    named = {"MODEL_NAME": tuple(one.name for one in contracts)}
+    model = {**named, "MODEL_VERSION": tuple(sorted({one.version for one in contracts}))}
     versioned = "/v2/models/{MODEL_NAME}/versions/{MODEL_VERSION}"
     paths = {
         "/v2": _get("Server metadata"),
@@ -49,6 +51,12 @@ def document(host: Host) -> dict[str, Any]:
         versioned: _get("The model's inputs and outputs", model),
         f"{versioned}/ready": _get("Whether the model is ready", model),
         f"{versioned}/infer": _post("Tensors in, tensors out", {JSON: infer, "application/octet-stream": {}}, model),
+        "/v2/models/{MODEL_NAME}/classify": _post(
+            "Labels of a picture, or of a text", {JSON: text, "image/*": {}}, named
+        ),
+        "/v2/models/{MODEL_NAME}/detect": _post("Objects in a picture", {"image/*": {}}, named),
+        "/v2/repository/models/{MODEL_NAME}/load": _post("Load a model that was unloaded", {}, named),
+        "/v2/repository/models/{MODEL_NAME}/unload": _post("Free a model until it is asked for", {}, named),
         "/v1/models": _get("The model, as OpenAI lists it"),
         "/v1/chat/completions": _post("A conversation goes on", {JSON: chat}),
         "/v1/completions": _post("A text goes on", {JSON: completion}),
@@ -67,19 +75,19 @@ def document(host: Host) -> dict[str, Any]:
     }
 
 
-def _get(what: str, parameters: dict[str, str] | None = None, *, kind: str = JSON) -> dict[str, Any]:
+def _get(what: str, parameters: dict[str, tuple[str, ...]] | None = None, *, kind: str = JSON) -> dict[str, Any]:
     return {"get": {**_described(what, parameters), "responses": _answers(kind)}}
 
 
-def _post(what: str, bodies: dict[str, Any], parameters: dict[str, str] | None = None) -> dict[str, Any]:
+def _post(what: str, bodies: dict[str, Any], parameters: dict[str, tuple[str, ...]] | None = None) -> dict[str, Any]:
     body = {"requestBody": {"required": True, "content": {kind: {"schema": one} for kind, one in bodies.items()}}}
     return {"post": {**_described(what, parameters), **(body if bodies else {}), "responses": _answers(JSON)}}
 
 
-def _described(what: str, parameters: dict[str, str] | None) -> dict[str, Any]:
+def _described(what: str, parameters: dict[str, tuple[str, ...]] | None) -> dict[str, Any]:
     listed = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [value]}}
-        for name, value in (parameters or {}).items()
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": values}}
+        for name, values in (parameters or {}).items()
     ]
     return {"summary": what, "parameters": listed}
 
