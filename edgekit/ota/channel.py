@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+Receipt = Callable[[float], bool]
+"""Called with seconds: waits at most so long and says whether the broker has the message; TransferError: it refused."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,23 @@ class Will:
     delay_seconds: int = 30
 
 
+@dataclass(frozen=True)
+class Back:
+    """A lost connection came back: when (by ``time.monotonic``), and whether the broker remembers us."""
+
+    at: float
+    is_remembered: bool
+
+
 class Channel(Protocol):
     """Publish and subscribe with retained messages and request/response, at least once delivery."""
 
     def publish(
         self, topic: str, payload: bytes, *, retain: bool = False, reply_to: str = "", correlation: bytes = b""
-    ) -> None:
+    ) -> Receipt:
         """Hand a message over; returns when it is queued.
+
+        A question or an answer (``reply_to``, ``correlation``) may get lost with the connection: ask again.
 
         Raises:
             TransferError: the channel is closed or its queue is full.
@@ -44,6 +55,14 @@ class Channel(Protocol):
 
     def subscribe(self, pattern: str, on_arrival: Callable[[Arrival], None]) -> None:
         """Call ``on_arrival`` for each message that matches (``+`` and ``#`` as in MQTT), retained ones first."""
+        ...
+
+    def is_connected(self, seconds: float = 0.0) -> bool:
+        """Say whether there is a connection, after at most so many seconds."""
+        ...
+
+    def when_back(self, call: Callable[[Back], None]) -> None:
+        """Call whenever a lost connection came back."""
         ...
 
     def close(self) -> None:

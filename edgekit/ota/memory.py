@@ -16,7 +16,7 @@ from edgekit.ota.channel import Arrival, matches
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from edgekit.ota.channel import Will
+    from edgekit.ota.channel import Back, Receipt, Will
 
 
 class MemoryBroker:
@@ -87,14 +87,15 @@ class MemoryChannel:
 
     def publish(
         self, topic: str, payload: bytes, *, retain: bool = False, reply_to: str = "", correlation: bytes = b""
-    ) -> None:
-        """Hand a message over.
+    ) -> Receipt:
+        """Hand a message over; the broker has it at once.
 
         Raises:
             TransferError: the channel is closed.
         """
         self._require_open()
         self._broker.route(Arrival(topic, payload, reply_to, correlation), retain=retain)
+        return lambda _seconds: True
 
     def subscribe(self, pattern: str, on_arrival: Callable[[Arrival], None]) -> None:
         """Call ``on_arrival`` for each message that matches, retained ones first.
@@ -113,6 +114,14 @@ class MemoryChannel:
         for pattern, on_arrival in self._subscriptions:
             if matches(pattern, arrival.topic):
                 self._inbox.put((on_arrival, arrival))
+
+    def is_connected(self, seconds: float = 0.0) -> bool:
+        """Say whether the channel is open; one that was cut off never comes back."""
+        del seconds
+        return self._open
+
+    def when_back(self, call: Callable[[Back], None]) -> None:
+        """Do nothing: see `is_connected`."""
 
     def close(self) -> None:
         """Say good-bye; later calls are errors."""

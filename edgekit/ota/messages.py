@@ -14,6 +14,9 @@ from edgekit.errors import MessageError
 
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_BLOCK_BYTES = 256 << 10
+MAX_ALERTS = 16
+MAX_GROUPS = 16
+MAX_SPREAD = 86_400.0
 PREFIX = "edgekit/v1"
 
 Identifier = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
@@ -25,7 +28,9 @@ TargetPath = Annotated[
 ]
 BlockPath = Annotated[
     str,
-    msgspec.Meta(pattern=r"^(metadata/[0-9a-z._-]{1,100}\.json|targets/[A-Za-z0-9._/-]{1,300}|blobs/[0-9a-f]{64})\Z"),
+    msgspec.Meta(
+        pattern=r"^(metadata/[0-9a-z._-]{1,240}\.json|targets/[A-Za-z0-9._/-]{1,300}|(blobs|deltas)/[0-9a-f]{64})\Z"
+    ),
 ]
 
 T = TypeVar("T")
@@ -36,16 +41,25 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Desired(_Message, frozen=True, kw_only=True):
-    """Retained, server to device: the release this device should run. Idempotent; says what, never how."""
+    """Retained, server to device or group: the release to run. Idempotent; says what, never how.
+
+    ``revision`` only rises on one topic (Unix milliseconds of the server, or one more than before): an older one that
+    comes again is ignored. Devices begin to download within ``spread`` seconds, each at its own time.
+    """
 
     deployment: Identifier
     attempt: Count = 1
     release: TargetPath
     version: Count
+    revision: Count = 0
+    spread: Annotated[float, msgspec.Meta(ge=0, le=MAX_SPREAD)] = 0.0
 
 
 class Hello(_Message, frozen=True, kw_only=True, tag="hello"):
-    """Retained, device to server: who I am and what I run. The will of the connection is the same, offline."""
+    """Retained, device to server: who I am and what I run. The will of the connection is the same, offline.
+
+    ``revision`` is the highest that was met on the device's own topic, ``groups`` are those it obeys, each with its.
+    """
 
     device: Identifier
     profile: Identifier
@@ -55,6 +69,8 @@ class Hello(_Message, frozen=True, kw_only=True, tag="hello"):
     version: Count = 0
     bundle: Digest = ""
     agent: Text = ""
+    revision: Count = 0
+    groups: Annotated[dict[Identifier, Count], msgspec.Meta(max_length=MAX_GROUPS)] = {}
 
 
 class Installed(_Message, frozen=True, kw_only=True, tag="installed"):
@@ -99,8 +115,19 @@ class Failed(_Message, frozen=True, kw_only=True, tag="failed"):
     reason: Text
 
 
+class Waiting(_Message, frozen=True, kw_only=True, tag="waiting"):
+    """The device's own policy says not now; it goes on by itself, at ``until`` (Unix seconds; 0: nobody knows)."""
+
+    device: Identifier
+    deployment: Identifier
+    attempt: Count
+    version: Count
+    reason: Text
+    until: Count = 0
+
+
 class Health(_Message, frozen=True, kw_only=True, tag="health"):
-    """How the served model did since the last report."""
+    """How the served model did since the last report; ``dropped`` reports were lost for want of room so far."""
 
     device: Identifier
     bundle: Digest
@@ -108,9 +135,40 @@ class Health(_Message, frozen=True, kw_only=True, tag="health"):
     errors: Count
     p95_ms: float
     rss_mib: float = 0.0
+    dropped: Count = 0
 
 
-Report = Hello | Installed | RolledBack | Refused | Failed | Health
+class Alert(_Message, frozen=True, kw_only=True):
+    """What is not as it was: ``value`` is above ``limit``, since a time of the device's clock (Unix seconds)."""
+
+    kind: Identifier
+    what: Annotated[str, msgspec.Meta(max_length=200)]
+    value: float
+    limit: float
+    since: float
+
+
+class Drift(_Message, frozen=True, kw_only=True, tag="drift"):
+    """All that is not as it was with the served model's requests and the device; empty: nothing any more.
+
+    Said with each health from the first alert of a boot on, so that a lost one does no harm.
+    """
+
+    device: Identifier
+    bundle: Digest
+    alerts: Annotated[tuple[Alert, ...], msgspec.Meta(max_length=MAX_ALERTS)]
+
+
+class Chosen(_Message, frozen=True, kw_only=True, tag="chosen"):
+    """Which of a release's variants runs, and for each better one in the signed order why it does not."""
+
+    device: Identifier
+    bundle: Digest
+    variant: Annotated[str, msgspec.Meta(max_length=100)]
+    left: Annotated[dict[str, Annotated[str, msgspec.Meta(max_length=500)]], msgspec.Meta(max_length=16)] = {}
+
+
+Report = Hello | Installed | RolledBack | Refused | Failed | Waiting | Health | Drift | Chosen
 
 
 class BlockRequest(_Message, frozen=True, kw_only=True):
@@ -135,10 +193,24 @@ def topic(fleet: str, device: str, leaf: str) -> str:
     Raises:
         MessageError: the fleet or the device is named in a way that could change the topic.
     """
-    for name in (fleet, device):
+    _require_identifiers(fleet, device)
+    return f"{PREFIX}/{fleet}/devices/{device}/{leaf}"
+
+
+def group_topic(fleet: str, group: str) -> str:
+    """Return the topic on which a group of devices is told what to run.
+
+    Raises:
+        MessageError: the fleet or the group is named in a way that could change the topic.
+    """
+    _require_identifiers(fleet, group)
+    return f"{PREFIX}/{fleet}/groups/{group}/desired"
+
+
+def _require_identifiers(*names: str) -> None:
+    for name in names:
         if name != "+" and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
             raise MessageError(f"{name!r} is no identifier", "use letters, digits, '.', '_' and '-', at most 64")
-    return f"{PREFIX}/{fleet}/devices/{device}/{leaf}"
 
 
 def device_of(topic_name: str) -> str:
@@ -164,7 +236,7 @@ def decode(payload: bytes, kind: type[T]) -> T:
         raise MessageError(f"a message of {len(payload)} bytes is longer than {MAX_MESSAGE_BYTES}")
     try:
         return msgspec.json.decode(payload, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MessageError(f"malformed message: {error}") from error
 
 
@@ -183,5 +255,5 @@ def decode_block(payload: bytes) -> Block:
         raise MessageError(f"a block of {len(payload)} bytes is longer than {MAX_BLOCK_BYTES}")
     try:
         return msgspec.msgpack.decode(payload, type=Block)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MessageError(f"malformed block: {error}") from error

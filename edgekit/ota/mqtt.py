@@ -1,33 +1,37 @@
 """A channel over an MQTT 5 broker: QoS 1, retained messages, request/response, a will, jittered reconnects.
 
 Knows paho-mqtt and TLS; does not know what the messages mean. Correctness never needs the broker to keep a
-session: subscriptions are made anew at every connect, and retained messages come again.
+session: subscriptions are made anew at every connect, and retained messages come again. Questions and answers
+travel with QoS 0: what a broken connection loses is asked for again, and nothing comes twice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import queue
 import random
 import threading
+import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from edgekit.errors import TransferError, UsageError
-from edgekit.ota.channel import Arrival, matches
+from edgekit.ota.channel import Arrival, Back, matches
 from edgekit.plugins import extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo
+    from paho.mqtt.client import Client, ConnectFlags, MQTTMessage, MQTTMessageInfo
     from paho.mqtt.properties import Properties
     from paho.mqtt.reasoncodes import ReasonCode
 
-    from edgekit.ota.channel import Will
+    from edgekit.ota.channel import Receipt, Will
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,8 @@ SESSION_SECONDS = 300
 BLOCK_EXPIRY_SECONDS = 60
 """Questions and answers older than this were asked again long ago."""
 QUEUE_LENGTH = 1000
+UNWRITTEN = 64
+"""So many packets may wait for the socket before a question or an answer is refused: 16 MiB of blocks."""
 LONGEST_PAUSE = 30.0
 GOODBYE_SECONDS = 2.0
 
@@ -72,8 +78,11 @@ class MqttChannel:
         self._client = _client(url, client_id, will, tls)
         self._client.on_connect = self._on_connect
         self._client.on_message = self._on_message
+        self._client.on_publish = self._on_publish
+        self._acknowledged: deque[tuple[int, str]] = deque(maxlen=2 * QUEUE_LENGTH)  # number, why not
+        self._listeners: list[Callable[[Back], None]] = []
         self._subscriptions: list[tuple[str, Callable[[Arrival], None]]] = []
-        self._inbox: queue.Queue[Arrival | None] = queue.Queue(QUEUE_LENGTH)
+        self._inbox: queue.Queue[Arrival | Back | None] = queue.Queue(QUEUE_LENGTH)
         self._news = threading.Condition()
         self._connected = self._was_connected = False
         self._closed = False
@@ -102,8 +111,8 @@ class MqttChannel:
 
     def publish(
         self, topic: str, payload: bytes, *, retain: bool = False, reply_to: str = "", correlation: bytes = b""
-    ) -> None:
-        """Queue a message with QoS 1; it leaves as soon as there is a connection.
+    ) -> Receipt:
+        """Queue a message with QoS 1; it leaves as soon as there is a connection. For questions see `Channel`.
 
         Raises:
             TransferError: the channel is closed or its queue is full.
@@ -113,10 +122,17 @@ class MqttChannel:
         if self._closed:
             raise TransferError(f"the channel to {self.name} is closed", "connect again")
         properties = _properties(reply_to, correlation)
-        info = self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+        if properties is not None and len(self._client._out_packet) >= UNWRITTEN:  # noqa: SLF001  # paho bounds QoS 1 only
+            raise TransferError(f"{UNWRITTEN} packets to {self.name} wait already", "the network is slower than we")
+        qos = 1 if properties is None else 0
+        if not qos and not self._connected:
+            return lambda _seconds: False  # paho would send it before the broker has let us in
+        info = self._client.publish(topic, payload, qos=qos, retain=retain, properties=properties)
         if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
             raise TransferError(f"{QUEUE_LENGTH} messages to {self.name} wait already", "see that the broker runs")
-        self._last = info
+        if qos:
+            self._last = info
+        return functools.partial(self._is_taken, info.mid)
 
     def subscribe(self, pattern: str, on_arrival: Callable[[Arrival], None]) -> None:
         """Call ``on_arrival``, on a thread of this channel, for each message that matches, retained ones first.
@@ -128,6 +144,15 @@ class MqttChannel:
             raise TransferError(f"the channel to {self.name} is closed", "connect again")
         self._subscriptions = [*self._subscriptions, (pattern, on_arrival)]
         self._client.subscribe(pattern, qos=1)  # without a connection: done at the next connect
+
+    def is_connected(self, seconds: float = 0.0) -> bool:
+        """Say whether there is a connection, after at most so many seconds."""
+        with self._news:
+            return self._news.wait_for(lambda: self._connected or self._closed, seconds) and self._connected
+
+    def when_back(self, call: Callable[[Back], None]) -> None:
+        """Call, on a thread of this channel, whenever a lost connection came back; see `Channel`."""
+        self._listeners = [*self._listeners, call]
 
     def close(self) -> None:
         """Give what is queued a moment to leave, then say good-bye; later calls are errors."""
@@ -174,7 +199,7 @@ class MqttChannel:
         with self._news:
             self._news.wait_for(lambda: self._closed, random.uniform(0, longest))  # noqa: S311  # spreads load only
 
-    def _on_connect(self, client: Client, _data: object, _flags: object, reason: ReasonCode, *_: object) -> None:
+    def _on_connect(self, client: Client, _data: object, flags: ConnectFlags, reason: ReasonCode, *_: object) -> None:
         if reason.is_failure:
             self._problem = f"the broker refused us: {reason}"
             log.warning("%s: %s", self.name, self._problem)
@@ -182,9 +207,27 @@ class MqttChannel:
             return
         for pattern, _on_arrival in self._subscriptions:
             client.subscribe(pattern, qos=1)
+        try:
+            if self._was_connected:  # in line, behind what the last connection brought
+                self._inbox.put(Back(time.monotonic(), flags.session_present), timeout=GOODBYE_SECONDS)
+        except queue.Full:
+            client.disconnect()  # nobody would know that we were away: come back once more, later
         with self._news:
             self._connected = self._was_connected = True
             self._news.notify_all()
+
+    def _on_publish(self, _client: Client, _data: object, number: int, reason: ReasonCode, *_: object) -> None:
+        with self._news:
+            self._acknowledged.append((number, str(reason) if reason.is_failure else ""))
+            self._news.notify_all()
+
+    def _is_taken(self, number: int, seconds: float) -> bool:
+        """Wait for the broker's acknowledgement; see `Receipt`."""
+        with self._news:
+            found = self._news.wait_for(lambda: [why for one, why in self._acknowledged if one == number], seconds)
+        if found and found[-1]:
+            raise TransferError(f"the broker {self.name} refused a message: {found[-1]}", "see its access rules")
+        return bool(found)
 
     def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
         try:
@@ -195,6 +238,10 @@ class MqttChannel:
 
     def _deliver(self) -> None:
         while (arrival := self._inbox.get()) is not None and not self._closed:
+            if isinstance(arrival, Back):
+                for call in self._listeners:
+                    call(arrival)
+                continue
             for pattern, on_arrival in self._subscriptions:
                 if matches(pattern, arrival.topic):
                     on_arrival(arrival)

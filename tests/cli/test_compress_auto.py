@@ -105,6 +105,7 @@ def test_a_wrong_call_is_answered_with_a_way_out(tmp_path, monkeypatch, argument
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_where_this_machine_is_the_target_its_latency_is_measured(tmp_path):
     here = device_profiles.detect()
     if here is None or here.format != "onnx":
@@ -116,6 +117,7 @@ def test_where_this_machine_is_the_target_its_latency_is_measured(tmp_path):
     assert 0 < ladder["tries"][0]["latency"] < 1
 
 
+@pytest.mark.slow
 def test_elsewhere_latency_is_told_from_the_float_models_and_said_to_be_an_estimate(tmp_path):
     told = {"measurements": [{"precision": "int8", "p50_ms": 1.0}, {"precision": "fp32", "p50_ms": 50_000.0}]}
     (tmp_path / "there.json").write_text(json.dumps(told))
@@ -128,6 +130,7 @@ def test_elsewhere_latency_is_told_from_the_float_models_and_said_to_be_an_estim
     assert 1 < ladder["tries"][0]["latency"] < 500  # int8 of what takes 50 s there, not of what takes some us here
 
 
+@pytest.mark.slow
 def test_the_report_of_a_search_tells_its_tries_their_milliseconds_and_what_broke_them(tmp_path):
     (tmp_path / "there.json").write_text(json.dumps({"measurements": [{"precision": "fp32", "p50_ms": 50.0}]}))
     arguments = ["--max-drop", 0.002, "--metric", "cosine", "--size", "34kB", "--latency", "1h"]
@@ -150,6 +153,7 @@ def test_the_report_of_a_search_tells_its_tries_their_milliseconds_and_what_brok
         assert tried["note"] in page
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_from_the_rungs_that_were_done(tmp_path):
     arguments = line(tmp_path, "--no-latency", "--max-drop", 0, "--size", "34kB", "--budget", "1ms", *TARGET)
     code = "from edgekit.cli import main; main()"

@@ -61,6 +61,7 @@ def test_json_is_one_document_and_nothing_else(tmp_path):
     assert document["before"].keys() == document["after"].keys()
 
 
+@pytest.mark.slow
 def test_the_written_recipe_does_it_again(tmp_path):
     first = recipe(tmp_path, '[[pass]]\nname = "prune"\nratio = 0.5\nepochs = 1\n[[pass]]\nname = "quantize"\n')
     assert run("--recipe", first, "-o", tmp_path / "a", "--seed", 3, "--quiet").stdout == ""
@@ -155,6 +156,7 @@ def test_a_language_model_is_sent_to_export(tmp_path):
     assert "edgekit export --target llama-cpp --precision" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [2.5, 5.0])
 def test_killed_in_the_middle_leaves_the_old_result_and_a_second_run_works(tmp_path, seconds):
     out = tmp_path / "out"
@@ -194,6 +196,7 @@ def test_a_latency_that_cannot_be_measured_is_said_and_stops_nothing(tmp_path):
     assert "latency_ms" not in document["after"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_it_says_in_one_line_that_the_same_command_goes_on(tmp_path, number, code):
     long = recipe(tmp_path, '[[pass]]\nname = "fold"\n[[pass]]\nname = "prune"\nepochs = 1000\n')
@@ -213,6 +216,7 @@ def test_stopped_it_says_in_one_line_that_the_same_command_goes_on(tmp_path, num
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "r.toml"]
 
 
+@pytest.mark.slow
 def test_under_torchrun_all_processes_learn_and_the_first_writes_and_speaks(tmp_path):
     text = f'[[pass]]\nname = "distill"\nteacher = "{digits.BUILD}"\nepochs = 1\n'
     text += f'teacher_checkpoint = "{digits.checkpoint()}"\n'

@@ -46,6 +46,7 @@ def kept(tmp_path):
     return dict(recipes.read(tmp_path / "out" / "recipe.toml").passes)
 
 
+@pytest.mark.slow
 def test_the_seed_is_that_of_every_recipe_that_is_tried_and_of_the_one_that_is_kept(tmp_path):
     done = run(tmp_path, "--max-drop", 100, "--size", "20kB", "--seed", 7, *TARGET, "--json")
     assert done.exit_code == 0, done.output
@@ -85,6 +86,7 @@ def slow_integers(monkeypatch):
     return measured
 
 
+@pytest.mark.slow
 def test_layers_that_integers_make_slower_stay_float_within_the_milliseconds(tmp_path, slow_integers):
     budgets = ("--max-drop", 50, "--latency", "7ms", "--target", here())
     done = run(tmp_path, *budgets, "--json", data="data_to_choose_by")
@@ -101,6 +103,7 @@ def test_layers_that_integers_make_slower_stay_float_within_the_milliseconds(tmp
     assert step.time == pytest.approx(7 / 12, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_kept_recipe_reads_its_milliseconds_from_the_folder_that_it_lies_in(tmp_path, slow_integers):
     budgets = ("--max-drop", 50, "--latency", "7ms", "--target", here())
     assert run(tmp_path, *budgets, data="data_to_choose_by").exit_code == 0
@@ -116,6 +119,7 @@ def test_the_kept_recipe_reads_its_milliseconds_from_the_folder_that_it_lies_in(
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_search_that_goes_on_measures_no_layer_again(tmp_path, slow_integers):
     budgets = ("--max-drop", 50, "--latency", "7ms", "--target", here())
     for _ in range(2):
@@ -173,6 +177,7 @@ def test_layers_whose_times_cannot_be_told_leave_the_widths_to_the_bytes(tmp_pat
     assert "bytes alone choose their widths: no layer can be told apart" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_milliseconds_of_a_file_are_those_of_its_layers_together(monkeypatch):
     monkeypatch.setattr(_speed.Speed, "_compared", lambda self, run: Compared(8.0, 6.0))
     model = planted.sound()
@@ -184,6 +189,7 @@ def test_the_milliseconds_of_a_file_are_those_of_its_layers_together(monkeypatch
     assert sum(times[32] for times in found.values()) < 2 * 6.0  # of two files, every other layer
 
 
+@pytest.mark.slow
 def test_a_weight_of_zeros_and_one_that_is_stored_turned_have_milliseconds_too():
     import torch
 

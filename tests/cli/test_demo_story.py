@@ -203,6 +203,7 @@ def test_the_examples_are_found_and_their_absence_is_told(monkeypatch):
 # --- the chapters of models
 
 
+@pytest.mark.slow
 def test_the_digits_chapter_proves_what_it_claims_on_files_it_wrote(story, shop, monkeypatch):
     whole = models._digit_recipes
 

@@ -39,6 +39,13 @@ def test_show_reads_a_profile_of_ones_own(tmp_path):
     assert "Toaster" in run("show", str(own)).stdout
 
 
+def test_show_tells_how_engines_run(tmp_path):
+    shown = run("show", "raspberry-pi-zero-2")
+    assert "arena = False" in shown.stdout
+    assert "providers = coreml," in run("show", "mac-m1").stdout
+    assert json.loads(run("show", "raspberry-pi-zero-2", "--json").stdout)["runtime"]["arena"] is False
+
+
 def _profile(title):
     return (
         f'title = "{title}"\nsummary = "bread"\narch = "armv7"\nmemory_mb = 64\nthreads = 1\n'

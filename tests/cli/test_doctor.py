@@ -26,6 +26,7 @@ def test_every_extra_of_the_project_is_told_with_what_it_enables():
     assert {extra.name for extra in find_extras()} == set(declared)
 
 
+@pytest.mark.slow
 def test_doctor_ends_well_and_names_the_machine_in_both_forms():
     document = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)
     assert document["machine"]["cores"] >= 1
@@ -46,6 +47,7 @@ def test_doctor_says_what_tensorrt_lacks_and_what_builds_its_engines(monkeypatch
     assert _tensorrt() == "engines are built by tensorrt 10.3 for Orin 8.7, CUDA 12060"
 
 
+@pytest.mark.slow
 def test_doctor_says_of_every_target_whether_it_can_be_written_here():
     document = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)
     assert [row["target"] for row in document["targets"]] == device_profiles.names()
@@ -94,6 +96,7 @@ def test_doctor_runs_where_edgekit_was_never_installed(monkeypatch):
     assert "pip install -e ." in done.stderr
 
 
+@pytest.mark.slow
 def test_daemons_outside_the_path_are_found(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     here = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)["programs"]["mosquitto"]

@@ -43,6 +43,7 @@ def test_export_shows_a_table_with_what_was_proved(exported):
     assert err == ""
 
 
+@pytest.mark.slow
 def test_one_failure_keeps_the_rest_and_sets_the_exit_code(saved, tmp_path):
     code, out, err = edgekit(
         "export", saved, "--target", "llama-cpp", "--target", "x86-64", "-o", tmp_path / "b", "--json"
@@ -56,6 +57,7 @@ def test_one_failure_keeps_the_rest_and_sets_the_exit_code(saved, tmp_path):
     assert "llama-cpp: " in err
 
 
+@pytest.mark.slow
 def test_all_failures_write_nothing(saved, tmp_path):
     code, out, err = edgekit("export", saved, "--target", "llama-cpp", "-o", tmp_path / "b")
     assert code == 5
@@ -64,6 +66,7 @@ def test_all_failures_write_nothing(saved, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -92,6 +95,7 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(saved, tmp_path):
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_list_names_every_target_and_whether_it_can_be_written_here():
     from edgekit import device_profiles
 
@@ -103,6 +107,7 @@ def test_list_names_every_target_and_whether_it_can_be_written_here():
     assert rows["x86-64"]["export"] == "yes"
 
 
+@pytest.mark.slow
 def test_a_format_is_enough_where_no_hardware_class_is_meant(saved, tmp_path):
     code, out, err = edgekit(
         "export", saved, "--format", "onnx", "--format", "tensorrt", "-o", tmp_path / "b", "--json"
@@ -175,6 +180,7 @@ def test_inspect_of_a_folder_without_a_bundle_is_exit_code_2(tmp_path):
     assert "is no bundle" in err
 
 
+@pytest.mark.slow
 def test_a_language_model_is_exported_in_the_precision_asked_for(tmp_path):
     folder = llama_folder(tmp_path / "llama")
     code, out, err = edgekit("export", folder, "--target", "llama-cpp", "--precision", "Q4_0", "-o", tmp_path / "b")

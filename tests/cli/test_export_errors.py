@@ -99,6 +99,7 @@ def export(net, name, folder, *formats, words=()):
     return done.exit_code, {row["target"]: row["error"] for row in document.get("targets", [])}, document
 
 
+@pytest.mark.slow
 def test_an_operator_without_a_form_is_named_with_its_module_and_line_in_every_format(net, tmp_path):
     code, errors, _ = export(net, "zeta", tmp_path / "b", *FORMATS)
     assert code == 5
@@ -110,6 +111,7 @@ def test_an_operator_without_a_form_is_named_with_its_module_and_line_in_every_f
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_complex_numbers_are_named_and_the_formats_that_hold_them(net, tmp_path):
     code, errors, document = export(
         net, "spectrum", tmp_path / "b", "tensorrt", "onnx", "executorch", "coreml", "tflite"

@@ -18,7 +18,7 @@ from edgekit import errors
 from edgekit.cli import EPILOG, _terminal, cli
 from edgekit.cli._terminal import Terminal, bar, command, markdown_table
 
-HEAVY = {"numpy", "torch", "onnx", "onnxruntime", "tuf", "securesystemslib", "paho", "uvicorn", "PIL", "asyncio",
+HEAVY = {"numpy", "torch", "onnx", "onnxruntime", "tuf", "securesystemslib", "paho", "httptools", "PIL", "asyncio",
          "multiprocessing", "sqlite3", "cryptography", "matplotlib", "iotcore", "xllamacpp", "ssl"}  # fmt: skip
 
 

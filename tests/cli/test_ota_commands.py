@@ -15,12 +15,15 @@ import pytest
 from click.testing import CliRunner
 from fakes.brokers import Mosquitto, free_port
 from fakes.bundles import mlp_bundle, null_bundle
+from fakes.fleets import PROFILE
 from fakes.requests_to import ask
+from fakes.steps import sealed, weights
 
 from edgekit.cli import cli
-from edgekit.errors import UsageError
+from edgekit.errors import ResourceError, UsageError
 from edgekit.ota.device import slots
-from edgekit.ota.messages import Hello, RolledBack
+from edgekit.ota.messages import Alert, Drift, Hello, RolledBack
+from edgekit.ota.server import publisher
 from edgekit.ota.server.broker import embedded
 from edgekit.ota.server.fleet import DeviceState, expect, fold
 from edgekit.ota.server.store import Store
@@ -106,6 +109,32 @@ def reached(fleet, name):
     time.sleep(0.3)  # what is decided is published at once
 
 
+@pytest.mark.slow
+def test_publish_makes_deltas_and_says_how_long_they_are(fleet, tmp_path):
+    made = [sealed(tmp_path / str(version), weights(version)).folder for version in (1, 2, 3)]
+    assert say("publish", fleet, made[0])["deltas"] == {}
+    told = say("publish", fleet, made[1])["deltas"]
+    (delta,) = told[f"models/digits/{PROFILE}/2.json"]
+    stored = fleet / "repository" / "deltas" / delta["sha256"]
+    assert stored.stat().st_size == delta["size"] < 0.3 * len(weights(2))
+    assert say("publish", fleet, made[2], "--deltas", "0")["deltas"] == {}
+    table = ota("publish", fleet, made[0], "--deltas", "1").stdout
+    (stored,) = {p for p in stored.parent.iterdir() if p != stored}
+    assert f"{stored.stat().st_size:,} bytes" in table
+
+
+def test_a_release_whose_deltas_cannot_be_signed_is_published_all_the_same(fleet, tmp_path, monkeypatch):
+    ota("publish", fleet, mlp_bundle(tmp_path / "b1").folder, *FAST)
+
+    def locked(*_, **__):
+        raise ResourceError("somebody else writes into the fleet")
+
+    monkeypatch.setattr("edgekit.ota.server.publisher.add_deltas", locked)
+    done = ota("publish", fleet, mlp_bundle(tmp_path / "b2", seed=2).folder, *FAST)
+    assert "published without deltas: somebody else writes" in done.stderr
+    assert [release.version for release in publisher.releases(fleet)] == [1, 2]
+
+
 def test_a_model_comes_over_the_air_serves_is_replaced_and_a_bad_one_is_halted(fleet, processes, tmp_path):
     good, better = mlp_bundle(tmp_path / "good"), mlp_bundle(tmp_path / "better", seed=2, version="2")
     bad = mlp_bundle(tmp_path / "bad", seed=3, wrong_golden=True)
@@ -143,6 +172,7 @@ def test_a_model_comes_over_the_air_serves_is_replaced_and_a_bad_one_is_halted(f
     assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_server_and_agent_killed_at_any_time_go_on_over_a_real_mosquitto(fleet, processes, tmp_path):
     with Mosquitto(tmp_path) as broker:
         first = mlp_bundle(tmp_path / "b1")
@@ -160,6 +190,7 @@ def test_server_and_agent_killed_at_any_time_go_on_over_a_real_mosquitto(fleet, 
         assert settled(fleet, "mlp-v1")["reason"] == "1 installed"
 
 
+@pytest.mark.slow
 def test_an_agent_that_runs_once_tells_by_its_exit_code_how_it_went(fleet, processes, tmp_path):
     port = free_port()
     url = f"mqtt://127.0.0.1:{port}"
@@ -181,6 +212,7 @@ def test_an_agent_that_runs_once_tells_by_its_exit_code_how_it_went(fleet, proce
     assert "version 3 did not come and will be tried again: the repository has no blobs/" in failed
 
 
+@pytest.mark.slow
 def test_an_agent_that_waits_for_its_one_update_ends_at_once_when_it_is_interrupted(fleet, processes):
     with embedded() as url:
         agent = processes("agent", *agent_arguments(fleet, url), "--once", "--timeout", 600)
@@ -232,10 +264,11 @@ def test_a_stick_updates_a_device_without_any_network(fleet, tmp_path):
 
 def test_a_device_that_was_updated_from_a_stick_may_stay_and_serve(fleet, processes, tmp_path):
     ota("publish", fleet, mlp_bundle(tmp_path / "b1").folder, *FAST)
-    agent = processes(
-        "agent", *agent_arguments(fleet, "none")[:9], "--repository", fleet / "repository", "--port", free_port()
-    )
+    base = [*agent_arguments(fleet, "none")[:9], "--repository", fleet / "repository"]
+    agent = processes("agent", *base, "--port", free_port(), "--grpc-port", 0)
     agent.says("installed version 1")
+    checks = CliRunner().invoke(cli, ["conformance", agent.says("gRPC at").split()[-1]])
+    assert checks.exit_code == 0, checks.output
     url = agent.says("serving on").split()[-1]
     with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=10) as answer:  # noqa: S310  # our own server
         assert answer.status == 200
@@ -243,8 +276,6 @@ def test_a_device_that_was_updated_from_a_stick_may_stay_and_serve(fleet, proces
 
 
 def publisher_digest(fleet):
-    from edgekit.ota.server import publisher
-
     return publisher.releases(fleet)[-1].bundle
 
 
@@ -337,16 +368,21 @@ def test_status_shows_what_devices_wrote_without_obeying_it(fleet):
     state = expect(state, "cat-v4", 1, "models/cat/pi/4.json")
     evil = "\x1b[2J\x07gone" + "x" * 500
     report = RolledBack(device="pi-1", deployment="cat-v4", attempt=1, version=4, reason=evil)
+    alert = Alert(kind="input-drift", what="\x1b[2J", value=0.6, limit=0.2, since=1.0)
+    state = fold(state, Drift(device="pi-1", bundle="", alerts=(alert, alert)), time.time() - 7300)
     store.save_devices([fold(state, report, time.time() - 7300), DeviceState(id="pi-2")])
     store.close()
     text = ota("status", fleet).output
     assert "2 devices, 1 online" in text
     assert "cat v3" in text
+    assert text.count("input-drift") == 1
     assert "2 h ago" in text
     assert "?[2J?gone" in text
     assert "\x1b" not in text
     assert len(max(text.splitlines(), key=len)) < 220
-    assert say("status", fleet)["devices"][0]["reason"] == evil
+    told = say("status", fleet)["devices"][0]
+    assert told["reason"] == evil
+    assert told["alerts"][0] == {"kind": "input-drift", "what": "\x1b[2J", "value": 0.6, "limit": 0.2, "since": 1.0}
 
 
 def test_watching_goes_on_until_it_is_interrupted(fleet, processes):
@@ -355,6 +391,7 @@ def test_watching_goes_on_until_it_is_interrupted(fleet, processes):
     assert watcher.end(signal.SIGINT) != 0
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_not_there_is_an_error_unless_a_model_is_installed(fleet, processes, tmp_path, monkeypatch):
     from edgekit.ota import mqtt
 
@@ -385,6 +422,10 @@ def test_a_port_that_is_taken_is_told_at_once(fleet):
         assert str(port) in ota("server", fleet, "--port", port, code=12).output
         arguments = agent_arguments(fleet, "mqtt://127.0.0.1:1")
         assert str(port) in ota(*arguments, "--port", port, code=12).output
+        assert str(port) in ota(*arguments, "--port", 0, "--grpc-port", port, code=12).output
+    port = free_port()
+    assert str(port) in ota(*arguments, "--port", port, "--grpc-port", port, code=12).output
+    assert "give --port too" in ota(*arguments, "--grpc-port", 0, code=2).output
 
 
 def test_an_agent_without_a_root_or_without_a_source_is_told_what_it_needs(fleet, tmp_path):
@@ -415,3 +456,14 @@ def test_shares_and_limits_are_read_as_people_write_them():
 def test_a_null_bundle_of_an_unverified_class_needs_to_be_allowed(fleet, tmp_path):
     sealed = null_bundle(tmp_path / "null")
     ota("publish", fleet, sealed.folder, "--allow-unverified")
+
+
+def test_an_agent_that_waits_without_a_port_holds_neither_a_server_nor_numpy(fleet):
+    with embedded() as url:
+        arguments = map(str, (*agent_arguments(fleet, url), "--once", "--timeout", "0.1"))
+        command = [sys.executable, "-X", "importtime", "-m", "edgekit", "ota", *arguments]
+        told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert "no update was finished within 0.1 s" in told
+    imported = {line.rpartition("|")[2].strip() for line in told.splitlines()}
+    assert "edgekit.ota.device.agent" in imported
+    assert not imported & {"edgekit.runtime.server", "numpy", "asyncio"}

@@ -1,21 +1,31 @@
 """What runs models under the agent: real bundles on a real engine, judged in their probation."""
 
+import contextlib
 import itertools
+import json
+import queue
 import re
 import socket
-import subprocess
 import threading
 import time
+import types
 import urllib.request
 
 import numpy as np
 import pytest
 from fakes.bundles import mlp_bundle, mlp_numpy, null_bundle
+from fakes.drifting import ask_many, watched_bundle
 
 from edgekit import bundle
+from edgekit.cli.ota import _device
 from edgekit.cli.ota._serving import HostServing
 from edgekit.errors import HealthError, ResourceError, UsageError
+from edgekit.ota.messages import Alert, Drift, Failed
 from edgekit.ota.release import Limits, Release
+from edgekit.runtime.decisions import DecisionLog
+from edgekit.runtime.sandbox import warden
+from edgekit.runtime.sketches import HALF
+from edgekit.runtime.watch import Watch
 
 X = np.random.default_rng(5).normal(size=(1, 64)).astype(np.float32)
 
@@ -168,8 +178,10 @@ def test_a_model_that_fails_on_live_requests_breaks_its_error_rate(serving, old)
 
 def test_a_try_out_runs_with_the_threads_that_will_serve(serving, old, monkeypatch):
     commands = []
-    real = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **how: commands.append(command) or real(command, **how))
+    real = warden.run
+    monkeypatch.setattr(
+        warden, "run", lambda command, *how, **more: commands.append(command) or real(command, *how, **more)
+    )
     serving.try_out(old, release_of(old))
     assert commands[0][commands[0].index("--threads") + 1] == "1"
 
@@ -226,6 +238,41 @@ def test_nothing_installed_has_no_probation_and_no_vitals(serving, old):
     assert serving.vitals().requests == 0
 
 
+def test_vitals_tell_of_drift_and_a_probation_does_not_end_by_it(serving, tmp_path):
+    made = watched_bundle(tmp_path)
+    serving.activate(made)
+    ask_many(serving.host, 1.0)
+    assert serving.vitals().alerts == ()
+    ask_many(serving.host, 0.25, 2 * HALF)
+    (alert,) = [one for one in serving.vitals().alerts if one.kind == "input-drift"]
+    assert (alert.what, alert.value > 0.9 > alert.limit) == ("image: spread", True)
+    inputs = {"image": (0.25 * X).astype(np.float32)}
+    with Traffic(serving, inputs) as traffic:
+        assert serving.probation(release_of(made))["error_rate"] == 0
+    assert traffic.errors == []
+
+
+def test_what_serves_under_the_agent_logs_its_decisions_across_a_swap(serving, old, new, tmp_path):
+    with contextlib.closing(Watch(DecisionLog(tmp_path / "log"))) as serving.watch:
+        for made in (old, new):
+            serving.activate(made)
+            serving.host.run({"image": X})
+        serving.close()
+    models = [json.loads(line)["model"] for line in (tmp_path / "log").read_text().splitlines()]
+    assert models == [old.digest, new.digest]
+
+
+def test_the_agents_command_warns_of_an_alert_once_while_it_stands(serving):
+    dark = Alert(kind="input-drift", what="image: spread", value=0.6, limit=0.2, since=1.0)
+    reports, warned, stopping = queue.SimpleQueue(), [], threading.Event()
+    for alerts in ((dark,), (dark,), (), (dark,)):
+        reports.put(Drift(device="pi-1", bundle="", alerts=alerts))
+    terminal = types.SimpleNamespace(warn=warned.append, say=lambda _: stopping.set())
+    reports.put(Failed(device="pi-1", deployment="d", attempt=1, version=1, reason="the end"))
+    _device._narrate(terminal, serving, reports, stopping)
+    assert warned == ["input-drift: image: spread is 0.6, limit 0.2"] * 2
+
+
 def test_vitals_count_since_the_last_time_also_across_a_swap(serving, old, new):
     serving.activate(old)
     for _ in range(4):
@@ -242,3 +289,44 @@ def test_activating_what_serves_already_changes_nothing(serving, old):
     session = serving.host.session
     serving.activate(old)
     assert serving.host.session is session
+
+
+def test_where_memory_holds_one_model_alone_it_is_replaced_with_a_stated_gap_and_no_request_fails(
+    serving, old, new, monkeypatch
+):
+    from edgekit.runtime import memory
+
+    told = []
+    serving.tell = told.append
+    serving.activate(old)
+    monkeypatch.setattr(memory, "available_mib", lambda: 1.0)
+    first = serving.host.session
+    load, open_at_load = serving._load, []
+
+    def loaded(bundle):
+        open_at_load.append(first._engine is not None)
+        return load(bundle)
+
+    monkeypatch.setattr(serving, "_load", loaded)
+    serving.try_out(new, release_of(new))
+    with Traffic(serving) as traffic:
+        serving.activate(new)
+        serving.probation(release_of(new))
+    assert not traffic.errors
+    assert open_at_load == [False]
+    assert serving.host.digest == new.digest
+    assert any("the memory holds one model alone: requests waited for" in line for line in told)
+    serving.activate(old)  # as a rollback does
+    assert serving.host.digest == old.digest
+
+
+def test_a_replacement_that_does_not_load_brings_the_model_before_back(serving, old, tmp_path, monkeypatch):
+    from edgekit.runtime import memory
+
+    serving.activate(old)
+    monkeypatch.setattr(memory, "available_mib", lambda: 1.0)
+    other = null_bundle(tmp_path / "other")
+    with pytest.raises(HealthError):
+        serving.activate(other)
+    np.testing.assert_allclose(serving.host.run({"image": X}).outputs["scores"], mlp_numpy(X), atol=1e-4)
+    assert serving.host.digest == old.digest

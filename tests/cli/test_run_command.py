@@ -39,6 +39,7 @@ def test_array_gives_a_summary_or_a_file(tmp_path):
     with np.load(tmp_path / "y.npz") as outputs:
         np.testing.assert_allclose(outputs["scores"], bundles.mlp_numpy(image), atol=1e-5)
     document = json.loads(run(tmp_path / "b", tmp_path / "x.npy", "--json").output)
+    assert document["considered"] == {document["variant"]: document["choice"]}
     np.testing.assert_allclose(document["outputs"]["scores"], bundles.mlp_numpy(image), atol=1e-5)
 
 

@@ -1,23 +1,27 @@
 """The agent's life, told over memory, the embedded broker and Mosquitto."""
 
+import itertools
 import threading
 import time
+from dataclasses import replace
+from datetime import timedelta
 
+import msgspec
 import pytest
-from fakes.brokers import KINDS, running
+from fakes.brokers import KINDS, Mosquitto, running
 from fakes.fleets import FLEET, NOW, Fleet, Serving, eventually, install, wish
 
 from edgekit import bundle
 from edgekit.errors import HealthError, ResourceError, TransferError
-from edgekit.ota import messages
-from edgekit.ota.device import slots
+from edgekit.ota import messages, mqtt
+from edgekit.ota.device import slots, staging
 from edgekit.ota.device import update as updates
 from edgekit.ota.device.agent import Agent, Habits, Vitals
 from edgekit.ota.device.fetchers import FolderFetcher, Patience
 from edgekit.ota.device.slots import Trial
 from edgekit.ota.device.update import recover
 from edgekit.ota.memory import MemoryBroker
-from edgekit.ota.messages import Failed, Health, Hello, Installed, Refused, Report, RolledBack
+from edgekit.ota.messages import MAX_ALERTS, Alert, Drift, Failed, Health, Hello, Installed, Refused, Report, RolledBack
 
 HABITS = Habits(health_seconds=0.05, first_pause=0.05, longest_pause=0.2, will_delay=0, patience=Patience(seconds=1.0))
 
@@ -133,6 +137,7 @@ def test_device_that_was_away_finds_its_wish_when_it_comes(any_town):
     assert any_town.heard(Installed).version == 1
 
 
+@pytest.mark.attack("poisoned retained message")
 def test_poisoned_retained_message_is_dropped_counted_and_harmless(any_town):
     town = any_town
     one = town.fleet.publish(1)
@@ -264,7 +269,7 @@ def test_full_disk_is_reported_and_tried_again(town, monkeypatch):
         if full[0]:
             raise ResourceError(f"{folder} has 0 bytes free", "free some")
 
-    monkeypatch.setattr(updates, "require_space", require)
+    monkeypatch.setattr(staging, "require_space", require)
     town.agent()
     town.want(one)
     assert "bytes free" in town.heard(Failed).reason
@@ -339,7 +344,9 @@ def test_unmeasurable_values_do_not_spoil_the_report(town):
 
     town.agent(Odd())
     town.want(town.fleet.publish(1))
-    assert town.heard(Installed).measured == {"golden_sqnr_db": 40.0, "fine": 1.0}
+    measured = town.heard(Installed).measured
+    assert measured.pop("downloaded_bytes") > 0
+    assert measured == {"golden_sqnr_db": 40.0, "fine": 1.0}
 
 
 def test_health_is_told_while_something_serves(town):
@@ -348,6 +355,19 @@ def test_health_is_told_while_something_serves(town):
     town.want(one)
     word = town.heard(Health, 2)
     assert (word.bundle, word.requests, word.errors, word.p95_ms) == (one.bundle, 10, 1, 2.5)
+
+
+def test_alerts_are_told_with_the_health_and_so_is_that_they_passed(town):
+    stands = []
+    town.agent(vitals=lambda: Vitals(requests=1, errors=0, p95_ms=1.0, alerts=tuple(stands)))
+    town.want(town.fleet.publish(1))
+    town.heard(Health, 3)
+    assert not any(isinstance(word, Drift) for word in town.said)
+    alert = Alert(kind="input-drift", what="image: spread", value=0.6, limit=0.2, since=1.0)
+    stands += [alert] * (MAX_ALERTS + 1)
+    assert town.heard(Drift, 2).alerts == (alert,) * MAX_ALERTS
+    stands.clear()
+    eventually(lambda: [word for word in town.said if isinstance(word, Drift)][-1].alerts == ())
 
 
 def test_will_that_comes_although_the_device_is_back_is_corrected(town):
@@ -532,3 +552,83 @@ def test_health_error_keeps_its_words(tmp_path):
     word = install(fleet, fleet.device(tmp_path / "d", Slow()), fleet.publish(1))
     assert word.reason.startswith("p95 91.0 ms is above")
     assert messages.decode(messages.encode(word), Report) == word
+
+
+def test_a_download_waits_for_the_devices_turn_which_a_restart_does_not_put_off(town):
+    one = town.fleet.publish(1)
+    spread = msgspec.structs.replace(wish(one), spread=5000.0)
+    agent = town.agent()
+    town.server.publish(messages.topic(FLEET, "pi-1", "desired"), messages.encode(spread), retain=True)
+    eventually(lambda: agent._wanted == spread)
+    left = agent._seconds_left()
+    assert 60 < left < 5000
+    assert town.requests == []
+    agent.stop()
+    town.agents.clear()
+    late = Agent(FLEET, town.fleet.device(town.folder / "device"), HABITS)
+    late.clock = lambda: NOW + timedelta(seconds=left + 1)
+    late.start(lambda will: town.connect("pi-1", will=will))
+    town.agents.append(late)
+    assert town.heard(Installed).version == 1
+
+
+def test_a_device_in_a_hurry_waits_for_no_turn_and_a_new_wish_ends_the_waiting(town):
+    one, two = town.fleet.publish(1), town.fleet.publish(2)
+    agent = town.agent()
+    topic = messages.topic(FLEET, "pi-1", "desired")
+    town.server.publish(topic, messages.encode(msgspec.structs.replace(wish(one), spread=5000.0)), retain=True)
+    eventually(lambda: agent._wanted is not None)
+    town.want(two, "d2")
+    assert town.heard(Installed).version == 2
+    agent.stop()
+    town.agents.clear()
+    town.agent(habits=replace(HABITS, hurry=True))
+    three = town.fleet.publish(3)
+    far = msgspec.structs.replace(wish(three, "d3"), spread=5000.0)
+    town.server.publish(topic, messages.encode(far), retain=True)
+    eventually(lambda: town.heard(Installed).version == 3)
+
+
+def test_a_wish_that_is_taken_back_before_its_turn_leaves_an_agent_that_takes_the_next(town):
+    one = town.fleet.publish(1)
+    agent = town.agent()
+    topic = messages.topic(FLEET, "pi-1", "desired")
+    late = msgspec.structs.replace(wish(one), spread=5000.0, revision=5)
+    town.server.publish(topic, messages.encode(late), retain=True)
+    eventually(lambda: agent._wanted == late)
+    town.want(None)
+    eventually(lambda: agent._wanted is None)
+    town.server.publish(topic, messages.encode(msgspec.structs.replace(wish(one, "d2"), revision=6)), retain=True)
+    assert town.heard(Installed).deployment == "d2"
+    assert all(thread.is_alive() for thread in agent._threads)
+
+
+def test_reports_of_a_device_whose_broker_is_away_come_later_and_say_how_many_were_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr("edgekit.ota.device.outbox.Outbox.__init__.__defaults__", (3, 1 << 20))
+    with Mosquitto(tmp_path) as broker:
+        town = Town(tmp_path, lambda name, will=None: mqtt.connect(broker.url, name, will=will))
+        install(town.fleet, town.fleet.device(tmp_path / "device"), town.fleet.publish(1))
+        habits = replace(HABITS, offline_health_seconds=0.05)
+        counted = itertools.count()
+        agent = town.agent(vitals=lambda: Vitals(requests=next(counted), errors=0, p95_ms=1.0), habits=habits)
+        town.heard(Health)
+        broker.stop()
+        eventually(lambda: agent._outbox.dropped >= 5)
+        broker.start()
+        eventually(lambda: [m for m in town.said if isinstance(m, Health)][-1].dropped >= 5, 40)
+        told = [m.requests for m in town.said if isinstance(m, Health)]
+        assert list(dict.fromkeys(told)) == sorted(set(told))
+        town.end()
+        town.server.close()
+
+
+def test_health_of_a_device_that_is_offline_comes_seldom_and_adds_up(town):
+    install(town.fleet, town.fleet.device(town.folder / "device"), town.fleet.publish(1))
+    asked = []
+    habits = replace(HABITS, health_seconds=0.02, offline_health_seconds=3600.0)
+    agent = town.agent(vitals=lambda: asked.append(1) or Vitals(requests=1, errors=0, p95_ms=1.0), habits=habits)
+    town.heard(Health, 2)
+    agent._channel.is_connected = lambda _seconds=0.0: False
+    before = len(asked)
+    time.sleep(0.5)
+    assert len(asked) <= before + 1

@@ -21,6 +21,7 @@ def test_port_that_is_taken_is_named():
     assert "--port" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_broker_listens_on_the_loopback_interface_only_and_is_gone_afterwards():
     with embedded() as url:
         port = int(url.rpartition(":")[2])

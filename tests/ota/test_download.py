@@ -2,15 +2,19 @@
 
 import hashlib
 import shutil
+import threading
+import time
 
 import pytest
-from fakes.fleets import FLEET, Fleet, noise
+from fakes.fleets import FLEET, Fleet, eventually, noise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgekit.errors import ResourceError, TransferError, TrustError
 from edgekit.manifest import FileEntry
 from edgekit.ota import messages
+from edgekit.ota.channel import Back
+from edgekit.ota.device import fetchers
 from edgekit.ota.device.download import download, require_space
 from edgekit.ota.device.fetchers import ChannelFetcher, FolderFetcher, MissingFile, Patience
 from edgekit.ota.memory import MemoryBroker
@@ -80,6 +84,7 @@ def test_wrong_bytes_on_the_disk_are_fetched_anew_and_accuse_nobody(tmp_path, th
     assert (tmp_path / "m").read_bytes() == DATA
 
 
+@pytest.mark.attack("arbitrary software")
 @pytest.mark.parametrize(
     "data",
     [DATA[:-1] + b"x", DATA[:-1], b"", bytes(SIZE)],
@@ -105,6 +110,7 @@ def test_any_changed_byte_is_noticed(tmp_path, position, flip):
         download(FolderFetcher(folder.parent), entry, tmp_path / "m")
 
 
+@pytest.mark.attack("endless data")
 def test_endless_data_stops_at_the_signed_length(tmp_path):
     stick = Stick(DATA * 3)
     download(stick, ENTRY, tmp_path / "m")
@@ -145,9 +151,11 @@ def test_channel_and_folder_give_the_same_bytes(fleet, broker, tmp_path):
     over_air, stick = fetcher(broker, Patience()), FolderFetcher(fleet.repository)
     for start, end in [(0, SIZE), (0, 1), (5, MAX_BLOCK_BYTES + 6), (SIZE - 1, SIZE + 10), (0, SIZE * 2)]:
         wanted = DATA[start:end]
+        requests.clear()
         assert b"".join(over_air.stream(f"blobs/{ENTRY.sha256}", start, end)) == wanted
         assert b"".join(stick.stream(f"blobs/{ENTRY.sha256}", start, end)) == wanted
-    assert len(requests) == 4 + 1 + 2 + 1 + 4
+        reached = [request.offset + request.length for request in requests]
+        assert [request.offset for request in requests] == [start, *reached[:-1]]  # no byte is asked for twice
     for one in (over_air, stick):
         with pytest.raises(MissingFile):
             list(one.stream("metadata/9.root.json", 0, 10))
@@ -176,6 +184,7 @@ def test_lost_and_doubled_answers_are_asked_for_again_and_dropped(fleet, broker,
     assert one.dropped > 0
 
 
+@pytest.mark.attack("message flood")
 def test_answer_nobody_asked_for_and_garbage_are_dropped_and_counted(fleet, broker, tmp_path):
     attacker = broker.connect("attacker")
     one = fetcher(broker)
@@ -193,6 +202,7 @@ def test_answer_nobody_asked_for_and_garbage_are_dropped_and_counted(fleet, brok
     assert one.dropped >= 3
 
 
+@pytest.mark.attack("slow data")
 def test_server_that_never_answers_is_named_after_bounded_tries(broker, tmp_path):
     asked = []
     broker.connect("watcher").subscribe(messages.topic(FLEET, "pi-1", "request"), asked.append)
@@ -200,7 +210,7 @@ def test_server_that_never_answers_is_named_after_bounded_tries(broker, tmp_path
     with pytest.raises(TransferError, match=r"no answer for blobs/.* after 4 tries") as caught:
         download(one, ENTRY, tmp_path / "m")
     assert "edgekit ota serve" in caught.value.hint
-    assert len({a.correlation for a in asked}) == 1
+    assert len(asked) == len({a.correlation for a in asked}) == 4
     assert one._open == {}
 
 
@@ -232,3 +242,66 @@ def test_answer_that_does_not_fit_the_question_is_a_transfer_error(broker, block
     server.subscribe(messages.topic(FLEET, "pi-1", "request"), answer)
     with pytest.raises(TransferError, match=words):
         list(fetcher(broker).stream(f"blobs/{ENTRY.sha256}", 0, end))
+
+
+def test_what_a_break_lost_is_asked_for_again_at_once_and_nothing_twice(fleet, broker, tmp_path):
+    channel, listeners = broker.connect("pi-1"), []
+    channel.when_back = listeners.append
+    server, seen, is_down = broker.connect("server"), [], threading.Event()
+
+    def answer(arrival):
+        request = messages.decode(arrival.payload, messages.BlockRequest)
+        seen.append(request.offset)
+        if len(seen) == 3:
+            is_down.set()
+        if is_down.is_set():
+            return  # lost with the connection
+        block = Block(total=SIZE, data=DATA[request.offset : request.offset + request.length])
+        server.publish(arrival.reply_to, messages.encode_block(block), correlation=arrival.correlation)
+
+    server.subscribe(messages.topic(FLEET, "pi-1", "request"), answer)
+    one = ChannelFetcher(channel, FLEET, "pi-1", Patience(seconds=60))
+    loading = threading.Thread(target=download, args=(one, ENTRY, tmp_path / "m"))
+    loading.start()
+    assert is_down.wait(10)
+    eventually(lambda: len(one._open) == Patience().window)
+    lost = seen[2:]
+    is_down.clear()
+    seen.extend([None] * 10)  # so that nothing is the third once more
+    listeners[0](Back(time.monotonic(), is_remembered=False))
+    loading.join(20)
+    assert (tmp_path / "m").read_bytes() == DATA
+    asked = [offset for offset in seen if offset is not None]
+    assert sorted(asked) == sorted([*set(asked), *lost])  # those twice, and no other
+    assert one.dropped == 0
+
+
+def test_a_slow_link_gets_small_blocks_and_a_quick_one_large_ones(fleet, broker, tmp_path):
+    requests = fleet.serve(broker.connect("server"))
+    one = fetcher(broker, Patience())
+    list(one.stream(f"blobs/{ENTRY.sha256}", 0, SIZE))
+    list(one.stream(f"blobs/{ENTRY.sha256}", 0, SIZE))
+    assert max(request.length for request in requests) > fetchers.FIRST_BYTES
+    mute = ChannelFetcher(MemoryBroker().connect("pi-1"), FLEET, "pi-1", Patience(seconds=0.01, attempts=5))
+    with pytest.raises(TransferError):
+        list(mute.stream("blobs/" + "0" * 64, 0, SIZE))
+    assert mute._length == fetchers.LEAST_BYTES
+
+
+def test_a_lost_answer_is_asked_for_as_soon_as_a_later_one_comes(fleet, broker, tmp_path):
+    server, seen = broker.connect("server"), []
+
+    def answer(arrival):
+        request = messages.decode(arrival.payload, messages.BlockRequest)
+        seen.append(request.offset)
+        if len(seen) != 3:
+            block = Block(total=SIZE, data=DATA[request.offset : request.offset + request.length])
+            server.publish(arrival.reply_to, messages.encode_block(block), correlation=arrival.correlation)
+
+    server.subscribe(messages.topic(FLEET, "pi-1", "request"), answer)
+    one = fetcher(broker, Patience(seconds=60))  # a silence would be longer than this test waits
+    loading = threading.Thread(target=download, args=(one, ENTRY, tmp_path / "m"), daemon=True)
+    loading.start()
+    loading.join(20)
+    assert (tmp_path / "m").read_bytes() == DATA
+    assert sorted(seen) == sorted([*set(seen), seen[2]])

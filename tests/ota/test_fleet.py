@@ -6,8 +6,17 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekit.ota.messages import Failed, Health, Hello, Installed, Refused, RolledBack
-from edgekit.ota.server.fleet import DeviceState, expect, fold, model_of
+from edgekit.ota.messages import Alert, Drift, Failed, Health, Hello, Installed, Refused, RolledBack, Waiting
+from edgekit.ota.server.fleet import (
+    AHEAD_SECONDS,
+    CLOCK_IS_SET,
+    DeviceState,
+    expect,
+    fold,
+    model_of,
+    next_revision,
+    tell,
+)
 
 ASK = {"device": "pi-1", "deployment": "cat-v2", "attempt": 1, "version": 2}
 RELEASE = "models/cat/pi/2.json"
@@ -28,6 +37,8 @@ ANSWERS = [
     RolledBack(**ASK, reason="NaN"),
     Refused(**ASK, reason="expired"),
     Failed(**ASK, reason="disk full"),
+    Waiting(**ASK, reason="outside the maintenance window", until=9),
+    Waiting(**ASK, reason="the link is metered"),
 ]
 
 
@@ -79,6 +90,26 @@ def test_health_leaves_the_answer_alone():
     assert (state.requests, state.errors, state.p95_ms, state.outcome) == (10, 1, 4.0, "pending")
 
 
+DARK = Alert(kind="input-drift", what="image: mean of channel 0", value=0.6, limit=0.2, since=1.0)
+DRIFT = Drift(device="pi-1", bundle="a" * 64, alerts=(DARK,))
+
+
+def test_alerts_stand_until_the_device_says_that_they_passed_or_starts_anew():
+    health = Health(device="pi-1", bundle="a" * 64, requests=10, errors=1, p95_ms=4.0)
+    state = fold(fold(fold(ASKED, hello(), 1.0), DRIFT, 2.0), health, 3.0)
+    assert (state.alerts, state.outcome) == ((DARK,), "pending")
+    assert fold(state, hello(online=False), 4.0).alerts == (DARK,)
+    assert fold(state, hello(), 4.0).alerts == (DARK,)
+    assert fold(state, hello(boot="b2"), 4.0).alerts == ()
+    assert fold(state, msgspec.structs.replace(DRIFT, alerts=()), 4.0).alerts == ()
+
+
+def test_a_device_that_was_stored_before_there_were_alerts_is_read():
+    stored = msgspec.to_builtins(fold(NEW, hello(), 1.0))
+    del stored["alerts"]
+    assert msgspec.convert(stored, DeviceState).alerts == ()
+
+
 def test_every_order_of_every_answer_gives_the_same_verdict():
     verdicts = set()
     for order in permutations(ANSWERS):
@@ -89,7 +120,11 @@ def test_every_order_of_every_answer_gives_the_same_verdict():
     assert verdicts == {("refused", "expired")}
 
 
-@given(st.lists(st.sampled_from([*ANSWERS, hello(), hello(version=2), hello(online=False)]), max_size=8))
+@given(
+    st.lists(
+        st.sampled_from([*ANSWERS, DRIFT, hello(), hello(version=2), hello(online=False), hello(boot="b2")]), max_size=8
+    )
+)
 def test_a_report_that_comes_twice_in_a_row_counts_once(reports):
     once = twice = ASKED
     for report in reports:
@@ -120,3 +155,68 @@ def test_only_a_target_path_names_a_model():
     assert model_of(RELEASE) == "cat"
     for odd in ("", "models/cat/2.json", "models/../pi/2.json/x", "models/cat/pi/2.json\n", "x" * 5000):
         assert model_of(odd) == ""
+
+
+def test_a_device_that_waits_has_neither_failed_nor_answered_and_says_why():
+    waits = fold(ASKED, ANSWERS[5], 1.0)
+    assert verdict(waits) == ("pending", "outside the maintenance window")
+    assert verdict(fold(waits, ANSWERS[0], 2.0)) == ("installed", "")
+    assert verdict(fold(fold(ASKED, ANSWERS[4], 1.0), ANSWERS[5], 2.0)) == ("failed", "disk full")
+
+
+def test_the_will_of_an_earlier_start_that_comes_late_does_not_turn_the_device_offline():
+    back = fold(fold(NEW, hello(boot="b1"), 1.0), hello(boot="b2"), 2.0)
+    late = fold(back, hello(online=False, boot="b1"), 3.0)
+    assert (late.online, late.boot) == (True, "b2")
+    gone = fold(late, hello(online=False, boot="b2"), 4.0)
+    assert not gone.online
+
+
+def test_the_will_of_a_start_that_nobody_saw_counts():
+    away = fold(fold(NEW, hello(boot="b1"), 1.0), hello(online=False, boot="b2"), 2.0)
+    assert not away.online
+
+
+def test_a_device_that_starts_over_and_over_is_no_growing_memory():
+    state = NEW
+    for number in range(50):
+        state = fold(state, hello(boot=f"b{number}"), float(number))
+    assert state.boots == ("b48", "b47", "b46", "b45")
+
+
+YEAR = 1_800_000_000.0
+TIMES = st.one_of(st.floats(0, CLOCK_IS_SET), st.floats(YEAR, YEAR + AHEAD_SECONDS - 1))
+
+
+@given(st.lists(st.sampled_from(["", "wish 1", "wish 2"]), max_size=20), st.lists(TIMES, min_size=20, max_size=20))
+def test_each_new_wish_has_a_higher_revision_though_the_clock_is_not_set_or_off_by_a_year(wishes, times):
+    state = NEW
+    for wish, now in zip(wishes, times, strict=False):
+        told = tell(state, wish, now)
+        assert told.wish == wish
+        assert told.revision > state.revision if wish != state.wish else told == state
+        state = told
+
+
+def test_a_server_restored_from_a_backup_says_its_wish_above_what_the_device_has_met():
+    before = tell(NEW, "wish 1", 100.0)
+    since = tell(before, "wish 2", 200.0)
+    met = msgspec.structs.replace(hello(), revision=since.revision)
+    restored = tell(fold(before, met, 300.0), "wish 1", 50.0)
+    assert restored.revision == since.revision + 1
+    assert tell(restored, "wish 1", 60.0) == restored
+
+
+@given(st.integers(1, 3))
+def test_a_forged_revision_that_a_device_met_is_answered_with_one_that_it_takes(times):
+    now, state = 1_800_000_000.0, NEW
+    for _ in range(times):
+        state = tell(fold(state, msgspec.structs.replace(hello(), revision=1 << 53), now), "wish 1", now)
+    assert state.revision / 1000 < now + 60
+    locked = msgspec.structs.replace(state, revision=(1 << 53) + 1)  # as an earlier server had answered it
+    assert tell(locked, "wish 1", now).revision / 1000 < now + 60
+
+
+def test_a_lie_about_a_groups_revision_leads_to_none_that_devices_refuse():
+    assert next_revision([], 100.0) == 100_000
+    assert next_revision([100_007, 1 << 53], 100.0) == 100_008

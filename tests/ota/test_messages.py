@@ -4,17 +4,21 @@ import contextlib
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgekit.errors import MessageError, TrustError
 from edgekit.ota import messages
 from edgekit.ota.messages import (
+    MAX_ALERTS,
     MAX_BLOCK_BYTES,
     MAX_MESSAGE_BYTES,
+    Alert,
     Block,
     BlockRequest,
+    Chosen,
     Desired,
+    Drift,
     Failed,
     Health,
     Hello,
@@ -22,6 +26,7 @@ from edgekit.ota.messages import (
     Refused,
     Report,
     RolledBack,
+    Waiting,
 )
 from edgekit.ota.release import Limits, Release, from_custom, to_custom
 
@@ -49,7 +54,23 @@ REPORTS = st.one_of(
     st.builds(RolledBack, **WHO, reason=TEXTS, measured=MEASURED),
     st.builds(Refused, **WHO, reason=TEXTS),
     st.builds(Failed, **WHO, reason=TEXTS),
+    st.builds(Waiting, **WHO, reason=TEXTS, until=COUNTS),
     st.builds(Health, device=NAMES, bundle=DIGESTS, requests=COUNTS, errors=COUNTS, p95_ms=NUMBERS, rss_mib=NUMBERS),
+    st.builds(
+        Chosen,
+        device=NAMES,
+        bundle=DIGESTS,
+        variant=NAMES,
+        left=st.dictionaries(NAMES, TEXTS.map(lambda text: text[:500]), max_size=16),
+    ),
+    st.builds(
+        Drift,
+        device=NAMES,
+        bundle=DIGESTS,
+        alerts=st.lists(
+            st.builds(Alert, kind=NAMES, what=TEXTS, value=NUMBERS, limit=NUMBERS, since=NUMBERS), max_size=MAX_ALERTS
+        ).map(tuple),
+    ),
 )
 
 
@@ -83,6 +104,8 @@ def test_block_survives_the_wire(block):
     assert messages.decode_block(messages.encode_block(block)) == block
 
 
+@example(b"\x81\xa3\x00\x00\x80")
+@example(b'{"\xff": 1}')
 @given(st.binary(max_size=300))
 def test_garbage_is_a_message_error_and_never_anything_else(payload):
     for kind in (Desired, Report, BlockRequest):
@@ -122,6 +145,21 @@ def test_value_out_of_bounds_is_refused(changes, kind):
         messages.decode(msgspec.json.encode(sound | changes), kind)
 
 
+def test_alerts_are_bounded_and_fit_into_a_message():
+    one = Alert(kind="k" * 64, what="é" * 200, value=1.0, limit=0.5, since=1e9)
+    most = Drift(device="pi-1", bundle="a" * 64, alerts=(one,) * MAX_ALERTS)
+    assert messages.decode(messages.encode(most), Report) == most
+    assert len(messages.encode(most)) < MAX_MESSAGE_BYTES / 4
+    for more in (
+        msgspec.structs.replace(most, alerts=(one,) * (MAX_ALERTS + 1)),
+        msgspec.structs.replace(most, alerts=(msgspec.structs.replace(one, what="x" * 201),)),
+        msgspec.structs.replace(most, alerts=(msgspec.structs.replace(one, kind="a b"),)),
+        msgspec.structs.replace(most, alerts=(msgspec.structs.replace(one, value=float("nan")),)),
+    ):
+        with pytest.raises(MessageError):
+            messages.decode(messages.encode(more), Report)
+
+
 def test_endless_message_is_refused_before_it_is_parsed():
     with pytest.raises(MessageError, match="longer than"):
         messages.decode(b" " * (MAX_MESSAGE_BYTES + 1), Desired)
@@ -129,6 +167,19 @@ def test_endless_message_is_refused_before_it_is_parsed():
         messages.decode_block(b"\0" * (MAX_BLOCK_BYTES + 5000))
 
 
+@pytest.mark.attack("nested message")
+@pytest.mark.parametrize("kind", [Desired, Report, BlockRequest])
+def test_message_that_nests_without_end_is_a_message_error(kind):
+    deep = b"[" * 30_000 + b"]" * 30_000
+    for payload in (b'{"x":' + deep + b"}", b'{"x":' + deep + b',"type":"hello"}', deep):
+        with pytest.raises(MessageError, match="malformed"):
+            messages.decode(payload, kind)
+    for nested in (b"\x91" * 100_000, b"\x81\xa1x" + b"\x91" * 100_000):
+        with pytest.raises(MessageError, match="malformed"):
+            messages.decode_block(nested)
+
+
+@pytest.mark.attack("device ids")
 @pytest.mark.parametrize("name", ["#", "../x", "a/b", "", "a b", "é", "-a", "a" * 65, "a\n", "$SYS"])
 def test_name_that_could_change_the_topic_is_refused(name):
     with pytest.raises(MessageError, match="no identifier"):

@@ -12,7 +12,7 @@ from edgekit import bundle
 from edgekit.errors import BundleError, ResourceError, TrustError, UnknownName, UsageError
 from edgekit.ota.messages import BlockRequest, Installed
 from edgekit.ota.release import Limits
-from edgekit.ota.server import publisher, repository
+from edgekit.ota.server import metadata, publisher, repository
 
 
 @pytest.fixture
@@ -155,11 +155,31 @@ def test_damaged_repository_is_named_and_left_alone(fleet):
         fleet.publish(1)
 
 
+@pytest.mark.parametrize("name", ["timestamp", "2.snapshot", "1.model-digits", "2.targets"])
+def test_whoever_writes_into_the_repository_does_not_have_it_signed_by_the_next_publish(fleet, name):
+    fleet.publish(1)
+    path = metadata.place(fleet.folder, name)
+    path.write_bytes(path.read_bytes().replace(b"2026", b"2036").replace(b"2027", b"2037"))
+    for call in (fleet.publish, lambda _: publisher.refresh(fleet.folder, NOW)):
+        with pytest.raises(TrustError, match=r"is damaged|not signed by the fleet's key"):
+            call(2)
+
+
+def test_repository_that_somebody_signed_with_keys_of_his_own_is_not_signed_by_the_fleet(fleet, tmp_path):
+    other = Fleet(tmp_path / "other")
+    other.publish(1)
+    shutil.rmtree(fleet.repository)
+    shutil.copytree(other.repository, fleet.repository)
+    with pytest.raises(TrustError, match=r"not in keyring\.json"):
+        fleet.publish(2)
+
+
 def test_second_publisher_waits_its_turn(fleet):
-    with publisher._sole_writer(fleet.folder), pytest.raises(ResourceError, match="somebody else publishes"):
+    with metadata.sole_writer(fleet.folder), pytest.raises(ResourceError, match="somebody else publishes"):
         fleet.publish(1)
 
 
+@pytest.mark.slow
 def test_kill_at_any_step_of_init_leaves_a_folder_that_init_completes(tmp_path):
     for at in range(1, 200):
         folder = tmp_path / f"fleet-{at}"
@@ -173,6 +193,7 @@ def test_kill_at_any_step_of_init_leaves_a_folder_that_init_completes(tmp_path):
     assert at > 20
 
 
+@pytest.mark.slow
 def test_kill_at_any_step_of_publish_leaves_the_old_or_the_new_repository(fleet, tmp_path):
     one = fleet.publish(1)
     two = tiny_bundle(tmp_path / "two", seed=2)
@@ -219,6 +240,8 @@ def test_repository_hands_out_files_block_by_block(fleet):
     assert (behind.data, behind.total, behind.error) == (b"", len(data), "")
 
 
+@pytest.mark.attack("symlink")
+@pytest.mark.attack("absolute path")
 @pytest.mark.parametrize(
     "path",
     [

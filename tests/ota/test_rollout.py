@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekit.errors import UsageError
-from edgekit.ota.messages import Failed, Hello, Installed, Refused, RolledBack
+from edgekit.ota.messages import Failed, Hello, Installed, Refused, RolledBack, Waiting
 from edgekit.ota.server.fleet import DeviceState, expect, fold
 from edgekit.ota.server.rollout import Plan, Rollout, abort, advance, live, lot, pause, resume, wanted
 
@@ -88,6 +88,15 @@ def test_a_good_release_reaches_everyone_in_two_waves_and_is_done():
     assert (final.status, final.reason) == ("done", "30 installed")
     assert sorted(d for d, _ in fleet.asked) == sorted(fleet.states)
     assert [a.wave for a in final.assigned.values()].count(0) == 6
+
+
+def test_a_device_that_waits_by_its_own_policy_holds_no_wave_back_and_is_waited_for_in_the_end():
+    waits = min(begin(fleet_of())[1])
+    fleet = fleet_of()
+    rollout = play(rollout_of(), fleet, lambda d: Waiting if d == waits else Installed)
+    assert (rollout.status, rollout.wave + 1, len(rollout.assigned)) == ("running", 2, 30)
+    fleet.answer(waits)
+    assert play(rollout, fleet).status == "done"
 
 
 def test_a_release_that_is_bad_on_one_class_halts_in_the_canary_and_never_reaches_wave_two():

@@ -5,11 +5,26 @@ from datetime import UTC, datetime
 
 import pytest
 
-from edgekit.errors import ResourceError
+from edgekit.errors import ResourceError, TransferError
 from edgekit.ota import messages
+from edgekit.ota.channel import Back
 from edgekit.ota.memory import MemoryBroker
-from edgekit.ota.messages import Block, BlockRequest, Desired, Health, Hello, Installed, RolledBack
-from edgekit.ota.server import publisher
+from edgekit.ota.messages import (
+    Alert,
+    Block,
+    BlockRequest,
+    Chosen,
+    Desired,
+    Drift,
+    Failed,
+    Health,
+    Hello,
+    Installed,
+    Refused,
+    RolledBack,
+)
+from edgekit.ota.server import metadata, publisher, roots
+from edgekit.ota.server.keys import Custody, Unlock
 from edgekit.ota.server.rollout import Plan, abort
 from edgekit.ota.server.service import BATCH, Service
 from edgekit.ota.server.store import Store
@@ -233,6 +248,7 @@ def test_reports_that_the_disk_refused_are_kept_and_written_later(world, monkeyp
     assert world.fleet()["pi-1"].outcome == "installed"
 
 
+@pytest.mark.attack("message flood")
 def test_a_flood_is_taken_in_batches_and_loses_nothing(world):
     world.add("pi-1", script=None)
     device = world.devices["pi-1"]
@@ -247,7 +263,7 @@ def test_a_flood_is_taken_in_batches_and_loses_nothing(world):
 
 def test_running_in_its_thread_it_survives_what_fails_and_signs_the_timestamp_anew(world, monkeypatch):
     world.now += 3 * 86_400
-    signed = publisher._metadata(world.folder, "timestamp").read_bytes()
+    signed = metadata.place(world.folder, "timestamp").read_bytes()
     calls = []
     honest = world.store.rollouts
 
@@ -265,7 +281,7 @@ def test_running_in_its_thread_it_survives_what_fails_and_signs_the_timestamp_an
         time.sleep(0.01)
     world.service.stop()
     assert world.service.counts["failed steps"] == 1
-    assert publisher._metadata(world.folder, "timestamp").read_bytes() != signed
+    assert metadata.place(world.folder, "timestamp").read_bytes() != signed
 
 
 def test_a_missing_key_does_not_stop_the_service(world, caplog):
@@ -273,6 +289,30 @@ def test_a_missing_key_does_not_stop_the_service(world, caplog):
         key.unlink()
     world.service._refresh()
     assert "cannot sign" in caplog.text
+
+
+def test_a_key_that_is_offline_is_asked_for_before_it_is_too_late(world, caplog):
+    world.now += 340 * 86_400
+    (world.folder / "keys" / "targets.pem").rename(world.folder / "targets.pem")
+    signed = metadata.read(world.folder, "timestamp").signed.version
+    world.service._refresh()
+    assert "targets expires in" in caplog.text
+    assert "edgekit ota refresh FLEET targets" in caplog.text
+    assert metadata.read(world.folder, "timestamp").signed.version == signed + 1
+
+
+def test_a_locked_key_signs_for_a_service_that_was_given_its_passphrase(world, caplog):
+    unlock = Unlock(ask=lambda _: "correct horse battery")
+    (world.folder / "keys" / "timestamp.pem").unlink()
+    custody = Custody(world.folder, unlock)
+    key = custody.make("locked", world.folder / "keys", encrypted=True)
+    custody.save()
+    roots.rotate(custody, ["timestamp"], NOW, uri=custody.ring.keys[key.keyid])
+    world.service._refresh()
+    assert "is locked" in caplog.text
+    signed = metadata.read(world.folder, "timestamp").signed.version
+    Service(world.folder, world.service.channel, world.store, lambda: world.now, unlock=unlock)._refresh()
+    assert metadata.read(world.folder, "timestamp").signed.version == signed + 1
 
 
 def test_one_fleet_has_one_server_and_a_stopped_one_makes_room(world):
@@ -295,8 +335,70 @@ def test_health_is_shown_and_not_kept(world):
     assert world.store.reports("pi-1") == []
 
 
+def drift_of(*kinds):
+    alerts = tuple(Alert(kind=kind, what="image: spread", value=0.6, limit=0.2, since=1.0) for kind in kinds)
+    return Drift(device="pi-1", bundle="", alerts=alerts)
+
+
+def test_alerts_are_shown_and_the_diary_tells_when_they_came_and_went(world):
+    world.add("pi-1", script=None)
+    for kinds in (("input-drift",), ("input-drift",), ("confidence", "input-drift"), ("confidence",)):
+        world.devices["pi-1"].say("report", drift_of(*kinds))
+        world.settle()
+    assert [alert.kind for alert in world.fleet()["pi-1"].alerts] == ["confidence"]
+    assert [event.text for event in world.store.events("pi-1")] == [
+        "input-drift: image: spread is 0.6, limit 0.2",
+        "confidence: image: spread is 0.6, limit 0.2",
+        "input-drift: image: spread has passed",
+    ]
+    assert world.store.reports("pi-1") == []
+
+
+def test_the_diary_tells_once_which_variant_a_device_runs_and_why_not_the_better_one(world):
+    world.add("pi-1", script=None)
+    before = world.fleet()["pi-1"]
+    word = Chosen(device="pi-1", bundle="a" * 64, variant="pi.fp32", left={"pi": "it needs onnxruntime >=9"})
+    for _ in range(3):  # each restart says it again
+        world.devices["pi-1"].say("report", word)
+        world.settle()
+    told = "pi-1 runs the variant pi.fp32; not pi: it needs onnxruntime >=9"
+    assert [event.text for event in world.store.events("pi-1")] == [told]
+    assert (world.fleet()["pi-1"].outcome, world.fleet()["pi-1"].alerts) == (before.outcome, before.alerts)
+
+
+def test_a_rollout_goes_on_whatever_a_device_says_of_its_inputs(world):
+    world.add(*(f"pi-{n}" for n in range(1, 5)))
+    world.store.start(PLAN, world.now)
+    for _ in range(3):
+        world.devices["pi-1"].say("report", drift_of("input-drift", "class-mix"))
+        world.settle()
+    assert [rollout.status for rollout in world.store.rollouts()] == ["done"]
+
+
+@pytest.mark.attack("nested message")
+def test_a_report_that_nests_without_end_is_dropped_and_the_next_one_counts(world):
+    deep = b"[" * 20_000 + b"]" * 20_000
+    evil = world.broker.connect("evil")
+    evil.publish(messages.topic("home", "evil", "hello"), b'{"x":' + deep + b',"type":"hello"}', retain=True)
+    world.add("good")
+    assert list(world.fleet()) == ["good"]
+    assert world.service.counts["dropped"] == 1
+
+
+def test_a_server_that_knows_no_drift_drops_it_and_takes_what_else_the_device_says(world, monkeypatch):
+    before = Hello | Installed | RolledBack | Refused | Failed | Health
+    monkeypatch.setattr("edgekit.ota.server.service.Report", before)
+    world.add("pi-1", script=None)
+    world.devices["pi-1"].say("report", drift_of("input-drift"))
+    world.devices["pi-1"].say("report", Health(device="pi-1", bundle="", requests=7, errors=1, p95_ms=2.5))
+    world.settle()
+    assert world.service.counts["dropped"] == 1
+    assert world.fleet()["pi-1"].requests == 7
+
+
+@pytest.mark.attack("message flood")
 def test_what_comes_faster_than_it_can_be_taken_is_dropped_and_counted(world, monkeypatch):
-    monkeypatch.setattr("edgekit.ota.server.service.MAX_WAITING", 3)
+    monkeypatch.setattr("edgekit.ota.server.inbox.MAX_COUNT", 3)
     world.service = world.new_service()
     device = Device(world.broker, "pi-1", script=None)
     for _ in range(5):
@@ -318,3 +420,74 @@ def test_block_requests_alone_do_not_make_the_service_look_at_every_device(world
     world.settle()
     assert world.service.counts["blocks"] == 20
     assert looks == []
+
+
+def test_a_broker_that_forgot_everything_is_told_all_wishes_again(world):
+    world.add("pi-1", "pi-2")
+    world.store.start(PLAN, world.now)
+    world.settle()
+    told = {name: len(device.desired) for name, device in world.devices.items()}
+    world.service._on_back(Back(0.0, is_remembered=True))
+    world.settle()
+    assert told == {name: len(device.desired) for name, device in world.devices.items()}
+    world.service._on_back(Back(0.0, is_remembered=False))
+    world.settle()
+    assert told == {name: len(device.desired) - 1 for name, device in world.devices.items()}
+    assert world.devices["pi-1"].desired[-1] == world.devices["pi-1"].desired[-2]
+
+
+def test_wishes_that_a_full_queue_refused_go_with_the_next_step(world, monkeypatch):
+    world.add("pi-1", "pi-2", "pi-3", script=None)
+    world.service._published.clear()
+    publish, left = world.service.channel.publish, [2]
+
+    def full(topic, payload, **options):
+        if topic.endswith("desired") and not left:
+            raise TransferError("1000 messages wait already")
+        left.clear() if topic.endswith("pi-2/desired") else None
+        return publish(topic, payload, **options)
+
+    monkeypatch.setattr(world.service.channel, "publish", full)
+    world.service.step()
+    assert len(world.service._published) == 2
+    left.append(1)
+    world.service.step()
+    assert len(world.service._published) == 3
+
+
+def test_same_report_over_and_over_counts_once(world):
+    world.add("pi-1", script=None)
+    world.store.start(PLAN, world.now)
+    world.settle()
+    wish = world.devices["pi-1"].desired[-1]
+    head = {"device": "pi-1", "deployment": wish.deployment, "attempt": wish.attempt, "version": wish.version}
+    for _ in range(50):
+        world.devices["pi-1"].say("report", RolledBack(**head, reason="p95 90 ms, limit 20"))
+    world.settle()
+    assert len(world.store.reports("pi-1")) == 1
+    assert [event.text for event in world.store.events()].count("pi-1 rolled-back: p95 90 ms, limit 20") == 1
+    assert world.store.rollouts()[0].count("rolled-back") == 1
+
+
+def test_flood_of_one_device_leaves_room_for_the_others_and_a_bounded_disk(world, monkeypatch):
+    monkeypatch.setattr("edgekit.ota.server.inbox.MAX_OF_ONE", 20)
+    monkeypatch.setattr("edgekit.ota.server.store.REMEMBERED_REPORTS", 10)
+    world.add("pi-1", "rogue", script=None)
+    world.store.start(PLAN, world.now)
+    world.settle()
+    for number in range(300):
+        head = {"device": "rogue", "deployment": f"d{number}", "attempt": 1, "version": 2}
+        world.devices["rogue"].say("report", Failed(**head, reason="x" * 2000))
+        world.devices["rogue"].channel.publish(world.devices["rogue"].topic("report"), bytes(65 << 10))
+    world.devices["pi-1"].say("report", Health(device="pi-1", bundle="", requests=7, errors=0, p95_ms=2.0))
+    world.settle()
+    assert world.fleet()["pi-1"].requests == 7
+    assert world.service.counts["dropped"] >= 580 - 20
+    assert 0 < len(world.store.reports("rogue")) <= 10
+
+
+def test_diary_keeps_its_last_lines_only(world, monkeypatch):
+    monkeypatch.setattr("edgekit.ota.server.store.REMEMBERED_EVENTS", 5)
+    for number in range(20):
+        world.store.note("pi-1", f"line {number}", world.now)
+    assert [event.text for event in world.store.events(limit=100)] == [f"line {n}" for n in range(15, 20)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edgekit import bundle
 from edgekit.errors import BundleError, ResourceError
-from edgekit.ota.device import slots
+from edgekit.ota.device import slots, staging
 from edgekit.ota.device.fetchers import FolderFetcher
 from edgekit.ota.device.slots import State, Trial
 from edgekit.ota.device.update import recover, update
@@ -142,6 +142,33 @@ def test_remains_of_another_release_are_removed_before_the_next_download(fleet, 
     assert not (device.state / "staging").exists()
 
 
+@pytest.mark.parametrize(
+    ("wanted", "deployment"), [(3, "d3"), (3, "d4"), (4, "d4")], ids=["same wish", "same release", "next release"]
+)
+def test_bundle_that_a_kill_kept_from_being_collected_is_gone_before_the_next_has_to_fit(
+    fleet, tmp_path, monkeypatch, wanted, deployment
+):
+    device = fleet.device(tmp_path / "device")
+    made = [fleet.publish(seed) for seed in (1, 2, 3)]
+    install(fleet, device, made[0])
+    install(fleet, device, made[1], deployment="d2")
+    monkeypatch.setattr(slots, "collect", lambda *_: None)  # as a kill right before it
+    install(fleet, device, made[2], deployment="d3")
+    monkeypatch.undo()
+    made.append(fleet.publish(4))
+    (device.state / ".state.json.abcdefgh").write_bytes(b"{")
+    seen = []
+    monkeypatch.setattr(staging, "require_space", lambda *_: seen.extend(bundles_of(device)))
+    install(fleet, device, made[wanted - 1], deployment=deployment)
+    assert made[0].bundle not in seen
+    assert set(bundles_of(device)) == {made[wanted - 1].bundle, made[wanted - 2].bundle}
+    assert not list(device.state.glob(".state.json.*"))
+
+
+def bundles_of(device):
+    return [path.name for path in (device.state / "bundles").iterdir()]
+
+
 class FolderRecorder(FolderFetcher):
     """A folder fetcher that remembers what was read."""
 
@@ -166,6 +193,7 @@ def whole(device):
     return state.current
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail_at", ["", "try_out", "probation"], ids=["healthy", "fails try-out", "fails probation"])
 def test_kill_at_any_step_of_an_update_leaves_the_old_or_the_new_bundle_whole(fleet, tmp_path, fail_at):
     one, two = fleet.publish(1), fleet.publish(2)
@@ -196,6 +224,7 @@ def test_kill_at_any_step_of_an_update_leaves_the_old_or_the_new_bundle_whole(fl
     assert points > 30
 
 
+@pytest.mark.slow
 def test_kill_at_any_step_of_the_first_installation_leaves_nothing_or_the_whole_bundle(fleet, tmp_path):
     one = fleet.publish(1)
     for at in range(1, 300):

@@ -1,5 +1,7 @@
 """The rule of trust: no sequence of releases lowers the installed version, and the root is given once."""
 
+import os
+
 import pytest
 from fakes.fleets import NOW, OTHER, PROFILE, Fleet, install
 from hypothesis import given
@@ -107,3 +109,36 @@ def test_empty_repository_is_a_transfer_error_to_be_tried_again(tmp_path):
     device = fleet.device(tmp_path / "device")
     with pytest.raises(TransferError, match="did not come"):
         install(type("F", (), {"repository": tmp_path / "nothing"}), device, release())
+
+
+def test_nothing_of_an_update_goes_through_the_systems_folder_of_scratch(tmp_path, monkeypatch):
+    fleet = Fleet(tmp_path / "fleet")
+    device = fleet.device(tmp_path / "device")
+    one = fleet.publish(1)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))  # it may be a tmpfs, or full
+    assert install(fleet, device, one).version == 1
+
+
+def test_metadata_survives_a_power_cut_as_it_guards_against_older_metadata(tmp_path, monkeypatch):
+    fleet = Fleet(tmp_path / "fleet")
+    device, synced, sync = fleet.device(tmp_path / "device"), set(), os.fsync
+
+    def noted(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    install(fleet, device, fleet.publish(1))
+    kept = list((device.state / "metadata").rglob("*"))
+    assert {path.name for path in kept} >= {"timestamp.json", "snapshot.json", "targets.json", "1.root.json"}
+    assert {path.stat().st_ino for path in kept} <= synced
+
+
+def test_what_a_kill_left_of_metadata_that_was_coming_is_swept(tmp_path):
+    fleet = Fleet(tmp_path / "fleet")
+    device = fleet.device(tmp_path / "device")
+    left = device.state / "metadata" / "tmpabcdefgh"
+    left.parent.mkdir()
+    left.write_bytes(b"{")
+    install(fleet, device, fleet.publish(1))
+    assert not left.exists()

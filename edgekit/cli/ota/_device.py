@@ -2,71 +2,66 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import queue
+import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from edgekit.cli.ota._fleet import now, stop_signal
 from edgekit.cli.ota._serving import HostServing
-from edgekit.errors import HealthError, TransferError, TrustError, UsageError
+from edgekit.errors import EdgekitError, HealthError, ResourceError, TransferError, TrustError, UsageError
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
-    from pathlib import Path
 
     from edgekit.cli._terminal import Terminal
-    from edgekit.ota.channel import Arrival, Channel, Will
+    from edgekit.ota.channel import Channel, Will
+    from edgekit.ota.device.fetchers import Fetcher
+    from edgekit.ota.device.slots import Outcome
     from edgekit.ota.device.update import Device
-    from edgekit.ota.messages import Desired, Report
+    from edgekit.ota.messages import Report
+    from edgekit.ota.mqtt import Tls
+
+HOURLY = 3600.0
+"""So often a device looks at a URL, if nothing else is said."""
+AGAIN_SECONDS = 60.0
+"""So long one waits that looks once, and found its clock wrong or its disk full."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Which broker, which fleet, and how many seconds to wait for one update (``None``: stay for ever)."""
+    """Which broker, fleet and groups, how many seconds to wait for one update (``None``: stay), with what files.
+
+    ``place``: a URL where the fleet's repository lies as well.
+    """
 
     broker: str
     fleet: str
     timeout: float | None = None
+    tls: Tls | None = None
+    place: Place | None = None
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Stick:
-    """A copy of a fleet's ``repository`` folder, and which model to take from it."""
+class Place:
+    """A copy of a fleet's ``repository``, in a folder or at a URL; which model to take, and how often to look there."""
 
-    folder: Path
+    at: str
     model: str | None = None
+    every: float | None = None
 
-
-class Told:
-    """A channel that also tells what the agent reports, on its way out."""
-
-    def __init__(self, channel: Channel, listen: Callable[[Report], None]) -> None:
-        self._channel = channel
-        self._listen = listen
-
-    def publish(
-        self, topic: str, payload: bytes, *, retain: bool = False, reply_to: str = "", correlation: bytes = b""
-    ) -> None:
-        """Hand the message over, then tell it if it is a report."""
-        from edgekit.ota import messages
-        from edgekit.ota.messages import Report
-
-        self._channel.publish(topic, payload, retain=retain, reply_to=reply_to, correlation=correlation)
-        if topic.endswith("/report"):
-            report: Report = messages.decode(payload, Report)  # type: ignore[arg-type]  # a union is a type to msgspec
-            self._listen(report)
-
-    def subscribe(self, pattern: str, on_arrival: Callable[[Arrival], None]) -> None:
-        """Pass on."""
-        self._channel.subscribe(pattern, on_arrival)
-
-    def close(self) -> None:
-        """Pass on."""
-        self._channel.close()
+    @property
+    def is_url(self) -> bool:
+        """Say whether it lies at a URL."""
+        return "://" in self.at
 
 
 def obey_broker(terminal: Terminal, device: Device, link: Link) -> None:
@@ -76,15 +71,18 @@ def obey_broker(terminal: Terminal, device: Device, link: Link) -> None:
         TransferError: the broker cannot be reached, or no update came in time.
         HealthError, TrustError: that update was rolled back, or refused.
     """
-    from edgekit.ota.device.agent import Agent
+    from edgekit.ota.device.agent import Agent, Habits
 
     reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
     serving = _host_serving(device)
-    agent = Agent(link.fleet, device, vitals=serving.vitals)
-    agent.progress = terminal.progress
+    habits = Habits(hurry=link.timeout is not None)
+    agent = Agent(link.fleet, device, habits, serving.vitals, groups=link.groups)
+    agent.progress, agent.listen = terminal.progress, reports.put
+    agent.repository = _fetcher(device, link.place) if link.place else None
+    serving.on_broken = agent.give_up
     with stop_signal(serving.stop) as stopping:
         try:
-            agent.start(lambda will: Told(_connect(terminal, device, link, will), reports.put))
+            agent.start(lambda will: _connect(terminal, device, link, will))
             terminal.say(f"{device.name} ({device.profile}) listens to fleet {link.fleet} on {link.broker}")
             _say_url(terminal, serving)
             if link.timeout is None:
@@ -96,48 +94,131 @@ def obey_broker(terminal: Terminal, device: Device, link: Link) -> None:
             agent.stop()
 
 
-def update_from_folder(terminal: Terminal, device: Device, stick: Stick, *, stay: bool) -> None:
-    """Bring the device to the newest release in a folder; the signatures are checked as over the air.
+def update_from_repository(terminal: Terminal, device: Device, place: Place, *, stay: bool) -> None:
+    """Bring the device to the newest release in a folder or at a URL; the signatures are checked as over the air.
+
+    ``stay``: serve until interrupted, and look again as often as the place says.
 
     Raises:
         UsageError: no repository there, or nothing in it for this hardware class.
         HealthError, TrustError: the update was rolled back, or refused.
+        Held: the device's policy says not now, and it is not to stay.
     """
     from edgekit.ota.device import slots
-    from edgekit.ota.device.fetchers import FolderFetcher
-    from edgekit.ota.device.update import recover, update
+    from edgekit.ota.device.update import recover
 
-    serving, desired = _host_serving(device), newest(stick, device.profile)
+    serving, fetcher = _host_serving(device), _fetcher(device, place)
+    # A new attempt each time it is started: whoever plugs the stick in again wants it tried again.
+    attempt = int(time.time())
     with slots.lock(device.state), stop_signal(serving.stop) as stopping:
+        device.gate.is_stopped, device.gate.pause = stopping.is_set, stopping.wait
         recover(device)
-        outcome = update(device, desired, FolderFetcher(stick.folder), now(), progress=terminal.progress)
-        _conclude(terminal, outcome)
+        look = functools.partial(_brought, terminal, device, place, fetcher=fetcher, attempt=attempt)
         if stay:
             _say_url(terminal, serving)
-            stopping.wait()
+            _stay(terminal, device, _Looks(terminal, device, place, look), stopping)
+        else:
+            _conclude(terminal, look())
 
 
-def newest(stick: Stick, profile: str) -> Desired:
-    """Find the highest version that lies in the folder for a hardware class. A file name is a hint: TUF decides.
+def _fetcher(device: Device, place: Place) -> Fetcher:
+    from edgekit.ota.device.fetchers import FolderFetcher
+    from edgekit.ota.device.https import is_allowed
 
-    Raises:
-        UsageError: no repository there, nothing for that class, or several models to choose from.
-    """
+    if place.is_url:
+        assert device.https is not None  # noqa: S101  # the command built it so
+        if not is_allowed(place.at):
+            raise UsageError(f"{place.at} is no repository", "name a folder, or an https:// URL")
+        return device.https.at(place.at, lambda: device.gate.is_stopped())  # noqa: PLW0108  # it is set later
+    if not Path(place.at, "metadata", "timestamp.json").is_file():
+        raise UsageError(f"{place.at} is no repository", "copy the folder `repository` of the fleet")
+    return FolderFetcher(Path(place.at))
+
+
+def _brought(terminal: Terminal, device: Device, place: Place, *, fetcher: Fetcher, attempt: int) -> Outcome:
+    """Find the newest version that is signed for this device, and install it."""
+    from edgekit.ota.device import offers
+    from edgekit.ota.device.update import judged, update
     from edgekit.ota.messages import Desired
 
-    if not (stick.folder / "metadata" / "timestamp.json").is_file():
-        raise UsageError(f"{stick.folder} is no repository", "copy the folder `repository` of the fleet")
-    found: dict[str, int] = {}
-    for path in (stick.folder / "targets" / "models").glob(f"{stick.model or '*'}/{profile}/*.*.json"):
-        model, number = path.parts[-3], path.name.split(".")[1]
-        found[model] = max(found.get(model, 0), int(number) if number.isdecimal() else 0)
-    if len(found) != 1:
-        what = f"several models ({', '.join(sorted(found))})" if found else f"no release for {profile}"
-        raise UsageError(f"{stick.folder} holds {what}", "name one with --model, or publish one for this class")
-    ((model, version),) = found.items()
-    release = f"models/{model}/{profile}/{version}.json"
-    # A new attempt each time: whoever plugs the stick in again wants it tried again.
-    return Desired(deployment="local", attempt=int(time.time()), release=release, version=version)
+    def progress(what: str, done: int, total: int) -> None:
+        if device.gate.is_stopped():
+            raise click.Abort
+        terminal.progress(what, done, total)
+
+    with judged(device, now()) as time:
+        release = offers.newest(device.state, device.gate.over(fetcher), device.profile, time, model=place.model)
+    wish = Desired(deployment="local", attempt=attempt, release=release.path, version=release.version)
+    return update(device, wish, fetcher, now(), progress=progress)
+
+
+class _Looks:
+    """When a device that stays looks for a new version, and what it says of it: nothing twice."""
+
+    def __init__(self, terminal: Terminal, device: Device, place: Place, look: Callable[[], Outcome]) -> None:
+        self._terminal = terminal
+        self._device = device
+        self._every = place.every or (HOURLY if place.is_url else None)
+        self._look = look
+        self._next = time.monotonic()
+        self._held: int | None = None  # bytes that wait for the policy
+        self._said = ""
+
+    def look_if_due(self) -> None:
+        """Look, if it is time to.
+
+        Raises:
+            EdgekitError: it failed, and nobody asked to look again.
+        """
+        from edgekit.ota.device.gate import Held
+
+        is_held = self._held is not None and self._device.gate.hold(self._held) is not None
+        if is_held or time.monotonic() < self._next:
+            return
+        self._held, self._next = None, math.inf
+        try:
+            self._conclude(self._look())
+        except Held as held:
+            self._held, self._next = held.size, time.monotonic()
+            self._warn(f"{held.message}; it goes on by itself")
+            return
+        except (EdgekitError, OSError) as error:
+            if self._every is None and not isinstance(error, ResourceError):
+                raise
+            self._warn(str(error))
+            if self._every is None:  # a wrong clock, a full disk: what is installed serves on meanwhile
+                self._next = time.monotonic() + AGAIN_SECONDS
+        if self._every is not None:  # spread: devices that were started together must not come together for ever
+            self._next = time.monotonic() + self._every * random.uniform(0.8, 1.2)  # noqa: S311  # protects nothing
+
+    def _conclude(self, outcome: Outcome) -> None:
+        if (line := _line(outcome)) != self._said:
+            _conclude(self._terminal, outcome)
+            self._said = line
+            _say_url(self._terminal, _host_serving(self._device))
+
+    def _warn(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            self._terminal.warn(text)
+
+
+def _stay(terminal: Terminal, device: Device, looks: _Looks, stopping: threading.Event) -> None:
+    """Serve until interrupted; a bundle whose engine crashes too often gives way to the one before."""
+    from edgekit.ota.device.update import retreat
+
+    broken: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+    _host_serving(device).on_broken = lambda bundle, reason: broken.put((bundle, reason))
+    while not stopping.is_set():
+        try:
+            looks.look_if_due()
+            outcome = retreat(device, *broken.get(timeout=0.2))
+        except queue.Empty:
+            continue
+        except click.Abort:  # while it loaded: it was interrupted
+            return
+        if outcome is not None:
+            terminal.warn(_line(outcome))
 
 
 def _connect(terminal: Terminal, device: Device, link: Link, will: Will) -> Channel:
@@ -146,14 +227,14 @@ def _connect(terminal: Terminal, device: Device, link: Link, will: Will) -> Chan
     from edgekit.ota.device import slots
 
     client = f"edgekit-{link.fleet}-{device.name}"
-    serves = link.timeout is None and slots.load(device.state).current is not None
+    serves = link.timeout is None and bool(device.factory or slots.load(device.state).current)
     try:
-        return mqtt.connect(link.broker, client, will=will, patience=2.0 if serves else 10.0)
+        return mqtt.connect(link.broker, client, will=will, tls=link.tls, patience=2.0 if serves else 10.0)
     except TransferError as error:
         if not serves:
             raise
         terminal.warn(f"{error.message}; the installed model serves, and the agent keeps trying")
-        return mqtt.MqttChannel(link.broker, client, will, None)
+        return mqtt.MqttChannel(link.broker, client, will, link.tls)
 
 
 def _host_serving(device: Device) -> HostServing:
@@ -164,12 +245,20 @@ def _host_serving(device: Device) -> HostServing:
 def _narrate(
     terminal: Terminal, serving: HostServing, reports: queue.SimpleQueue[Report], stopping: threading.Event
 ) -> None:
+    from edgekit.ota.messages import Drift
+
+    stands: tuple[tuple[str, str], ...] = ()
     while not stopping.is_set():
         try:
-            line = _line(reports.get(timeout=0.2))
+            report = reports.get(timeout=0.2)
         except queue.Empty:
             continue
-        if line:
+        if isinstance(report, Drift):  # said again and again while it stands
+            before, stands = stands, tuple((alert.kind, alert.what) for alert in report.alerts)
+            for alert in report.alerts:
+                if (alert.kind, alert.what) not in before:
+                    terminal.warn(f"{alert.kind}: {alert.what} is {alert.value:.4g}, limit {alert.limit:.4g}")
+        elif line := _line(report):
             terminal.say(line)
             _say_url(terminal, serving)
 
@@ -177,7 +266,7 @@ def _narrate(
 def _first_answer(
     terminal: Terminal, reports: queue.SimpleQueue[Report], timeout: float, stopping: threading.Event
 ) -> Report:
-    from edgekit.ota.messages import Failed, Health
+    from edgekit.ota.messages import Chosen, Drift, Failed, Health, Waiting
 
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
@@ -187,9 +276,9 @@ def _first_answer(
             report = reports.get(timeout=min(left, 0.2))
         except queue.Empty:
             continue
-        if isinstance(report, Failed):
+        if isinstance(report, Failed | Waiting):
             terminal.warn(_line(report))
-        elif not isinstance(report, Health):
+        elif not isinstance(report, Health | Drift | Chosen):
             return report
     raise TransferError(f"no update was finished within {timeout:g} s", "see that a rollout reaches this device")
 
@@ -208,22 +297,26 @@ def _conclude(terminal: Terminal, report: Report) -> None:
 
 
 def _line(report: Report) -> str:
-    from edgekit.ota.messages import Failed, Installed, Refused, RolledBack
+    from edgekit.ota.messages import Chosen, Failed, Installed, Refused, RolledBack, Waiting
 
+    if isinstance(report, Chosen):
+        left = "".join(f"; not {name}: {why}" for name, why in report.left.items())
+        return f"the variant {report.variant} runs{left}"
     if isinstance(report, Installed):
         figures = ", ".join(f"{name} {value:.4g}" for name, value in report.measured.items())
         idle = report.measured.get("requests") == 0
         judged = "; no live request came: its golden inputs alone judged it" if idle else ""
         return f"installed version {report.version}{f' ({figures})' if figures else ''}{judged}"
-    if isinstance(report, RolledBack):
-        return f"rolled back version {report.version}: {report.reason}"
-    if isinstance(report, Refused):
-        return f"refused version {report.version}: {report.reason}"
     if isinstance(report, Failed):
         return f"version {report.version} did not come and will be tried again: {report.reason}"
+    if isinstance(report, RolledBack | Refused | Waiting):
+        what = {RolledBack: "rolled back version {}", Refused: "refused version {}", Waiting: "version {} waits"}
+        return f"{what[type(report)].format(report.version)}: {report.reason}"
     return ""
 
 
 def _say_url(terminal: Terminal, serving: HostServing) -> None:
     if serving.server is not None:
+        if serving.server.grpc:
+            terminal.say(f"gRPC at {serving.server.grpc}")
         terminal.say(f"serving on {serving.server.url}")

@@ -7,15 +7,20 @@ import threading
 import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
 
 from edgekit.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
+    from edgekit.ota.mqtt import Tls
     from edgekit.ota.server.store import Store
+
+    Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def open_store(folder: Path) -> Store:
@@ -30,6 +35,31 @@ def open_store(folder: Path) -> Store:
 
     publisher.root(folder)
     return Store(folder / DATABASE)
+
+
+def broker_files(command: Command) -> Command:
+    """Add the flags that `tls` reads."""
+    for flag, what in (
+        ("--broker-key", "Key of that certificate (PEM)."),
+        ("--broker-cert", "Come to the broker with this certificate (PEM)."),
+        ("--broker-ca", "Take the broker's certificate from this authority only (PEM). [default: the system's]"),
+    ):
+        command = click.option(flag, type=click.Path(path_type=Path, dir_okay=False), help=what)(command)
+    return command
+
+
+def tls(flags: dict[str, Any]) -> Tls | None:
+    """Take the flags of `broker_files` out of others, and return what they say.
+
+    Raises:
+        UsageError: a certificate without its key, or the other way round.
+    """
+    from edgekit.ota.mqtt import Tls
+
+    ca, certificate, key = (flags.pop(name) for name in ("broker_ca", "broker_cert", "broker_key"))
+    if bool(certificate) != bool(key):
+        raise UsageError("a certificate comes with its key", "give --broker-cert and --broker-key together")
+    return Tls(ca, certificate, key) if ca or certificate else None
 
 
 def share(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,25 +29,35 @@ _NAME = click.argument("rollout")
 @click.option("--waves", default="20%,100%", show_default=True, help="Cumulative shares of each hardware class.")
 @click.option("--max-failures", default="0", show_default=True, help="Halt above this count, or share as 10%.")
 @click.option("--dwell", default=0.0, show_default=True, help="Watch each wave so many seconds before the next.")
+@click.option("--spread", type=float, help="Let downloads begin over so many seconds. [default: 10 devices a second]")
 def start(  # noqa: PLR0913  # one parameter an option
-    terminal: Terminal, *, fleet: Path, model: str, version: int | None, waves: str, max_failures: str, dwell: float
+    terminal: Terminal,
+    *,
+    fleet: Path,
+    model: str,
+    version: int | None,
+    waves: str,
+    max_failures: str,
+    dwell: float,
+    spread: float | None,
 ) -> None:
     """Bring VERSION (by default the newest) of MODEL to the fleet."""
     from edgekit.cli.ota._fleet import limit, open_store, share
-    from edgekit.ota.server.rollout import Plan
+    from edgekit.ota.server import rollout as rollouts
 
-    number, profiles = _published(fleet, model, version)
-    plan = Plan(
-        model=model,
-        version=number,
-        profiles=profiles,
-        waves=tuple(share(part) for part in waves.split(",")),
-        max_failures=limit(max_failures),
-        dwell=dwell,
-    )
-    store = open_store(fleet)
-    rollout = store.start(plan, time.time())
-    store.close()
+    number, profiles = published(fleet, model, version)
+    with closing(open_store(fleet)) as store:
+        reached = sum(device.profile in profiles for device in store.devices().values())
+        plan = rollouts.Plan(
+            model=model,
+            version=number,
+            profiles=profiles,
+            waves=tuple(share(part) for part in waves.split(",")),
+            max_failures=limit(max_failures),
+            dwell=dwell,
+            spread=rollouts.spread(reached) if spread is None else spread,
+        )
+        rollout = store.start(plan, time.time())
     terminal.say(f"started {rollout.id} for {', '.join(profiles)}; a running `edgekit ota server` picks it up")
     terminal.say(f"next: edgekit ota status {fleet} --watch")
     terminal.result({"rollout": msgspec.to_builtins(rollout)})
@@ -130,7 +141,12 @@ def _change(terminal: Terminal, fleet: Path, name: str, how: Callable[[Rollout],
     terminal.result({"rollout": msgspec.to_builtins(changed)})
 
 
-def _published(fleet: Path, model: str, version: int | None) -> tuple[int, tuple[str, ...]]:
+def published(fleet: Path, model: str, version: int | None) -> tuple[int, tuple[str, ...]]:
+    """Return a signed version of a model, by default the newest, and its hardware classes.
+
+    Raises:
+        UnknownName: nobody signed that model, or that version of it.
+    """
     from edgekit.errors import UnknownName
     from edgekit.ota.server import publisher
 

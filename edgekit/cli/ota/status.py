@@ -41,7 +41,7 @@ def _show(terminal: Terminal, store: Store) -> None:
     terminal.say(f"fleet {store.name}: {len(devices)} devices, {online} online")
     if devices:
         terminal.table(
-            ("device", "class", "online", "runs", "answer", "why", "seen"), [_device_row(d) for d in devices]
+            ("device", "class", "online", "runs", "answer", "why", "alerts", "seen"), [_device_row(d) for d in devices]
         )
     if rollouts:
         terminal.say()
@@ -67,6 +67,7 @@ def _device_row(device: DeviceState) -> tuple[str, ...]:
         f"{device.model} v{device.version}" if device.version else "-",
         "-" if device.outcome == "none" else device.outcome,
         plain(device.reason),
+        plain(", ".join(dict.fromkeys(alert.kind for alert in device.alerts))) or "-",
         f"{ago(device.seen)} ago",
     )
 

@@ -26,8 +26,12 @@ RESERVE_BYTES = 4 << 20
 """What stays free, so that state and logs can still be written."""
 
 
-def download(fetcher: Fetcher, entry: FileEntry, target: Path, progress: Progress = silent) -> None:
+def download(
+    fetcher: Fetcher, entry: FileEntry, target: Path, progress: Progress = silent, *, room: str = "blobs"
+) -> None:
     """Make ``target`` the file that was signed; a break leaves what came so far, and the next call goes on there.
+
+    ``room``: the repository's folder that has it under its hash.
 
     Raises:
         ResourceError: the disk is too full.
@@ -37,11 +41,11 @@ def download(fetcher: Fetcher, entry: FileEntry, target: Path, progress: Progres
     target.parent.mkdir(parents=True, exist_ok=True)
     there = _length(target)
     require_space(target.parent, entry.size - there)
-    if _complete(fetcher, entry, target, progress):
+    if _complete(fetcher, entry, target, progress, room=room):
         return
     # What lay there may be too long, or holes that a power cut left: only a file fetched in one go proves an attack.
     target.unlink()
-    if there and _complete(fetcher, entry, target, progress):
+    if there and _complete(fetcher, entry, target, progress, room=room):
         return
     target.unlink(missing_ok=True)
     raise TrustError(
@@ -52,23 +56,29 @@ def download(fetcher: Fetcher, entry: FileEntry, target: Path, progress: Progres
 
 def require_space(folder: Path, size: int) -> None:
     """Raise ResourceError unless ``size`` more bytes fit on the disk of ``folder``."""
-    free = shutil.disk_usage(folder).free
-    if size and size + RESERVE_BYTES > free:
+    lacking = bytes_lacking(folder, size)
+    if lacking:
+        free = size + RESERVE_BYTES - lacking
         raise ResourceError(
             f"{folder} has {free} bytes free, the update needs {size} and {RESERVE_BYTES} in reserve",
             "free some disk space",
         )
 
 
+def bytes_lacking(folder: Path, size: int) -> int:
+    """Return how many bytes the disk of ``folder`` lacks for ``size`` more and the reserve."""
+    return max(0, size + RESERVE_BYTES - shutil.disk_usage(folder).free) if size > 0 else 0
+
+
 def _length(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _complete(fetcher: Fetcher, entry: FileEntry, target: Path, progress: Progress) -> bool:
+def _complete(fetcher: Fetcher, entry: FileEntry, target: Path, progress: Progress, *, room: str) -> bool:
     with target.open("ab+") as file:
         hasher, done = _hash_what_is_there(file)
         if done < entry.size:
-            for piece in fetcher.stream(f"blobs/{entry.sha256}", done, entry.size):
+            for piece in fetcher.stream(f"{room}/{entry.sha256}", done, entry.size):
                 file.write(piece)
                 hasher.update(piece)
                 done += len(piece)

@@ -1,13 +1,16 @@
 """Bundles on the device and the one small file that says which of them serves. Crash-safe at every line.
 
-``bundles/<digest>`` are whole, verified bundles; ``staging/<digest>`` is one that is still coming; ``state.json``
-is replaced atomically. Transitions are values in, values out. Knows no network, no signature and no engine.
+``bundles/<name>`` are whole, verified bundles; ``staging/<name>`` is one that is still coming; ``state.json``
+is replaced atomically, and so is its copy. The name is the digest, with another variant than the class's that as well.
+Transitions are values in, values out. Knows no network, no signature and no engine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -18,19 +21,27 @@ from edgekit import bundle as bundles
 from edgekit import manifest as manifests
 from edgekit.durable import sync_folder, sync_tree, write_file
 from edgekit.errors import BundleError, ResourceError, UsageError
+from edgekit.ota.device import marks
 from edgekit.ota.messages import Installed, Refused, RolledBack
 from edgekit.ota.release import Release
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from io import TextIOWrapper
     from pathlib import Path
 
     from edgekit.bundle import Bundle
     from edgekit.manifest import FileEntry
 
-STATE = "state.json"
+log = logging.getLogger(__name__)
+
+STATE, COPY = "state.json", "state.copy.json"
+"""The pointer, and what stands in where that is damaged: written right after it, so the same or one step older."""
 REMEMBERED = 100
 """How many releases that failed here are remembered; the oldest are forgotten first."""
+
+BAD_BLOCK = (errno.EIO, errno.EBADMSG, errno.ENODATA, getattr(errno, "EUCLEAN", errno.EIO))
+"""What flash that is worn out answers: the bytes are lost, as if they had changed."""
 
 Outcome = Installed | RolledBack | Refused
 
@@ -43,14 +54,35 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     starts: int = 0
 
 
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """The variant of a release that runs here, and why each that is better does not."""
+
+    variant: str
+    left: dict[str, str] = {}
+
+
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """What serves, what served before, what is on probation, what failed here, and the last word to the fleet."""
+    """What serves, what served before, what is on probation, what failed here, and the last word to the fleet.
+
+    ``choices``, ``begun`` and ``unrunnable`` are by a release's path: the variant that runs, how many try-outs never
+    ended, and which variants were found not to run, and why.
+    """
 
     current: Release | None = None
     previous: Release | None = None
     trial: Trial | None = None
     rolled_back: dict[str, int] = {}
     outcome: Outcome | None = None
+    choices: dict[str, Choice] = {}
+    begun: dict[str, int] = {}
+    unrunnable: dict[str, dict[str, str]] = {}
+    dark: str = ""
+    """Why what is named here does not serve, and nothing older either."""
+
+    def variant_of(self, release: Release) -> str:
+        """Return the variant of an installed release that runs here."""
+        choice = self.choices.get(release.path)
+        return choice.variant if choice else release.order[0]
 
 
 def lock(folder: Path) -> TextIOWrapper:
@@ -60,7 +92,13 @@ def lock(folder: Path) -> TextIOWrapper:
         ResourceError: another agent, or an update from a stick, uses it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    held = (folder / "agent.lock").open("w")
+    file = folder / "agent.lock"
+    try:
+        held = file.open("a")
+    except OSError:
+        if not file.exists():
+            raise
+        held = file.open()  # a disk that takes no more writes: what is installed there serves all the same
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -70,31 +108,94 @@ def lock(folder: Path) -> TextIOWrapper:
 
 
 def load(folder: Path) -> State:
-    """Read the pointer; a device without one has nothing installed.
+    """Read the pointer, or its copy where that cannot be read; a device without either has nothing installed.
 
     Raises:
-        ResourceError: the file is damaged, which no kill can do.
+        ResourceError: both are damaged, which no kill can do; see `mend`.
     """
-    path = folder / STATE
+    try:
+        found = _read(folder / STATE)
+    except (OSError, ResourceError):
+        found = _read(folder / COPY)
+        if found is None:
+            raise
+    return found or _read(folder / COPY) or State()
+
+
+def _read(path: Path) -> State | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=State)
     except FileNotFoundError:
-        return State()
+        return None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ResourceError(
-            f"{path} is damaged: {error}", "check the disk; remove the file to install the release anew"
-        ) from error
+        raise ResourceError(f"{path} is damaged: {error}", "check the disk; the agent begins anew") from error
 
 
 def save(folder: Path, state: State) -> None:
-    """Replace the pointer in one step."""
-    write_file(folder / STATE, msgspec.json.encode(state))
+    """Replace the pointer in one step, then its copy."""
+    data = msgspec.json.encode(state)
+    write_file(folder / STATE, data)
+    write_file(folder / COPY, data)
 
 
-def committed(state: State, release: Release, trial: Trial) -> State:
+def mend(folder: Path) -> None:
+    """Put a pointer aside whose copy is damaged too, as if nothing were installed; `marks` still allow no way back.
+
+    What lies in the bundles is not guessed from: no folder says whether its release was confirmed or given up. A wish
+    finds it there, and fetches nothing twice.
+    """
+    try:
+        load(folder)
+    except ResourceError as error:
+        log.error("%s and its copy are put aside, the device begins anew: %s", folder / STATE, error)  # noqa: TRY400  # no trace: it is no bug
+        for name in (STATE, COPY):
+            with contextlib.suppress(FileNotFoundError):
+                (folder / name).replace(folder / f"{name}.damaged")
+        sync_folder(folder)
+
+
+def beginning(state: State, release: Release) -> State:
+    """Count a try-out that begins: one that takes the device down with it never ends."""
+    begun = {**state.begun, release.path: state.begun.get(release.path, 0) + 1}
+    return msgspec.structs.replace(state, begun=dict(list(begun.items())[-REMEMBERED:]))
+
+
+def failures(state: State, path: str) -> int:
+    """Count how often a release was rolled back, or its try-out took the agent down."""
+    return state.rolled_back.get(path, 0) + state.begun.get(path, 0)
+
+
+def ended(state: State, release: Release) -> State:
+    """Forget that a try-out began, and which variants did not run."""
+    begun = {path: n for path, n in state.begun.items() if path != release.path}
+    unrunnable = {path: why for path, why in state.unrunnable.items() if path != release.path}
+    return msgspec.structs.replace(state, begun=begun, unrunnable=unrunnable)
+
+
+def passed_over(state: State, release: Release, variant: str, why: str) -> State:
+    """Note that a variant does not run here, so that it is not fetched again while the next one comes."""
+    return msgspec.structs.replace(
+        state, unrunnable={release.path: {**state.unrunnable.get(release.path, {}), variant: why}}
+    )
+
+
+def committed(state: State, release: Release, trial: Trial, choice: Choice | None = None) -> State:
     """Let ``release`` serve on probation; what served before stays at hand."""
     previous = state.previous if state.current == release else state.current
-    return msgspec.structs.replace(state, current=release, previous=previous, trial=trial)
+    kept = {one.path: state.choices[one.path] for one in (previous,) if one is not None and one.path in state.choices}
+    choices = {**kept, release.path: choice} if choice else kept
+    state = ended(state, release)
+    return msgspec.structs.replace(state, current=release, previous=previous, trial=trial, choices=choices, dark="")
+
+
+def darkened(state: State, why: str) -> State:
+    """Note that what is named does not serve; what has been told of it is forgotten, and it is fetched anew."""
+    return msgspec.structs.replace(state, dark=why[:500], outcome=None)
+
+
+def lit(state: State) -> State:
+    """Note that what is named serves."""
+    return msgspec.structs.replace(state, dark="")
 
 
 def confirmed(state: State, outcome: Outcome) -> State:
@@ -106,13 +207,20 @@ def confirmed(state: State, outcome: Outcome) -> State:
 
 def rolled_back(state: State, release: Release, outcome: Outcome) -> State:
     """Go back to what served before ``release``, and count the failure."""
+    failed = state.rolled_back.get(release.path, 0) + max(1, state.begun.get(release.path, 0))
+    state = ended(state, release)
     counts = {path: n for path, n in state.rolled_back.items() if path != release.path}
     counts = dict(list(counts.items())[1 - REMEMBERED :])
-    counts[release.path] = state.rolled_back.get(release.path, 0) + 1
+    counts[release.path] = failed
     back = msgspec.structs.replace(state, trial=None, rolled_back=counts, outcome=outcome)
     if state.current != release:
         return back
     return msgspec.structs.replace(back, current=state.previous, previous=None)
+
+
+def without_previous(state: State) -> State:
+    """Let go of what served before; there is no way back any more."""
+    return msgspec.structs.replace(state, previous=None)
 
 
 def on_trial(state: State, trial: Trial) -> State:
@@ -125,14 +233,24 @@ def with_outcome(state: State, outcome: Outcome | None) -> State:
     return msgspec.structs.replace(state, outcome=outcome)
 
 
-def bundle_folder(folder: Path, digest: str) -> Path:
+def slot_name(release: Release, variant: str) -> str:
+    """Name the folder of a release's bundle: another variant of the same bundle must not replace what serves."""
+    return release.bundle if variant == release.profile else f"{release.bundle}.{variant}"
+
+
+def bundle_folder(folder: Path, name: str) -> Path:
     """Return where a whole bundle lies."""
-    return folder / "bundles" / digest
+    return folder / "bundles" / name
 
 
-def staging_folder(folder: Path, digest: str) -> Path:
+def staging_folder(folder: Path, name: str) -> Path:
     """Return where a bundle comes together, over as many interrupted downloads as it takes."""
-    return folder / "staging" / digest
+    return folder / "staging" / name
+
+
+def scratch_folder(folder: Path) -> Path:
+    """Return where deltas lie until they are applied."""
+    return folder / "deltas"
 
 
 def open_current(folder: Path, state: State) -> Bundle | None:
@@ -143,23 +261,36 @@ def open_current(folder: Path, state: State) -> Bundle | None:
     """
     if state.current is None:
         return None
-    return open_bundle(folder, state.current)
+    return open_bundle(folder, state.current, state.variant_of(state.current))
 
 
-def open_bundle(folder: Path, release: Release) -> Bundle:
-    """Open the installed bundle of a release and check every byte.
+def open_bundle(folder: Path, release: Release, variant: str) -> Bundle:
+    """Open the installed bundle of a release and check every byte of a variant.
 
     Raises:
         BundleError: it is missing, changed, or another one.
     """
-    path = bundle_folder(folder, release.bundle)
+    path = bundle_folder(folder, slot_name(release, variant))
     try:
-        bundle = bundles.read(path, release.profile)
+        bundle = bundles.read(path, variant)
     except UsageError as error:
         raise BundleError(f"the bundle of {release.path} is missing: {path}") from error
+    except OSError as error:
+        if error.errno not in BAD_BLOCK:
+            raise
+        raise BundleError(f"the bundle of {release.path} cannot be read: {error}") from error
     if bundle.digest != release.bundle:
         raise BundleError(f"{path} holds bundle {bundle.digest[:12]}…")
     return bundle
+
+
+def is_whole(folder: Path, release: Release) -> bool:
+    """Say whether the bundle of a release is here, in the variant that was chosen, with every byte."""
+    try:
+        open_bundle(folder, release, load(folder).variant_of(release))
+    except BundleError:
+        return False
+    return True
 
 
 def reuse(folder: Path, entry: FileEntry, target: Path) -> bool:
@@ -167,26 +298,34 @@ def reuse(folder: Path, entry: FileEntry, target: Path) -> bool:
 
     It becomes a hard link: installed files are never written to, and flash wears out.
     """
+    path = find(folder, entry.sha256)
+    if path is None:
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        target.unlink()
+    _link(path, target)
+    return True
+
+
+def find(folder: Path, sha256: str) -> Path | None:
+    """Return a file of an installed bundle that has these bytes now, ``None`` where there is none."""
     for installed in sorted((folder / "bundles").glob("*/" + bundles.MANIFEST)):
-        for path in _same_bytes(installed.parent, entry):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                target.unlink()
-            _link(path, target)
-            return True
-    return False
+        for path in _same_bytes(installed.parent, sha256):
+            return path
+    return None
 
 
-def adopt(folder: Path, release: Release) -> Bundle:
+def adopt(folder: Path, release: Release, variant: str) -> Bundle:
     """Turn a complete staging folder into an installed bundle, in one rename, after checking every byte.
 
     Raises:
         BundleError: something is missing, changed or unlisted; the staging folder is removed.
     """
-    staging = staging_folder(folder, release.bundle)
-    target = bundle_folder(folder, release.bundle)
+    name = slot_name(release, variant)
+    staging, target = staging_folder(folder, name), bundle_folder(folder, name)
     try:
-        bundles.read(staging, release.profile)
+        bundles.read(staging, variant)
     except BundleError:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -196,34 +335,58 @@ def adopt(folder: Path, release: Release) -> Bundle:
         shutil.rmtree(target)
     staging.rename(target)
     sync_folder(target.parent)
-    return open_bundle(folder, release)
+    return open_bundle(folder, release, variant)
 
 
 def collect(folder: Path, state: State) -> None:
     """Remove every bundle and every staging folder that the pointer does not name, and what kills left behind."""
-    for path in folder.glob(f".{STATE}.*"):
-        path.unlink()
-    named = {release.bundle for release in (state.current, state.previous) if release is not None}
+    for name in (STATE, COPY, marks.FILE):
+        for path in folder.glob(f".{name}.*"):
+            path.unlink()
+    collect_unnamed(folder, state)
+    shutil.rmtree(folder / "staging", ignore_errors=True)
+    shutil.rmtree(scratch_folder(folder), ignore_errors=True)
+
+
+def collect_unnamed(folder: Path, state: State) -> None:
+    """Remove every bundle that the pointer does not name."""
+    kept = [release for release in (state.current, state.previous) if release is not None]
+    named = {slot_name(release, state.variant_of(release)) for release in kept}
     for path in (folder / "bundles").glob("*"):
         if path.name not in named:
             shutil.rmtree(path, ignore_errors=True)
-    shutil.rmtree(folder / "staging", ignore_errors=True)
 
 
-def discard_other_staging(folder: Path, digest: str) -> None:
-    """Remove what came of releases that nobody wants any more."""
+def bytes_of_its_own(folder: Path, name: str) -> int:
+    """Return what removing a bundle would free: its files that no other bundle and no staging folder shares."""
+    files = [path.lstat() for path in bundle_folder(folder, name).rglob("*") if path.is_file()]
+    return sum(file.st_size for file in files if file.st_nlink == 1)
+
+
+def discard_other_staging(folder: Path, name: str, deltas: Collection[str] = ()) -> None:
+    """Remove what came of releases, and of deltas, that nobody wants any more."""
+    for path in scratch_folder(folder).glob("*"):
+        if path.name not in deltas:
+            path.unlink()
     for path in (folder / "staging").glob("*"):
-        if path.name != digest:
+        if path.name != name:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _same_bytes(installed: Path, entry: FileEntry) -> list[Path]:
+def _same_bytes(installed: Path, sha256: str) -> list[Path]:
     try:
         manifest = manifests.decode((installed / bundles.MANIFEST).read_bytes())
     except (BundleError, OSError):
         return []
-    same = [installed / e.path for e in manifest.files if e.sha256 == entry.sha256]
-    return [path for path in same if path.is_file() and bundles.hash_file(path) == entry.sha256]
+    same = [installed / e.path for e in manifest.files if e.sha256 == sha256]
+    return [path for path in same if path.is_file() and _hash(path) == sha256]
+
+
+def _hash(path: Path) -> str:
+    try:
+        return bundles.hash_file(path)
+    except OSError:  # a bad block: nothing to reuse
+        return ""
 
 
 def _link(source: Path, target: Path) -> None:

@@ -6,23 +6,47 @@ Reports arrive at least once and in any order, so the answer to a deployment onl
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from msgspec.structs import replace
 
-from edgekit.ota.messages import Digest, Failed, Health, Hello, Identifier, Installed, Refused, Report, RolledBack
+from edgekit.ota.messages import (
+    Alert,
+    Chosen,
+    Digest,
+    Drift,
+    Failed,
+    Health,
+    Hello,
+    Identifier,
+    Installed,
+    Refused,
+    Report,
+    RolledBack,
+    Waiting,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Outcome = Literal["none", "pending", "failed", "installed", "rolled-back", "refused"]
 
 # A worse answer outranks a better one: a device that said both has an operator's attention.
 LADDER: tuple[Outcome, ...] = ("none", "pending", "failed", "installed", "rolled-back", "refused")
+REMEMBERED_BOOTS = 4
+AHEAD_SECONDS = 399 * 86_400.0
+"""Devices refuse a group's revision that is a day further ahead (`wishes`): one device's lie must not lead there."""
+CLOCK_IS_SET = 1_735_689_600.0
+"""A server whose clock shows less (2025) has not been told the time: it judges no revision by it."""
 _OUTCOMES: dict[type[Report], Outcome] = {
     Installed: "installed",
     RolledBack: "rolled-back",
     Refused: "refused",
     Failed: "failed",
+    Waiting: "pending",  # with its reason
 }
 
 
@@ -30,12 +54,16 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """One device: who it is, what it runs, and how it answered the deployment it was last asked for.
 
     ``profile`` is empty until the device has said hello; ``seen`` is the time of the last message, in seconds.
+    ``alerts`` are what it last said is not as it was, ``dropped`` how many of its reports had no room on the way,
+    ``boots`` its starts before the present one. ``wish`` is what it was last told to run (JSON, empty: nothing), under
+    the number ``revision``; ``met`` is the highest such number that it has seen, ``groups`` whose wishes it obeys, too.
     """
 
     id: Identifier
     profile: str = ""
     online: bool = False
     boot: str = ""
+    boots: tuple[str, ...] = ()
     agent: str = ""
     model: str = ""
     version: int = 0
@@ -50,6 +78,12 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     requests: int = 0
     errors: int = 0
     p95_ms: float = 0.0
+    alerts: tuple[Alert, ...] = ()
+    dropped: int = 0
+    wish: str = ""
+    revision: int = 0
+    met: int = 0
+    groups: dict[str, int] = {}
 
 
 def fold(state: DeviceState, report: Report, now: float) -> DeviceState:
@@ -61,7 +95,12 @@ def fold(state: DeviceState, report: Report, now: float) -> DeviceState:
     if isinstance(report, Hello):
         return _hello(state, report)
     if isinstance(report, Health):
-        return replace(state, requests=report.requests, errors=report.errors, p95_ms=report.p95_ms)
+        figures = {name: getattr(report, name) for name in ("requests", "errors", "p95_ms", "dropped")}
+        return replace(state, **figures)
+    if isinstance(report, Drift):
+        return replace(state, alerts=report.alerts)
+    if isinstance(report, Chosen):
+        return state
     if (report.deployment, report.attempt) != (state.deployment, state.attempt):
         return state
     return _answer(state, report)
@@ -76,6 +115,25 @@ def expect(state: DeviceState, deployment: str, attempt: int, release: str) -> D
     )
 
 
+def tell(state: DeviceState, wish: str, now: float) -> DeviceState:
+    """Return the device as told what to run. A new wish has a higher revision than any that the device has met.
+
+    Where the device has met a higher one than the server ever gave (its database is a restored backup, or somebody else
+    spoke on that topic) the same wish is said again, above that. One too far in the future is forged, and forgotten.
+    """
+    latest = (now + AHEAD_SECONDS) * 1000 if now > CLOCK_IS_SET else math.inf
+    met, own = (one if one < latest else 0 for one in (state.met, state.revision))
+    if wish == state.wish and met <= own and own == state.revision:
+        return state
+    return replace(state, wish=wish, revision=max(int(now * 1000), own + 1, met + 1))
+
+
+def next_revision(met: Iterable[int], now: float) -> int:
+    """Return a revision above all that devices say they have met; what is too far in the future is a lie, or forged."""
+    believed = [one for one in met if one / 1000 < now + AHEAD_SECONDS]
+    return max([int(now * 1000), *(one + 1 for one in believed)])
+
+
 def model_of(release: str) -> str:
     """Return the model of a release's target path; empty for anything else."""
     match = re.fullmatch(r"models/([A-Za-z0-9._-]{1,100})/[A-Za-z0-9._-]{1,100}/[0-9]{1,9}\.json", release)
@@ -83,6 +141,11 @@ def model_of(release: str) -> str:
 
 
 def _hello(state: DeviceState, hello: Hello) -> DeviceState:
+    if not hello.online and hello.boot in state.boots:
+        return state  # the will of an earlier start that came late: the device is back already
+    if hello.online and hello.boot != state.boot:
+        boots = tuple(filter(None, (state.boot, *state.boots)))[:REMEMBERED_BOOTS]
+        state = replace(state, alerts=(), boots=boots)  # what was seen before it started anew is forgotten there
     state = replace(
         state,
         profile=hello.profile,
@@ -92,10 +155,11 @@ def _hello(state: DeviceState, hello: Hello) -> DeviceState:
     )
     if not hello.online:
         return state  # a will was written when the connection began: what it says of versions may be old
+    state = replace(state, met=hello.revision, groups=hello.groups)
     return replace(state, model=model_of(hello.release), version=hello.version, bundle=hello.bundle)
 
 
-def _answer(state: DeviceState, report: Installed | RolledBack | Refused | Failed) -> DeviceState:
+def _answer(state: DeviceState, report: Installed | RolledBack | Refused | Failed | Waiting) -> DeviceState:
     outcome = _OUTCOMES[type(report)]
     reason = "" if isinstance(report, Installed) else report.reason
     if (_rank(outcome), reason) <= (_rank(state.outcome), state.reason):

@@ -1,66 +1,96 @@
-"""Signs releases: makes the fleet's keys, publishes bundles as TUF targets, keeps the metadata fresh.
+"""Publishes bundles as signed releases, and keeps the metadata fresh. Sees no private key: `keys` does.
 
-The only file that sees a private key. Every file is replaced atomically and ``timestamp.json`` is written last,
-so that a kill leaves the old or the new repository. Follows TUF 1.0 with consistent snapshots. Knows no network.
+A fleet's folder holds the repository, the keyring and, unless they are kept elsewhere, the keys. Every file is
+replaced atomically and ``timestamp.json`` is written last, so that a kill leaves the old or the new repository. Knows
+no network.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import time
-from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from edgekit import manifest as manifests
 from edgekit.bundle import MANIFEST, hash_file
 from edgekit.durable import new_file, write_file
-from edgekit.errors import BundleError, ResourceError, TrustError, UsageError
-from edgekit.ota.release import Limits, Release, from_custom, to_custom
+from edgekit.errors import BundleError, TrustError, UnknownName, UsageError
+from edgekit.ota.deltas import listing
+from edgekit.ota.release import ANYTHING, Limits, Release, Replaces, from_custom, is_release, to_custom
+from edgekit.ota.server import catalogue, deltas, metadata, order
+from edgekit.ota.server.delegations import TOP
+from edgekit.ota.server.draft import NEVER, Draft, sign
+from edgekit.ota.server.keys import CLOSED, Custody, KeyAway
+from edgekit.ota.server.metadata import ROLES
 from edgekit.plugins import extra
+from edgekit.progress import silent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from datetime import datetime
 
-    from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # re-exported without __all__
-    from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp  # type: ignore[attr-defined]  # re-exported without __all__
+    from securesystemslib.signer import Key  # type: ignore[attr-defined]  # re-exported without __all__
+    from tuf.api.metadata import Metadata, Root, Targets  # type: ignore[attr-defined]  # re-exported without __all__
 
     from edgekit.bundle import Bundle
     from edgekit.manifest import FileEntry
+    from edgekit.ota.deltas.listing import Delta
+    from edgekit.ota.server.keys import Unlock
+    from edgekit.progress import Progress
 
-ROLES = ("root", "targets", "snapshot", "timestamp")
-LOCK_SECONDS = 2.0
-"""So long one waits for another; the service signs a timestamp in a fraction of it."""
-LIFETIME = {
-    "root": timedelta(days=730),
-    "targets": timedelta(days=365),
-    "snapshot": timedelta(days=30),
-    "timestamp": timedelta(days=7),
-}
+WARN = timedelta(days=60)
+"""What has less than a third of its time left is signed anew; where its key is away that is told from then on."""
 
 
-def init(folder: Path, now: datetime) -> None:
-    """Make four Ed25519 keys (mode 0600) and an empty signed repository in ``folder``.
+@dataclass(frozen=True)
+class Keeping:
+    """How a new fleet's keys are kept: ``offline`` is a folder that is taken away once they have signed.
+
+    ``root_threshold`` of ``root_keys`` sign a root; ``encrypt``: behind a passphrase, ``None``: those offline only.
+    """
+
+    offline: Path | None = None
+    root_keys: int = 1
+    root_threshold: int = 1
+    encrypt: bool | None = None
+
+    def place(self, folder: Path, role: str) -> tuple[Path, bool]:
+        """Return the folder of a role's keys, and whether they are encrypted."""
+        away = self.offline is not None and role in ("root", "targets", "authority")
+        encrypted = away if self.encrypt is None else self.encrypt
+        return (self.offline if away and self.offline else folder / "keys"), encrypted
+
+
+def init(folder: Path, now: datetime, keeping: Keeping | None = None, unlock: Unlock = CLOSED) -> None:
+    """Make a fleet's Ed25519 keys (mode 0600) and an empty signed repository in ``folder``.
 
     Keys that an interrupted call left behind are used again.
 
     Raises:
-        UsageError: there is a repository already.
+        UsageError: there is a repository already, or more signatures are asked for than there are keys.
         MissingExtra: what signs is not installed.
     """
     with extra("fleet"):
         import cryptography
         import tuf
     del cryptography, tuf
-    _metadata(folder, "timestamp").parent.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(folder):
-        if _metadata(folder, "timestamp").exists():
+    keeping = keeping or Keeping()
+    if not 1 <= keeping.root_threshold <= keeping.root_keys:
+        raise UsageError(
+            f"{keeping.root_threshold} of {keeping.root_keys} root keys cannot sign", "ask for 1 up to all of them"
+        )
+    metadata.place(folder, "timestamp").parent.mkdir(parents=True, exist_ok=True)
+    with metadata.sole_writer(folder):
+        if metadata.place(folder, "timestamp").exists():
             raise UsageError(f"{folder} holds a fleet already", "choose another folder")
-        signers = {role: _new_signer(folder, role) for role in ROLES}
-        _write_first_metadata(folder, signers, now)
+        custody = Custody(folder, unlock)
+        made = _first_keys(custody, keeping)
+        custody.save()
+        _write_first(custody, made, keeping.root_threshold, now)
 
 
 def root(folder: Path) -> bytes:
@@ -69,9 +99,9 @@ def root(folder: Path) -> bytes:
     Raises:
         UsageError: there is no fleet in that folder.
     """
-    path = _metadata(folder, "1.root")
+    path = metadata.place(folder, "1.root")
     if not path.is_file():
-        raise _no_fleet(folder)
+        raise metadata.no_fleet(folder)
     return path.read_bytes()
 
 
@@ -84,184 +114,177 @@ def publish(  # noqa: PLR0913  # each is a decision of the operator and named at
     version: int | None = None,
     profiles: Sequence[str] | None = None,
     limits: Limits | None = None,
+    variants: Sequence[str] = (),
+    replaces: Replaces = ANYTHING,
+    url: str = "",
     allow_unverified: bool = False,
+    key: str | None = None,
+    unlock: Unlock = CLOSED,
 ) -> list[Release]:
     """Sign the bundle as the next version of a model, one release per hardware class; return the releases.
 
     ``model``: the line of versions it belongs to, by default the bundle's name. ``version``: by default the last
-    one plus one. ``profiles``: by default every variant whose file was proved to compute what the model computes.
+    one plus one. ``profiles``: by default every class with a variant that is proved to compute what the model does.
+    ``variants``: the order in which the devices of each class try those of their class (``class`` and ``class.…``), by
+    default the one named like it, then the others as the bundle lists them.
+    ``url``: where a copy of ``folder/repository`` lies, https, from which devices read the blobs with preference.
+    ``key``: the address of a key of the model's own, where it is new.
 
     Raises:
+        KeyAway: a key that has to sign cannot be reached.
         UsageError: no fleet there, a version not above the last, an unverified variant, or nothing to publish.
         UnknownName: the bundle has no variant of that name.
         BundleError: a file of the bundle changed since it was opened.
     """
-    with _sole_writer(folder):
-        targets = _current_targets(folder)
+    with metadata.sole_writer(folder):
+        draft = Draft.of(Custody(folder, unlock), now)
+        catalogue.migrate(draft)
         name = model or bundle.manifest.name
-        number = _next_version(targets.signed, name, version)
-        chosen = _chosen(bundle, profiles, allow_unverified=allow_unverified)
-        releases = [_release(name, profile, number, bundle, limits=limits) for profile in chosen]
-        for entry in _needed(bundle, chosen):
+        targets = catalogue.gather(draft, name)
+        number = _next_version(targets, name, version)
+        orders = order.of_classes(bundle.manifest, profiles, variants, allow_unverified=allow_unverified)
+        like = Release(
+            model=name,
+            profile="x",
+            version=number,
+            bundle=bundle.digest,
+            limits=limits or Limits(),
+            replaces=replaces,
+            url=url,
+        )
+        releases = [_release(like, profile, chosen) for profile, chosen in orders.items()]
+        for entry in _needed(bundle, [name for release in releases for name in release.order]):
             _publish_blob(folder, bundle, entry)
         for release in releases:
-            _add_target(folder, targets.signed, release, bundle)
-        _sign_next(folder, targets, now)
+            _add_target(folder, targets, release, bundle)
+        catalogue.settle(draft, name, targets, key)
+        draft.custody.save()
+        draft.commit()
     return releases
 
 
-def refresh(folder: Path, now: datetime) -> None:
-    """Sign timestamp and snapshot anew before they expire; targets too once two thirds of their time are over."""
-    with _sole_writer(folder):
-        targets = _current_targets(folder)
-        if targets.signed.expires - now < LIFETIME["targets"] / 3:
-            _sign_next(folder, targets, now)
-        else:
-            _sign_snapshot(folder, targets.signed.version, now)
+def add_deltas(  # noqa: PLR0913  # each is a decision of the operator and named at the call
+    folder: Path,
+    made_for: Sequence[Release],
+    *,
+    now: datetime,
+    count: int = 3,
+    unlock: Unlock = CLOSED,
+    progress: Progress = silent,
+) -> dict[str, tuple[Delta, ...]]:
+    """Make and sign deltas to published releases from the last ``count`` before each; return them by release path.
+
+    They are made before anything is locked: until they are signed, and where none pays, devices fetch whole files.
+
+    Raises:
+        UsageError: no fleet there.
+        KeyAway: a key that has to sign cannot be reached.
+        MissingExtra: numpy or zstandard is not installed.
+    """
+    signed = releases(folder)
+    made: deltas.Made = {}
+    found: dict[str, tuple[Delta, ...]] = {}
+    for release in made_for:
+        older = [r for r in signed if (r.model, r.profile) == (release.model, release.profile)]
+        older = sorted((r for r in older if r.version < release.version), key=lambda r: -r.version)[:count]
+        if some := deltas.make(folder / "repository", release, older, made, progress=progress):
+            found[release.path] = tuple(some)
+    if found:
+        with metadata.sole_writer(folder):
+            draft = Draft.of(Custody(folder, unlock), now)
+            for model in {release.model for release in made_for}:
+                targets = catalogue.gather(draft, model)
+                for release in made_for:
+                    if release.model == model and release.path in found:
+                        _add_listing(folder, targets, release.deltas_path, listing.encode(found[release.path]))
+                catalogue.settle(draft, model, targets)
+            draft.commit()
+    return found
+
+
+def refresh(folder: Path, now: datetime, unlock: Unlock = CLOSED, also: Sequence[str] = ()) -> list[str]:
+    """Sign timestamp and snapshot anew before they expire, and the rest once two thirds of their time are over.
+
+    ``also``: targets roles that are signed anew whatever their age. Return what could not be signed anew although it
+    expires soon, for a person to read: its key is elsewhere.
+
+    Raises:
+        UnknownName: there is no such role.
+        KeyAway: the key of the timestamp or the snapshot cannot be reached.
+    """
+    with metadata.sole_writer(folder):
+        draft = Draft.of(Custody(folder, unlock), now)
+        told = [_aging("root", draft.root.expires, now)]
+        if unknown := set(also) - {"snapshot", "timestamp", *draft.roles()}:
+            raise UnknownName("role", unknown.pop(), {"root", "snapshot", "timestamp", *draft.roles()})
+        for name in draft.roles():
+            expires = draft.role(name).expires
+            if expires - now > metadata.lifetime(name) / 3 and name not in also:
+                continue
+            try:
+                draft.custody.signer(draft.key_of(name))
+            except KeyAway as error:
+                if name in also:
+                    raise
+                told.append(_aging(name, expires, now, error.message))
+            else:
+                draft.change(name)
+        draft.commit()
+    return [one for one in told if one]
 
 
 def releases(folder: Path) -> list[Release]:
     """List what is signed at present, oldest version first."""
-    signed = _current_targets(folder).signed.targets.values()
-    found = [from_custom(target.unrecognized_fields.get("custom")) for target in signed]
+    draft = Draft.of(Custody(folder), NEVER)
+    found = [release for name in draft.roles() for release in _released(draft.role(name))]
     return sorted(found, key=lambda release: (release.model, release.version, release.profile))
 
 
-def _no_fleet(folder: Path) -> UsageError:
-    return UsageError(f"{folder} holds no fleet", f"make one with: edgekit ota init {folder}")
+def _first_keys(custody: Custody, keeping: Keeping) -> dict[str, list[Key]]:
+    made: dict[str, list[Key]] = {}
+    for role in ROLES:
+        place, encrypted = keeping.place(custody.folder, role)
+        count = keeping.root_keys if role == "root" else 1
+        names = [f"{role}-{number + 1}" for number in range(count)] if count > 1 else [role]
+        made[role] = [custody.make(name, place, encrypted=encrypted) for name in names]
+    if keeping.offline is not None:
+        place, encrypted = keeping.place(custody.folder, "models")
+        custody.ring.models = custody.make("models", place, encrypted=encrypted).keyid
+    if keeping.offline is not None or keeping.encrypt:
+        place, encrypted = keeping.place(custody.folder, "authority")
+        custody.make_authority(place, encrypted=encrypted)
+    return made
 
 
-@contextmanager
-def _sole_writer(folder: Path) -> Iterator[None]:
-    if not _metadata(folder, "timestamp").parent.is_dir():
-        raise _no_fleet(folder)  # before the lock is made: a mistyped name must not leave a folder
-    with (folder / ".publisher.lock").open("w") as lock:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while not _locked(lock.fileno()):
-            if time.monotonic() > deadline:
-                raise ResourceError(f"somebody else publishes into {folder}", "wait until it is done")
-            time.sleep(0.02)
-        yield
+def _write_first(custody: Custody, made: dict[str, list[Key]], threshold: int, now: datetime) -> None:
+    from tuf.api.metadata import Metadata, Root  # type: ignore[attr-defined]  # re-exported without __all__
+
+    trusted = Root(version=1, expires=metadata.expiry("root", now), consistent_snapshot=True)
+    for role, keys in made.items():
+        for key in keys:
+            trusted.add_key(key, role)
+    trusted.roles["root"].threshold = threshold
+    signed: Metadata[Root] = Metadata(trusted)
+    sign(signed, "root", trusted, custody)
+    draft = Draft(custody, now, trusted)
+    draft.change(TOP)
+    sealed = draft.seal()
+    draft.write([("1.root", metadata.encode(signed)), *sealed])
 
 
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _aging(role: str, expires: datetime, now: datetime, why: str = "") -> str:
+    if expires - now > WARN:
+        return ""
+    return f"{role} expires in {(expires - now).days} days: edgekit ota refresh FLEET {role}{why and f' ({why})'}"
 
 
-def _metadata(folder: Path, name: str) -> Path:
-    return folder / "repository" / "metadata" / f"{name}.json"
-
-
-def _key(folder: Path, role: str) -> Path:
-    return folder / "keys" / f"{role}.pem"
-
-
-def _new_signer(folder: Path, role: str) -> CryptoSigner:
-    with extra("fleet"):
-        from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # re-exported without __all__
-    path = _key(folder, role)
-    if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_file(path, CryptoSigner.generate_ed25519().private_bytes, mode=0o600)
-    return _signer(folder, role)
-
-
-def _signer(folder: Path, role: str) -> CryptoSigner:
-    with extra("fleet"):
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
-        from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # re-exported without __all__
-    path = _key(folder, role)
-    try:
-        key: Any = load_pem_private_key(path.read_bytes(), None)
-        return CryptoSigner(key)
-    except FileNotFoundError as error:
-        raise TrustError(f"the {role} key is missing: {path}", "restore it from the backup") from error
-    except (ValueError, TypeError) as error:
-        raise TrustError(f"{path} holds no usable private key: {error}", "restore it from the backup") from error
-
-
-def _write_first_metadata(folder: Path, signers: dict[str, CryptoSigner], now: datetime) -> None:
-    from tuf.api.metadata import Metadata, Root, Targets  # type: ignore[attr-defined]  # re-exported without __all__
-
-    trusted = Root(version=1, expires=_expiry("root", now), consistent_snapshot=True)
-    for role, signer in signers.items():
-        trusted.add_key(signer.public_key, role)
-    signed_root: Metadata[Root] = Metadata(trusted)
-    _write_signed(folder, signed_root, "1.root")
-    targets: Metadata[Targets] = Metadata(Targets(version=1, expires=_expiry("targets", now)))
-    _sign_all(folder, targets, now)
-
-
-def _expiry(role: str, now: datetime) -> datetime:
-    return (now + LIFETIME[role]).replace(microsecond=0)
-
-
-def _write_signed(folder: Path, metadata: Metadata[Any], name: str) -> bytes:
-    from tuf.api.serialization.json import JSONSerializer
-
-    metadata.sign(_signer(folder, metadata.signed.type))
-    data = metadata.to_bytes(JSONSerializer(compact=True))
-    write_file(_metadata(folder, name), data)
-    return data
-
-
-def _read_signed(folder: Path, name: str) -> Metadata[Any]:
-    with extra("fleet"):
-        from tuf.api.exceptions import RepositoryError
-        from tuf.api.metadata import Metadata
-    path = _metadata(folder, name)
-    try:
-        return Metadata.from_bytes(path.read_bytes())
-    except FileNotFoundError as error:
-        raise _no_fleet(folder) from error
-    except RepositoryError as error:
-        raise TrustError(f"{path} is damaged: {error}", "restore the repository from its backup") from error
-
-
-def _current_targets(folder: Path) -> Metadata[Targets]:
-    """Follow timestamp and snapshot: files of a higher number are leftovers of a killed publish."""
-    timestamp: Timestamp = _read_signed(folder, "timestamp").signed
-    snapshot: Snapshot = _read_signed(folder, f"{timestamp.snapshot_meta.version}.snapshot").signed
-    return _read_signed(folder, f"{snapshot.meta['targets.json'].version}.targets")
-
-
-def _sign_next(folder: Path, targets: Metadata[Targets], now: datetime) -> None:
-    targets.signed.version += 1
-    _sign_all(folder, targets, now)
-
-
-def _sign_all(folder: Path, targets: Metadata[Targets], now: datetime) -> None:
-    targets.signed.expires = _expiry("targets", now)
-    _write_signed(folder, targets, f"{targets.signed.version}.targets")
-    _sign_snapshot(folder, targets.signed.version, now)
-
-
-def _sign_snapshot(folder: Path, targets_version: int, now: datetime) -> None:
-    from tuf.api.metadata import Metadata, MetaFile, Snapshot, Timestamp  # type: ignore[attr-defined]  # re-exported without __all__
-
-    last = _read_signed(folder, "timestamp").signed if _metadata(folder, "timestamp").exists() else None
-    number = last.snapshot_meta.version + 1 if last else 1
-    data = _metadata(folder, f"{targets_version}.targets").read_bytes()
-    meta = {"targets.json": MetaFile.from_data(targets_version, data, ["sha256"])}
-    snapshot: Metadata[Snapshot] = Metadata(Snapshot(version=number, expires=_expiry("snapshot", now), meta=meta))
-    data = _write_signed(folder, snapshot, f"{number}.snapshot")
-    timestamp: Metadata[Timestamp] = Metadata(
-        Timestamp(
-            version=last.version + 1 if last else 1,
-            expires=_expiry("timestamp", now),
-            snapshot_meta=MetaFile.from_data(number, data, ["sha256"]),
-        )
-    )
-    _write_signed(folder, timestamp, "timestamp")
+def _released(targets: Targets) -> list[Release]:
+    found = [target for path, target in targets.targets.items() if is_release(path)]
+    return [from_custom(target.unrecognized_fields.get("custom")) for target in found]
 
 
 def _next_version(targets: Targets, model: str, wanted: int | None) -> int:
-    signed = [from_custom(target.unrecognized_fields.get("custom")) for target in targets.targets.values()]
-    last = max((release.version for release in signed if release.model == model), default=0)
+    last = max((release.version for release in _released(targets) if release.model == model), default=0)
     if wanted is None:
         return last + 1
     if wanted <= last:
@@ -272,39 +295,21 @@ def _next_version(targets: Targets, model: str, wanted: int | None) -> int:
     return wanted
 
 
-def _chosen(bundle: Bundle, profiles: Sequence[str] | None, *, allow_unverified: bool) -> list[str]:
-    variants = bundle.manifest.variants
-    if profiles is None:
-        wanted = [v for v in variants if allow_unverified or v.parity.status != "unverified"]
-        if not wanted:
-            raise UsageError(
-                f"no variant of {bundle.manifest.name} was verified: {', '.join(v.name for v in variants)}",
-                "export where the engine is installed, or pass --allow-unverified",
-            )
-        return [v.name for v in wanted]
-    for name in profiles:
-        parity = bundle.manifest.variant(name).parity
-        if parity.status == "unverified" and not allow_unverified:
-            raise UsageError(
-                f"the variant {name} is unverified: {parity.reason or 'no reason given'}",
-                "export where the engine is installed, or pass --allow-unverified",
-            )
-    return list(dict.fromkeys(profiles))
-
-
-def _release(model: str, profile: str, version: int, bundle: Bundle, *, limits: Limits | None) -> Release:
-    release = Release(model=model, profile=profile, version=version, bundle=bundle.digest, limits=limits or Limits())
+def _release(draft: Release, profile: str, chosen: tuple[str, ...]) -> Release:
+    release = msgspec.structs.replace(draft, profile=profile, variants=() if chosen == (profile,) else chosen)
     try:
         same = from_custom(to_custom(release)) == release  # a limit of NaN would become none at all
     except TrustError as error:
-        raise UsageError(f"this cannot be published: {error}", "correct the name, the version or the limits") from error
+        raise UsageError(
+            f"this cannot be published: {error}", "correct the name, the version, the limits or the URL"
+        ) from error
     if not same:
         raise UsageError(f"these limits cannot be published: {release.limits}", "give finite numbers")
     return release
 
 
-def _needed(bundle: Bundle, profiles: Sequence[str]) -> list[FileEntry]:
-    entries = {e.sha256: e for profile in profiles for e in bundle.manifest.files_of(profile)}
+def _needed(bundle: Bundle, variants: Sequence[str]) -> list[FileEntry]:
+    entries = {e.sha256: e for variant in variants for e in bundle.manifest.files_of(variant)}
     return list(entries.values())
 
 
@@ -334,3 +339,13 @@ def _add_target(folder: Path, targets: Targets, release: Release, bundle: Bundle
     path = Path(release.path)
     write_file(folder / "repository" / "targets" / path.parent / f"{release.bundle}.{path.name}", data)
     targets.targets[release.path] = target
+
+
+def _add_listing(folder: Path, targets: Targets, path: str, data: bytes) -> None:
+    from tuf.api.metadata import TargetFile  # type: ignore[attr-defined]  # re-exported without __all__
+
+    place = Path(path)
+    write_file(
+        folder / "repository" / "targets" / place.parent / f"{hashlib.sha256(data).hexdigest()}.{place.name}", data
+    )
+    targets.targets[path] = TargetFile.from_data(path, data, ["sha256"])

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from edgekit.errors import UsageError
 from edgekit.manifest import Name
-from edgekit.ota.messages import Identifier
+from edgekit.ota.messages import MAX_SPREAD, Identifier
 from edgekit.ota.server.fleet import DeviceState, Outcome
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Status = Literal["running", "paused", "halted", "done", "aborted"]
 FAILURES: tuple[Outcome, ...] = ("rolled-back", "refused")
 ANSWERS: tuple[Outcome, ...] = ("installed", *FAILURES)
+STARTS_PER_SECOND = 10
+"""So many downloads begin in a second, if nobody says otherwise."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,7 +35,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     ``waves`` are cumulative shares of each class (stratified: every class is in the canary). ``max_failures`` is a
     count over the rollout, or a share of the reached devices of any one class. ``dwell`` is how many seconds a wave
-    that has answered is watched before the next one opens.
+    that has answered is watched before the next one opens; ``spread`` the seconds over which downloads begin.
     """
 
     model: Name
@@ -42,6 +44,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     waves: tuple[float, ...] = (0.2, 1.0)
     max_failures: int | float = 0
     dwell: float = 0.0
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse waves and limits that make no sense."""
@@ -54,6 +57,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 f"max_failures {self.max_failures} and dwell {self.dwell} s are no limits",
                 "give a count as 2 or a share as 10%, and seconds from 0",
             )
+        if not 0 <= self.spread <= MAX_SPREAD:
+            raise UsageError(f"downloads cannot begin over {self.spread} s", f"give 0 to {MAX_SPREAD:g} seconds")
         if not self.profiles:
             raise UsageError("the plan reaches no hardware class", "publish the release for at least one")
 
@@ -170,6 +175,11 @@ def live(rollouts: Sequence[Rollout]) -> list[Rollout]:
     return kept[::-1]
 
 
+def spread(devices: int) -> float:
+    """Return over how many seconds so many devices should begin to download; at most an hour."""
+    return min(3600.0, round(devices / STARTS_PER_SECOND, 1))
+
+
 def lot(device: str, rollout_id: str) -> bytes:
     """Draw a device's place in the queue: the same for ever in one rollout, another in the next."""
     return hashlib.sha256(f"{rollout_id}\0{device}".encode()).digest()
@@ -241,7 +251,8 @@ def _open(rollout: Rollout, fleet: Mapping[str, DeviceState], now: float) -> Rol
 
 
 def _settled(rollout: Rollout, fleet: Mapping[str, DeviceState]) -> bool:
-    if any(a.outcome == "pending" and fleet[d].online for d, a in rollout.assigned.items() if d in fleet):
+    known = ((a, fleet[d]) for d, a in rollout.assigned.items() if d in fleet)
+    if any(a.outcome == "pending" and one.online and not one.reason for a, one in known):  # else it waits by policy
         return False
     if rollout.wave + 1 == len(rollout.plan.waves):
         return rollout.count(*ANSWERS) == len(rollout.assigned) and bool(_targets(rollout, fleet))

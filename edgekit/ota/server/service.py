@@ -1,6 +1,6 @@
 """The fleet's server: takes reports, answers block requests, advances rollouts, publishes what devices should run.
 
-Decides nothing itself (`rollout` does) and holds no private key (`publisher` does). What it says to a device is
+Decides nothing itself (`rollout` does) and holds no private key (`keys` does). What it says to a device is
 retained desired state, computed from the store, so that a service killed at any instant goes on where it was.
 """
 
@@ -8,34 +8,38 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import queue
 import threading
 import time
 from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from edgekit.errors import EdgekitError, MessageError, ResourceError, TransferError
 from edgekit.ota import messages
-from edgekit.ota.messages import BlockRequest, Desired, Health, Hello, Report
+from edgekit.ota.messages import BlockRequest, Chosen, Desired, Drift, Health, Hello, Report
 from edgekit.ota.server import publisher, repository
-from edgekit.ota.server.fleet import DeviceState, expect, fold
+from edgekit.ota.server.fleet import DeviceState, expect, fold, model_of, tell
+from edgekit.ota.server.inbox import Inbox
+from edgekit.ota.server.keys import CLOSED
 from edgekit.ota.server.rollout import advance, live, wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from io import TextIOWrapper
     from pathlib import Path
 
-    from edgekit.ota.channel import Arrival, Channel
+    from edgekit.ota.channel import Arrival, Back, Channel
+    from edgekit.ota.server.keys import Unlock
     from edgekit.ota.server.rollout import Rollout
-    from edgekit.ota.server.store import Store
+    from edgekit.ota.server.store import Group, Store
 
 log = logging.getLogger(__name__)
 
 DATABASE = "fleet.sqlite"
-MAX_WAITING = 20_000
 BATCH = 500
+LOGGED = 1000
 TICK_SECONDS = 1.0
 REFRESH_SECONDS = 86_400.0  # a timestamp lives for seven days
 RETRY_SECONDS = 60.0
@@ -44,16 +48,26 @@ RETRY_SECONDS = 60.0
 class Service:
     """The running server. ``counts`` says how many reports, blocks and dropped messages there were."""
 
-    def __init__(self, folder: Path, channel: Channel, store: Store, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        channel: Channel,
+        store: Store,
+        clock: Callable[[], float] = time.time,
+        *,
+        unlock: Unlock = CLOSED,
+    ) -> None:
+        self._unlock = unlock
         self.folder = folder
         self.channel = channel
         self.store = store
         self.clock = clock
         self.counts: Counter[str] = Counter()
         self.fleet = store.devices()
-        self._waiting: queue.Queue[Arrival] = queue.Queue(MAX_WAITING)
+        self._waiting = Inbox()
         self._reports: list[Arrival] = []  # taken but not yet in the store: kept while the disk refuses
-        self._published: dict[str, bytes] = {}
+        self._published: dict[str, tuple[str, int]] = {}  # by topic: the wish and its revision
+        self._forgotten = False
         self._refresh_at = self._next_look = float("-inf")
         self._lock: TextIOWrapper | None = None
         self._stopping = threading.Event()
@@ -85,13 +99,14 @@ class Service:
 
     def subscribe(self) -> None:
         """Ask the channel for every device's hello, reports and block requests."""
+        self.channel.when_back(self._on_back)
         for leaf in ("hello", "report", "request"):
             self.channel.subscribe(messages.topic(self.store.name, "+", leaf), self._arrived)
 
     def step(self, wait: float = 0.0) -> None:
         """Take what has arrived (waiting up to ``wait`` seconds for something), advance, publish what changed."""
         if len(self._reports) < BATCH:
-            for arrival in self._drain(wait):
+            for arrival in self._waiting.drain(BATCH, wait):
                 self._sort(arrival)
         # Block requests come by the hundred during a wave; only news or the tick is worth a look at every device.
         if self._reports or time.monotonic() >= self._next_look:
@@ -104,11 +119,16 @@ class Service:
         with self.store.transaction():
             for arrival in self._reports:
                 self._fold(arrival, changed, now)
-            rollouts = self._advance(changed, now)
+            groups = self.store.groups()
+            self._advance(changed, groups, now)
             self.store.save_devices(changed.values())
         self._reports.clear()
         self.fleet.update(changed)
-        self._publish(rollouts)
+        self._publish(groups)
+
+    def _on_back(self, back: Back) -> None:
+        # A broker that lost our session may have lost the wishes.
+        self._forgotten = self._forgotten or not back.is_remembered
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -121,20 +141,8 @@ class Service:
                 self._stopping.wait(TICK_SECONDS)
 
     def _arrived(self, arrival: Arrival) -> None:
-        try:
-            self._waiting.put_nowait(arrival)
-        except queue.Full:
+        if not self._waiting.put(arrival):
             self.counts["dropped"] += 1
-
-    def _drain(self, wait: float) -> list[Arrival]:
-        arrivals: list[Arrival] = []
-        try:
-            arrivals.append(self._waiting.get(timeout=wait) if wait else self._waiting.get_nowait())
-            while len(arrivals) < BATCH:
-                arrivals.append(self._waiting.get_nowait())
-        except queue.Empty:
-            pass
-        return arrivals
 
     def _sort(self, arrival: Arrival) -> None:
         if not arrival.topic.endswith("/request"):
@@ -168,23 +176,35 @@ class Service:
         new = changed[report.device] = fold(old, report, now)
         if isinstance(report, Hello):
             if (new.boot, new.online) != (old.boot, old.online):
-                self._published.pop(report.device, None)  # say again what it should run: a broker may have forgotten
+                # Say again what it should run: a broker may have forgotten.
+                self._published.pop(messages.topic(self.store.name, report.device, "desired"), None)
             return
-        if not isinstance(report, Health):  # those come every minute and are only worth their last figures
-            self.store.remember(report.device, arrival.payload, now)
+        is_new = isinstance(report, Health | Drift) or self.store.remember(report.device, arrival.payload, now)
+        if isinstance(report, Chosen) and is_new:
+            left = "".join(f"; not {name}: {why}" for name, why in report.left.items())
+            self.store.note(report.device, f"{report.device} runs the variant {report.variant}{left}", now)
+        self._note_alerts(old, new, now)
         if new.outcome != old.outcome:
             self.store.note(new.deployment, f"{new.id} {new.outcome}{': ' if new.reason else ''}{new.reason}", now)
 
-    def _advance(self, changed: dict[str, DeviceState], now: float) -> list[Rollout]:
+    def _note_alerts(self, old: DeviceState, new: DeviceState, now: float) -> None:
+        """Write into the diary which alerts a device has raised, and which have passed."""
+        before, after = ({(alert.kind, alert.what): alert for alert in state.alerts} for state in (old, new))
+        for key in after.keys() - before.keys():
+            alert = after[key]
+            self.store.note(new.id, f"{alert.kind}: {alert.what} is {alert.value:.4g}, limit {alert.limit:.4g}", now)
+        for kind, what in before.keys() - after.keys():
+            self.store.note(new.id, f"{kind}: {what} has passed", now)
+
+    def _advance(self, changed: dict[str, DeviceState], groups: Mapping[str, Group], now: float) -> None:
         fleet = {**self.fleet, **changed}
         for rollout in live(self.store.rollouts()):
             self._advance_one(rollout, fleet, now)
         rollouts = self.store.rollouts()
         for device, state in fleet.items():
-            asked = _asked(state, rollouts)
+            asked = _asked(tell(state, _wish(device, rollouts), now), rollouts, groups)
             if asked != state:
                 changed[device] = asked
-        return rollouts
 
     def _advance_one(self, rollout: Rollout, fleet: dict[str, DeviceState], now: float) -> None:
         step = advance(rollout, fleet, now)
@@ -193,19 +213,29 @@ class Service:
             self.store.note(rollout.id, f"{wave} reaches {', '.join(step.assign)}", now)
         self.store.change(rollout.id, lambda _: step.rollout, now)
 
-    def _publish(self, rollouts: Sequence[Rollout]) -> None:
-        for device in self.fleet:
-            payload = _desired(device, rollouts)
-            if self._published.get(device) != payload:
-                self.channel.publish(messages.topic(self.store.name, device, "desired"), payload, retain=True)
-                self._published[device] = payload
+    def _publish(self, groups: Mapping[str, Group]) -> None:
+        if self._forgotten:
+            self._forgotten = False
+            self._published.clear()
+        wishes = {messages.topic(self.store.name, d.id, "desired"): (d.wish, d.revision) for d in self.fleet.values()}
+        for name, group in groups.items():
+            wish = messages.encode(group.wish).decode() if group.wish else ""
+            wishes[messages.group_topic(self.store.name, name)] = (wish, group.wish.revision if group.wish else 0)
+        try:
+            for topic, (wish, revision) in wishes.items():
+                if self._published.get(topic) != (wish, revision):
+                    self.channel.publish(topic, _payload(wish, revision), retain=True)
+                    self._published[topic] = (wish, revision)
+        except TransferError as error:  # a full queue: the rest goes with the next step
+            log.warning("some wishes have to wait: %s", error)
 
     def _refresh(self) -> None:
         now = self.clock()
         if now < self._refresh_at:
             return
         try:
-            publisher.refresh(self.folder, datetime.fromtimestamp(now, UTC))
+            for warning in publisher.refresh(self.folder, datetime.fromtimestamp(now, UTC), self._unlock):
+                log.warning("%s", warning)
             self._refresh_at = now + REFRESH_SECONDS
         except (EdgekitError, OSError) as error:
             # Devices go on with the metadata they have until it expires; a missing key must not stop the reports.
@@ -214,7 +244,8 @@ class Service:
 
     def _drop(self, arrival: Arrival, error: Exception) -> None:
         self.counts["dropped"] += 1
-        log.warning("dropped a message on %s: %s", arrival.topic, error)
+        if self.counts["dropped"] <= LOGGED or self.counts["dropped"] % LOGGED == 0:  # a flood must not fill the disk
+            log.warning("dropped a message on %s, %d so far: %s", arrival.topic, self.counts["dropped"], error)
 
 
 def _parse(arrival: Arrival) -> Report:
@@ -225,19 +256,32 @@ def _parse(arrival: Arrival) -> Report:
     return report
 
 
-def _asked(state: DeviceState, rollouts: Sequence[Rollout]) -> DeviceState:
+def _asked(state: DeviceState, rollouts: Sequence[Rollout], groups: Mapping[str, Group]) -> DeviceState:
+    """Return the device as asked for the wish that it obeys: its own before its groups', as on the device itself."""
+    told = [(wish.revision, name, wish) for name in state.groups if name in groups and (wish := groups[name].wish)]
+    if told and not state.wish:
+        wish = max(told)[2]
+        release = f"models/{model_of(wish.release)}/{state.profile}/{wish.version}.json"
+        return expect(state, wish.deployment, wish.attempt, release)
     for rollout in reversed(rollouts):
         if assignment := rollout.assigned.get(state.id):
             return expect(state, rollout.id, assignment.attempt, rollout.plan.release(assignment.profile))
     return state
 
 
-def _desired(device: str, rollouts: Sequence[Rollout]) -> bytes:
+def _wish(device: str, rollouts: Sequence[Rollout]) -> str:
     rollout = wanted(device, rollouts)
     if rollout is None:
-        return b""
-    mine = rollout.assigned[device]
-    release = rollout.plan.release(mine.profile)
-    return messages.encode(
-        Desired(deployment=rollout.id, attempt=mine.attempt, release=release, version=rollout.plan.version)
+        return ""
+    mine, plan = rollout.assigned[device], rollout.plan
+    release = plan.release(mine.profile)
+    wish = Desired(
+        deployment=rollout.id, attempt=mine.attempt, release=release, version=plan.version, spread=plan.spread
     )
+    return messages.encode(wish).decode()
+
+
+def _payload(wish: str, revision: int) -> bytes:
+    if not wish:
+        return b""
+    return messages.encode(msgspec.structs.replace(messages.decode(wish.encode(), Desired), revision=revision))

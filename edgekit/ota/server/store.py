@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import msgspec
 
 from edgekit.errors import ResourceError, UnknownName, UsageError
+from edgekit.ota.messages import Desired, Identifier
 from edgekit.ota.server.fleet import DeviceState
 from edgekit.ota.server.rollout import Rollout, abort
 
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 VERSION = 1
+REMEMBERED_REPORTS = 1000
+REMEMBERED_EVENTS = 100_000
+"""So much is kept of what devices say, for a device that floods must not fill the server's disk."""
+_FORGET_REPORTS = """
+DELETE FROM reports WHERE device = ?1
+AND digest IN (SELECT digest FROM reports WHERE device = ?1 ORDER BY at DESC LIMIT -1 OFFSET ?2)
+"""
 _SCHEMA = """
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE devices  (id TEXT PRIMARY KEY, state BLOB NOT NULL) WITHOUT ROWID;
@@ -42,6 +50,13 @@ class Event(NamedTuple):
     at: float
     subject: str
     text: str
+
+
+class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Devices that may hear what the group is to run, and that wish; for what no rollout has reached yet."""
+
+    members: tuple[Identifier, ...] = ()
+    wish: Desired | None = None
 
 
 class Store:
@@ -99,11 +114,14 @@ class Store:
             self._db.executemany("INSERT OR REPLACE INTO devices VALUES (?, ?)", rows)
 
     def remember(self, device: str, payload: bytes, now: float) -> bool:
-        """Keep a report; false when the same bytes came from that device before."""
+        """Keep a report, the last thousand of a device; false when the same bytes came from that device before."""
         key = hashlib.sha256(payload).digest()
         with self.transaction():
             row = (device, key, now, payload)
-            return self._db.execute("INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?)", row).rowcount == 1
+            is_new = self._db.execute("INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?)", row).rowcount == 1
+            if is_new:
+                self._db.execute(_FORGET_REPORTS, (device, REMEMBERED_REPORTS))
+        return is_new
 
     def reports(self, device: str) -> list[bytes]:
         """Read the reports of one device, oldest first."""
@@ -153,10 +171,24 @@ class Store:
                 self.note(name, f"{new.status}{': ' if new.reason else ''}{new.reason}", now)
         return new
 
+    def groups(self) -> dict[str, Group]:
+        """Read every group, by its name."""
+        rows = self._rows("SELECT key, value FROM settings WHERE key LIKE 'group/%' ORDER BY key")
+        return {str(key).removeprefix("group/"): self._parse(str(value).encode(), Group) for key, value in rows}
+
+    def change_group(self, name: str, how: Callable[[Group], Group]) -> Group:
+        """Read a group, or begin one, change it and write it, in one transaction."""
+        with self.transaction():
+            new = how(self.groups().get(name, Group()))
+            row = (f"group/{name}", msgspec.json.encode(new).decode())
+            self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
+        return new
+
     def note(self, subject: str, text: str, now: float) -> None:
         """Write a line into the diary."""
         with self.transaction():
             self._db.execute("INSERT INTO events (at, subject, text) VALUES (?, ?, ?)", (now, subject, text))
+            self._db.execute("DELETE FROM events WHERE seq <= last_insert_rowid() - ?", (REMEMBERED_EVENTS,))
 
     def events(self, subject: str | None = None, limit: int = 100) -> list[Event]:
         """Read the last lines of the diary, oldest first."""
@@ -203,7 +235,7 @@ class Store:
     def _parse(self, data: object, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(data if isinstance(data, bytes) else b"", type=kind)
-        except (msgspec.DecodeError, UsageError) as error:
+        except (msgspec.DecodeError, UsageError, UnicodeDecodeError) as error:
             raise ResourceError(f"{self.path} holds a damaged {kind.__name__}: {error}", "restore a backup") from error
 
     @contextmanager

@@ -1,0 +1,35 @@
+"""``edgekit ota refresh``: sign anew what expires."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekit.cli._terminal import Terminal, command
+from edgekit.cli.ota import _custody
+
+
+@command(name="refresh")
+@click.argument("fleet", type=click.Path(path_type=Path))
+@click.argument("roles", nargs=-1, metavar="[ROLE]...")
+@_custody.options
+def COMMAND(terminal: Terminal, *, fleet: Path, roles: tuple[str, ...], **flags: Any) -> None:  # noqa: N802, ANN401  # the frame's name; flags
+    """Sign timestamp and snapshot anew, what has used up two thirds of its time, and ROLE whatever its age.
+
+    A running `edgekit ota server` does so every day, but for keys that are kept elsewhere.
+    """
+    from edgekit.cli.ota._fleet import now
+    from edgekit.ota.server import publisher, roots
+    from edgekit.ota.server.keys import Custody
+
+    opened = _custody.unlock(flags)
+    warnings = publisher.refresh(fleet, now(), opened, [role for role in roles if role != "root"])
+    if "root" in roles:
+        _custody.tell(terminal, fleet, roots.renew(Custody(fleet, opened), now()))
+    else:
+        terminal.result({"warnings": warnings})
+    for warning in warnings:
+        terminal.warn(warning)
+    terminal.say("signed anew")

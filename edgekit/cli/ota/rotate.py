@@ -1,0 +1,26 @@
+"""``edgekit ota rotate``: give a role another key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekit.cli._terminal import Terminal, command
+from edgekit.cli.ota import _custody
+
+
+@command(name="rotate")
+@click.argument("fleet", type=click.Path(path_type=Path))
+@click.argument("roles", nargs=-1, required=True, metavar="ROLE...")
+@click.option("--key", help="Address of the new key: file:PATH, env:NAME, hsm:ID, awskms:ID … [default: make one]")
+@_custody.options
+def COMMAND(terminal: Terminal, *, fleet: Path, roles: tuple[str, ...], key: str | None, **flags: Any) -> None:  # noqa: N802, ANN401  # the frame's name; flags
+    """Give ROLE (root, targets, snapshot, timestamp, models, model-NAME, or the beginning of a key id) another key."""
+    from edgekit.cli.ota._fleet import now
+    from edgekit.ota.server import roots
+    from edgekit.ota.server.keys import Custody
+
+    custody = Custody(fleet, _custody.unlock(flags))
+    _custody.tell(terminal, fleet, roots.rotate(custody, roles, now(), uri=key))
