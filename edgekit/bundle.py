@@ -24,11 +24,12 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle whose bytes were checked against its manifest."""
+    """An opened bundle whose bytes were checked against its manifest; of one ``variant``, if that alone was read."""
 
     folder: Path
     manifest: Manifest
     digest: str
+    variant: str = ""
 
     def path(self, relative: str) -> Path:
         """Return where a listed file lies."""
@@ -91,17 +92,31 @@ def read(folder: Path, variant: str | None = None) -> Bundle:
         UsageError: there is no bundle at that path.
         BundleError: a file is missing, changed, unlisted or a link.
     """
+    data = _manifest_bytes(folder)
+    manifest = manifests.decode(data)
+    _refuse_unlisted(folder, manifest)
+    for entry in manifest.files_of(variant):
+        check_file(folder, entry)
+    return Bundle(folder, manifest, hashlib.sha256(data).hexdigest(), variant or "")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read what a bundle says of itself, without checking its files.
+
+    Raises:
+        UsageError: there is no bundle at that path.
+        BundleError: it is no manifest.
+    """
+    return manifests.decode(_manifest_bytes(folder))
+
+
+def _manifest_bytes(folder: Path) -> bytes:
     path = folder / MANIFEST
     if not path.is_file():
         raise UsageError(f"{folder} is no bundle: it has no {MANIFEST}", "make one with: edgekit export")
     if path.stat().st_size > manifests.MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} is longer than {manifests.MAX_MANIFEST_BYTES} bytes")
-    data = path.read_bytes()
-    manifest = manifests.decode(data)
-    _refuse_unlisted(folder, manifest)
-    for entry in manifest.files_of(variant):
-        check_file(folder, entry)
-    return Bundle(folder, manifest, hashlib.sha256(data).hexdigest())
+    return path.read_bytes()
 
 
 def _is_bundle(folder: Path) -> bool:

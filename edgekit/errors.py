@@ -6,6 +6,7 @@
     ├── UsageError         2   the call is wrong: change it
     │   ├── UnknownName    2   a name nobody knows; the nearest ones are offered
     │   └── InputError     2   a tensor, picture or message the model does not take
+    │       └── ContextError  2  more tokens than the model's context holds: shorten the text
     ├── MissingExtra       3   an optional package is not installed: install it
     ├── CompressionError   4   a pass cannot do that to this model: change recipe, data or model
     │   └── BudgetError   13   no candidate keeps the budgets: loosen one; the best candidate was kept
@@ -16,6 +17,8 @@
     ├── MessageError       9   a malformed message: drop it and count it
     ├── TrustError        10   a signature, version or class rule was broken: never retry, alarm
     ├── HealthError       11   the model misbehaves on this device: roll back
+    │   ├── EngineCrashed 14   its engine's process died: ask again later, it starts anew
+    │   └── Unrunnable    15   this device cannot run that variant at all: try the next one
     └── ResourceError     12   disk, port, permission or memory: free it, run again
 
 The number is the exit code of the command line. Knows nothing of where an error is shown.
@@ -28,7 +31,7 @@ import errno
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 class EdgekitError(Exception):
@@ -61,6 +64,18 @@ class UnknownName(UsageError):
 
 class InputError(UsageError):
     """The model does not take this tensor, picture or message."""
+
+
+class ContextError(InputError):
+    """A text has more tokens than the model's context holds."""
+
+    def __init__(self, tokens: int, context: int) -> None:
+        super().__init__(
+            f"the text has {tokens} tokens, and the model's context holds {context}",
+            "shorten it, or serve with a larger --context if the model was trained for one",
+        )
+        self.tokens = tokens
+        self.context = context
 
 
 class MissingExtra(EdgekitError):
@@ -123,9 +138,29 @@ class TrustError(EdgekitError):
 
 
 class HealthError(EdgekitError):
-    """The model misbehaves on this device: roll back."""
+    """The model misbehaves on this device: roll back. ``measured`` are the figures that were taken before, by name."""
 
     exit_code = 11
+
+    def __init__(self, message: str, hint: str = "", measured: Mapping[str, float] | None = None) -> None:
+        super().__init__(message, hint)
+        self.measured = dict(measured or {})
+
+
+class Unrunnable(HealthError):
+    """This device cannot run that variant at all: an engine, an operator or an instruction is missing."""
+
+    exit_code = 15
+
+
+class EngineCrashed(HealthError):
+    """The process that runs the engine died; ``retry_seconds`` from now another one should run."""
+
+    exit_code = 14
+
+    def __init__(self, message: str, hint: str = "", retry_seconds: float = 1.0) -> None:
+        super().__init__(message, hint)
+        self.retry_seconds = retry_seconds
 
 
 class ResourceError(EdgekitError):

@@ -243,7 +243,7 @@ def _listed(path: Path) -> list[dict[str, Any]]:
 def _decoded(path: Path, kind: type[Kind]) -> Kind:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (msgspec.DecodeError, OSError) as error:
+    except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is damaged: {error}", "fetch the folder again") from error
 
 

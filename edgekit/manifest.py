@@ -17,6 +17,7 @@ from edgekit.tensors import TensorSpec
 FORMAT_VERSION = 1
 Task = Literal["tensor", "classification", "detection", "text-generation"]
 MAX_MANIFEST_BYTES = 4 << 20
+MAX_FILE_BYTES = 1 << 40
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -31,7 +32,7 @@ class FileEntry(_Part, frozen=True, kw_only=True):
     """One file: where it lies under the bundle's folder, how long it is, its SHA-256."""
 
     path: RelativePath
-    size: Annotated[int, msgspec.Meta(ge=0)]
+    size: Annotated[int, msgspec.Meta(ge=0, le=MAX_FILE_BYTES)]
     sha256: Digest
 
 
@@ -279,6 +280,7 @@ class Manifest(_Part, frozen=True, kw_only=True):
     golden: Golden = msgspec.field(default_factory=Golden)
     lineage: tuple[Step, ...] = ()
     license: str = ""
+    baseline: RelativePath | None = None
     documents: dict[str, RelativePath] = {}
     files: Annotated[tuple[FileEntry, ...], msgspec.Meta(max_length=10_000)]
 
@@ -343,6 +345,7 @@ def _check(manifest: Manifest) -> None:
     used = {path for v in manifest.variants for path in (v.main, *v.claims)}
     used |= {*golden.inputs.values(), *golden.outputs.values(), *manifest.documents.values()}
     used |= {manifest.text.tokenizer} if manifest.text else set()
+    used |= {manifest.baseline} if manifest.baseline else set()
     missing = used - set(listed)
     if missing:
         raise BundleError(f"the manifest uses {min(missing)!r} but does not list it")

@@ -149,5 +149,5 @@ def _decoded(path: Path, kind: type[Document]) -> Document:
         raise BundleError(f"{path.name} is missing, or longer than {MAX_BYTES} bytes")
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{path.name} is no document of an OCI layout: {error}") from error

@@ -146,7 +146,7 @@ def _put_there(folder: Path) -> list[str]:
     """Name what a person put into a saved model, by the list of its files with their hashes, where there is one."""
     try:
         bom = msgspec.json.decode((folder / BOM).read_bytes(), type=_Listed)
-    except (msgspec.DecodeError, OSError):
+    except (msgspec.DecodeError, OSError, UnicodeDecodeError):
         return []
     listed = {one.name: {it.content for it in one.hashes} for one in bom.components if one.type == "file"}
     found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != BOM)

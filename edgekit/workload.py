@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from edgekit import checkpoints, hugging_face, onnx_io
 from edgekit.datasets import load_data, refuse_unfit
-from edgekit.errors import UsageError
+from edgekit.errors import BundleError, UsageError
+from edgekit.guards import ModelFile, check_file
 from edgekit.hugging_face import write as huggingface_folder
 from edgekit.manifest import Step, Task
 from edgekit.model import Data, GgufFile, LlamaFolder, Model, OnnxNetwork, Split, TorchNetwork, scores_first
@@ -211,6 +212,7 @@ def _load_onnx(path: Path, data: Data | None) -> Model:
         import onnxruntime
     if not path.is_file():
         raise UsageError(f"there is no ONNX file at {path}", "check the path")
+    _refuse_harmful(path, "onnx", f"{path} is no valid ONNX model")
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except _onnx_errors() as error:
@@ -228,6 +230,14 @@ def _load_onnx(path: Path, data: Data | None) -> Model:
     )
 
 
+def _refuse_harmful(path: Path, file_format: str, told: str) -> None:
+    """Look at a foreign file before native code reads it: it may name any plain file below its folder, and no other."""
+    try:
+        check_file(ModelFile(path.parent, path.name), file_format)
+    except BundleError as error:
+        raise UsageError(f"{told}: {error.message}", error.hint) from error
+
+
 _ONNX_DTYPES = {"float": "float32", "double": "float64", "float16": "float16"}
 
 
@@ -240,9 +250,7 @@ def _onnx_spec(value: object) -> TensorSpec:
 def _load_gguf(path: Path) -> Model:
     if not path.is_file():
         raise UsageError(f"there is no GGUF file at {path}", "check the path")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UsageError(f"{path} is no GGUF file", "it begins with other bytes; fetch it again")
+    _refuse_harmful(path, "gguf", f"{path} is no GGUF file")
     step = Step(name="load", options={"source": path.name, "checkpoint": _sha256(path)})
     return Model(name=path.stem, task="text-generation", network=GgufFile(path), lineage=(step,))
 

@@ -1,5 +1,7 @@
 """Puts tests/ on the import path, so that every test may use what lies in tests/fakes, and keeps emulators out."""
 
+import logging
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +10,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fakes import unobserved
+
+os.environ["EDGEKIT_ALLOW_VOLATILE"] = "1"
+"""Agents keep their state in the folders of tests, which lie in memory on some machines."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -23,3 +28,10 @@ def no_arm64_system(request, monkeypatch, tmp_path):
         from edgekit.runtime import arm64
 
         monkeypatch.setattr(arm64, "place", lambda: tmp_path / "no-arm64-system")
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_logged():
+    """Whatever a library that another test called has left: what is logged here can be read here."""
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)

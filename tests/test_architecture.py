@@ -16,12 +16,15 @@ import edgekit
 
 ROOT = Path(edgekit.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if "_examples" not in path.parts)
-LIGHT = ("edgekit.runtime", "edgekit.ota.device", "edgekit.ota.messages", "edgekit.bundle", "edgekit.device_profiles")
+LIGHT = (
+    "edgekit.runtime", "edgekit.ota.device", "edgekit.ota.messages", "edgekit.bundle", "edgekit.guards",
+    "edgekit.device_profiles",
+)  # fmt: skip
 WORKSTATION = {
     "torch", "onnx", "onnxscript", "torch_pruning", "transformers", "coremltools", "litert_torch",
     "edgekit.model", "edgekit.workload", "edgekit.datasets", "edgekit.compress", "edgekit.export", "edgekit.ota.server",
 }  # fmt: skip
-PLUGIN_FOLDERS = ("edgekit.compress.passes", "edgekit.export.targets", "edgekit.runtime.backends")
+PLUGIN_FOLDERS = ("edgekit.compress.passes", "edgekit.export.targets", "edgekit.runtime.backends", "edgekit.guards")
 EMPTY_WORDS = {"utils", "util", "common", "base", "manager", "helper", "helpers", "handler", "misc"}
 MAY_CATCH_ALL = 3
 """The agent's and the service's outer loops, and the command line's last line of defence."""
@@ -77,11 +80,13 @@ def test_the_last_line_of_a_plugin_is_its_plugin(folder):
 
 
 def test_the_same_format_stands_on_both_sides():
-    targets, backends = (
+    targets, backends, guards = (
         {m.name for m in pkgutil.iter_modules(importlib.import_module(folder).__path__) if not m.name.startswith("_")}
         for folder in PLUGIN_FOLDERS[1:]
     )
-    assert targets - {"coreml"} <= backends, "only Core ML has no engine outside Apple's own systems"
+    assert targets <= backends
+    assert backends - guards == {"null"}, "what native code parses is looked at before; null is JSON"
+    assert guards <= backends
 
 
 def test_modules_are_nouns_of_the_domain():
@@ -132,6 +137,16 @@ def test_everything_is_caught_only_where_nothing_may_die():
         and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id == "Exception"))
     ]
     assert len(places) <= MAY_CATCH_ALL, places
+
+
+def test_who_expects_what_cannot_be_decoded_expects_bytes_that_are_no_text_too():
+    """msgspec lets UnicodeDecodeError through, a ValueError, where a name or a text is no UTF-8."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler) and node.type is not None:
+                caught = ast.unparse(node.type)
+                if "msgspec.DecodeError" in caught:
+                    assert any(name in caught for name in ("Unicode", "ValueError")), f"{relative(path)}:{node.lineno}"
 
 
 def test_only_the_command_line_prints_or_exits():

@@ -106,6 +106,7 @@ def test_a_missing_file_is_named(folder):
         bundle.read(folder)
 
 
+@pytest.mark.attack("unlisted file")
 @pytest.mark.parametrize("name", ["extra", "a/extra", ".hidden", "deep/er/extra"])
 def test_an_unlisted_file_is_named(folder, name):
     path = folder / name
@@ -115,6 +116,7 @@ def test_an_unlisted_file_is_named(folder, name):
         bundle.read(folder)
 
 
+@pytest.mark.attack("symlink")
 def test_a_link_in_place_of_a_file_is_refused(folder, tmp_path):
     (tmp_path / "outside").write_bytes(FILES["a/model.onnx"])
     (folder / "a/model.onnx").unlink()
@@ -123,6 +125,7 @@ def test_a_link_in_place_of_a_file_is_refused(folder, tmp_path):
         bundle.read(folder)
 
 
+@pytest.mark.attack("symlink")
 def test_a_link_in_place_of_a_folder_is_refused(folder, tmp_path):
     shutil.move(folder / "a", tmp_path / "a")
     (folder / "a").symlink_to(tmp_path / "a")
@@ -152,6 +155,7 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path):
         bundle.read(tmp_path)
 
 
+@pytest.mark.attack("bomb")
 def test_a_manifest_that_would_fill_the_memory_is_refused_unread(folder):
     with (folder / "manifest.json").open("r+b") as file:
         file.truncate(1 << 40)
@@ -181,6 +185,7 @@ def test_sealing_again_replaces_the_whole_bundle(folder):
     assert not (folder / "golden").exists()
 
 
+@pytest.mark.attack("zip-slip")
 @pytest.mark.parametrize("path", ["../outside", "OUTSIDE", "a/../../outside", "a//b", "./a", "manifest.json", ".x"])
 def test_sealing_never_writes_outside_its_folder(tmp_path, path):
     # Every path stays below tmp_path, the absolute one too: where this test fails, files really are overwritten.

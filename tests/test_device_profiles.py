@@ -3,7 +3,7 @@
 import pytest
 
 from edgekit import device_profiles, plugins
-from edgekit.device_profiles import detect, load, names
+from edgekit.device_profiles import RuntimeSettings, detect, load, names
 from edgekit.errors import UnknownName, UsageError
 
 
@@ -37,12 +37,17 @@ def test_a_profile_of_ones_own_is_read_by_its_path(tmp_path):
     assert load(str(own)).name == "toaster"
 
 
+WHOLE = 'title = "T"\nsummary = "s"\narch = "any"\nmemory_mb = 64\nthreads = 1\nformats = ["onnx"]\nsource = "me"\n'
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("title = ", "no device profile"), ('title = "T"', "missing required field"), ("\x00", "no device profile"),
         ('title = "T"\nsummary = "s"\narch = "vax"\nmemory_mb = 1\nthreads = 1\nformats = []\nsource = ""', "arch"),
         ('title = "T"\nturbo = true', "turbo"),
+        (WHOLE + '[runtime]\nproviders = ["cudda"]', "cudda"), (WHOLE + "[runtime]\nspeed = 3", "speed"),
+        (WHOLE + '[runtime]\ndelegate = "npu"', "delegate"),
     ],
 )  # fmt: skip
 def test_a_broken_profile_is_refused_with_the_reason(tmp_path, text, says):
@@ -84,3 +89,21 @@ def test_a_pc_is_recognized_and_a_stranger_is_not(tmp_path):
 def test_this_machine_is_asked_when_none_is_given(monkeypatch):
     monkeypatch.setattr(device_profiles.platform, "machine", lambda: "vax")
     assert detect() is None
+
+
+def test_a_mac_and_a_pi_zero_are_recognized(tmp_path):
+    assert detect(tmp_path, "arm64").name == "mac-m1"
+    (tmp_path / "proc/device-tree").mkdir(parents=True)
+    (tmp_path / "proc/device-tree/model").write_text("Raspberry Pi Zero 2 W Rev 1.0\0")
+    assert detect(tmp_path, "aarch64").name == "raspberry-pi-zero-2"
+
+
+def test_a_class_says_how_its_engines_run_and_else_the_usual_holds(tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text(
+        WHOLE + '[runtime]\nproviders = ["tensorrt", "cuda"]\ndelegate = "edgetpu"\ncompute_units = "cpu-only"'
+    )
+    said = load(str(own)).runtime
+    assert (said.providers, said.arena, said.delegate) == (("tensorrt", "cuda"), True, "edgetpu")
+    own.write_text(WHOLE)
+    assert load(str(own)).runtime == RuntimeSettings(providers=None, arena=True, delegate="", compute_units="all")

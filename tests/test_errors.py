@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit import errors
-from edgekit.errors import EdgekitError, MissingExtra, ResourceError, UnknownName, UsageError, from_os
+from edgekit.errors import ContextError, EdgekitError, MissingExtra, ResourceError, UnknownName, UsageError, from_os
 
 
 def kinds(kind=EdgekitError):
@@ -31,7 +31,7 @@ def test_kinds_that_want_another_reaction_have_another_code():
         assert (kind.exit_code == getattr(parent, "exit_code", None)) == same_reaction, kind
 
 
-@pytest.mark.parametrize("kind", [k for k in kinds() if k not in (UnknownName, MissingExtra)])
+@pytest.mark.parametrize("kind", [k for k in kinds() if k not in (UnknownName, MissingExtra, ContextError)])
 def test_every_kind_carries_message_and_hint(kind):
     error = kind("it broke", "mend it")
     assert (str(error), error.message, error.hint) == ("it broke", "it broke", "mend it")

@@ -141,6 +141,8 @@ PATHS = ["/absolute", "../up", "a/../b", "a/..", "..", ".", "a//b", "a/", "./a",
 PATHS += ["x" * 301, "manifest.json", "a/./b"]
 
 
+@pytest.mark.attack("zip-slip")
+@pytest.mark.attack("absolute path")
 @pytest.mark.parametrize("path", PATHS)
 def test_an_unsafe_path_is_refused(path):
     files = [msgspec.to_builtins(entry()), {"path": path, "size": 1, "sha256": ZERO}]
@@ -236,6 +238,7 @@ def test_a_manifest_beyond_the_bound_is_refused_before_it_is_parsed():
         manifests.decode(b" " * (manifests.MAX_MANIFEST_BYTES + 1))
 
 
+@pytest.mark.attack("bomb")
 def test_more_files_than_the_bound_are_refused():
     files = [msgspec.to_builtins(entry(f"f{n}")) for n in range(10_001)]
     with pytest.raises(BundleError):

@@ -47,6 +47,7 @@ def test_the_graph_holds_no_weight_and_the_weights_file_holds_each_once(tmp_path
     np.testing.assert_array_equal(read(torch.as_tensor(X)).detach(), model().network.run({"x": X})["scores"])
 
 
+@pytest.mark.slow
 def test_the_bytes_are_the_same_in_another_process_and_from_another_place(tmp_path):
     text = Path(__file__).read_text()
     script = "\nnetwork_files.write(trace(model()), Path(sys.argv[1]))\n"

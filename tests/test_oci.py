@@ -89,6 +89,7 @@ def rewritten(folder, change):
     (folder / "index.json").write_bytes(json.dumps(index).encode())
 
 
+@pytest.mark.attack("zip-slip")
 def test_other_images_and_digests_that_lead_elsewhere_are_refused(sealed, tmp_path):
     oci.write(sealed, tmp_path / "l")
     rewritten(tmp_path / "l", lambda image, _: image["config"].update(mediaType="application/vnd.docker.x"))

@@ -225,6 +225,7 @@ def test_a_corrupt_checkpoint_is_refused(tmp_path, suffix, content):
         workload.load(digits.BUILD, path, plain_data())
 
 
+@pytest.mark.attack("pickle")
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
     import os
     import pickle

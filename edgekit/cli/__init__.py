@@ -52,7 +52,7 @@ class Commands(click.Group):
 EPILOG = (
     "Exit codes: 0 done, 1 internal error or a check that did not hold, 2 wrong call, 3 missing extra, 4 compression, "
     "5 export, 6 parity, 7 bundle, 8 transfer, 9 message, 10 trust, 11 health, 12 disk/port/memory, 13 budget missed, "
-    "130 interrupted."
+    "14 engine crashed, 15 cannot run here, 130 interrupted."
 )
 
 cli = Commands(

@@ -13,6 +13,7 @@ from edgekit import plugins
 
 ENABLES = {
     "device": "HTTP server, pictures in, updates over MQTT with TUF",
+    "grpc": "the Open Inference Protocol over gRPC, beside HTTP",
     "onnx": "run ONNX bundles with ONNX Runtime",
     "tflite": "run LiteRT bundles",
     "text": "read texts for encoders on the device",
@@ -20,14 +21,17 @@ ENABLES = {
     "llama-cpp": "write GGUF's K and IQ types; built from source, some minutes",
     "tensorrt": "run TensorRT engines on NVIDIA Jetson and servers",
     "tensorrt-rtx": "parse and build TensorRT's files at export, without a GPU",
-    "coreml": "read and check Core ML programs",
+    "coreml": "read and check Core ML programs, run them on macOS",
     "optimum": "export Hugging Face folders without data, for their shapes alone",
     "openvino": "write and run OpenVINO's IR, for Intel CPUs, GPUs and NPUs",
     "executorch": "write and run ExecuTorch programs for XNNPACK, as Android apps take them; brings PyTorch",
     "compress": "quantize, prune and distil on the workstation",
     "export": "write ONNX, LiteRT, Core ML and GGUF",
     "fleet": "publish releases, roll them out, embedded broker",
-    "all": "everything but TensorRT, which needs NVIDIA's own index, and llama-cpp, which is built",
+    "hsm": "sign with keys in PKCS#11 devices",
+    "awskms": "sign with keys in AWS KMS",
+    "gcpkms": "sign with keys in Google Cloud KMS",
+    "all": "everything but TensorRT, which needs NVIDIA's own index, llama-cpp, which is built, and keys elsewhere",
     "dev": "tests and linters of edgekit itself",
     "bench": "the peers that the benchmarks run beside edgekit",
 }

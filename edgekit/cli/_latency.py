@@ -84,7 +84,7 @@ class TargetLatency:
         path = folder / f"times-{self._name(candidates)}.json"
         try:
             table = msgspec.json.decode(path.read_bytes(), type=dict[str, dict[int, float]])
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
             table = self._speed.layers(candidates)
             write_file(path, msgspec.json.format(msgspec.json.encode(table)))
         return Times(str(path), sum(max(times.values()) for times in table.values()) / 1e3 * self.scale)

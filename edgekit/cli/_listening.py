@@ -23,12 +23,30 @@ def options(command: Command) -> Command:
     for add in reversed(
         (
             click.option("--host", "address", default="127.0.0.1", show_default=True, help="Address to listen on."),
+            click.option(
+                "--grpc-port",
+                type=click.IntRange(0, 65535),
+                help="Serve gRPC too, on this port; 0 takes a free one. [default: off]",
+            ),
             click.option("--token-file", type=FILE, help="Take requests with one of these bearer tokens only."),
             click.option("--tls-cert", type=FILE, help="Serve HTTPS with this certificate (PEM)."),
             click.option("--tls-key", type=FILE, help="The certificate's key (PEM)."),
             click.option("--tls-client-ca", type=FILE, help="Take clients with a certificate of this authority only."),
             click.option("--without-authentication", is_flag=True, help="Let anybody ask who reaches the address."),
-            click.option("--queue", default=64, show_default=True, type=click.IntRange(0), help="Requests that wait."),
+            click.option(
+                "--concurrency",
+                default=4,
+                show_default=True,
+                type=click.IntRange(1, 256),
+                help="Requests of one model that are computed at once.",
+            ),
+            click.option(
+                "--queue",
+                default=64,
+                show_default=True,
+                type=click.IntRange(0),
+                help="Requests of one model that wait.",
+            ),
             click.option(
                 "--request-timeout",
                 default=60.0,
@@ -46,7 +64,7 @@ def options(command: Command) -> Command:
     return command
 
 
-def told(*, address: str, queue: int, request_timeout: float, max_body: int, **who: Any) -> Options:  # noqa: ANN401  # flags as click typed them
+def told(*, address: str, grpc_port: int | None, request_timeout: float, **more: Any) -> Options:  # noqa: ANN401  # flags as click typed them
     """Return what the flags say.
 
     Raises:
@@ -54,12 +72,14 @@ def told(*, address: str, queue: int, request_timeout: float, max_body: int, **w
     """
     from edgekit.runtime.server import Limits, Options
 
-    if who["access_log"]:
+    if more["access_log"]:
         _log()
-    access = _access(**who)
-    _refuse_open(address, access, allowed=who["without_authentication"])
-    limits = Limits(body=max_body << 20, queue=queue, seconds=request_timeout)
-    return Options(address=address, limits=limits, access=access)
+    access = _access(**more)
+    _refuse_open(address, access, allowed=more["without_authentication"])
+    limits = Limits(
+        body=more["max_body"] << 20, workers=more["concurrency"], queue=more["queue"], seconds=request_timeout
+    )
+    return Options(address=address, grpc_port=grpc_port, limits=limits, access=access)
 
 
 def _log() -> None:

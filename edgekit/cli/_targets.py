@@ -30,6 +30,18 @@ def ability(profile: DeviceProfile) -> tuple[str, str]:
     return "yes", "its engine" if profile.format in plugins.names(backends.__name__) else "nothing"
 
 
+def runs_here(profile: DeviceProfile) -> str:
+    """Say whether an engine of a class's format runs here, else why not, with the command if there is one."""
+    from edgekit.runtime import backends
+
+    why = backends.absence(profile.format)
+    if why:
+        return f"no: {why}"
+    extra = cast("backends.Backend", plugins.load(backends.__name__, profile.format, "engine")).extra
+    missing = [lack for one in find_extras() if one.name == extra for lack in one.lacking]
+    return f"no: {missing[0]}; {plugins.install_command(extra)}" if missing else "yes"
+
+
 def format_names() -> list[str]:
     """List the formats that have an exporter, strangers' among them."""
     from edgekit.export import PACKAGE

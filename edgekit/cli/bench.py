@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @command(name="bench")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path())
 @click.option("--variant", "variants", multiple=True, help="Which variant; give it again for several. [default: best]")
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(0), help="Threads a bundle; 0: all cores.")
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(0), help="Threads a bundle; 0: as edgekit serve."
+)
 @click.option(
     "--seconds",
     default=5.0,

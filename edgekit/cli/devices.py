@@ -48,7 +48,7 @@ def detect_device(terminal: Terminal) -> None:
 
 def _text(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} = {item}" for key, item in value.items() if item)
+        return ", ".join(f"{key} = {_text(item)}" for key, item in value.items() if item not in ("", None))
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 

@@ -12,11 +12,12 @@ import msgspec
 import edgekit
 from edgekit import device_profiles
 from edgekit.cli._extras import Extra, find_extras
-from edgekit.cli._targets import ability
+from edgekit.cli._targets import ability, runs_here
 from edgekit.cli._terminal import Terminal, command
 from edgekit.device_profiles import machine
 from edgekit.errors import HealthError
 
+TARGET_FIELDS = ("target", "format", "export", "parity", "engine")
 PROGRAMS = {
     "mosquitto": "a broker for a real fleet, and for the MQTT tests (the embedded one needs nothing)",
     "qemu-x86_64-static": "x86 processors without 8-bit dot products, for edgekit verify --isa: qemu-user-static",
@@ -36,9 +37,9 @@ def COMMAND(terminal: Terminal) -> None:  # noqa: N802  # the name by which the 
     terminal.table(("extra", "state", "enables"), [(e.name, _state(e), e.enables) for e in extras])
     _tell_missing(terminal, extras)
     classes = [device_profiles.load(name) for name in device_profiles.names()]
-    targets = [(one.name, one.format, *ability(one)) for one in classes]
+    targets = [(one.name, one.format, *ability(one), runs_here(one)) for one in classes]
     terminal.say()
-    terminal.table(("target", "format", "can be written here", "checked by"), targets)
+    terminal.table(("target", "format", "can be written here", "checked by", "runs here"), targets)
     graphics = _tensorrt()
     terminal.say(f"\nTensorRT: {graphics}")
     for name, path in programs.items():
@@ -49,7 +50,7 @@ def COMMAND(terminal: Terminal) -> None:  # noqa: N802  # the name by which the 
             "machine": msgspec.to_builtins(here) | {"integer_dot_product": here.integer_dot_product},
             "profile": profile.name if profile else None,
             "extras": [_document(extra) for extra in extras],
-            "targets": [dict(zip(("target", "format", "export", "parity"), row, strict=True)) for row in targets],
+            "targets": [dict(zip(TARGET_FIELDS, row, strict=True)) for row in targets],
             "programs": programs,
             "tensorrt": graphics,
         }

@@ -44,6 +44,7 @@ def _tell(terminal: Terminal, opened: Bundle) -> None:
             terminal.say(f"\n{variant.name}: weights in the file")
             terminal.table(("weight", "stored as"), list(variant.weights.items()))
     _tell_weights(terminal, opened)
+    _tell_baseline(terminal, opened)
     terminal.say("\nfiles")
     for line in _tree(manifest.files):
         terminal.say(f"  {line}")
@@ -94,12 +95,27 @@ def _tell_weights(terminal: Terminal, opened: Bundle) -> None:
         return
     try:
         plan = msgspec.json.decode(opened.path(path).read_bytes(), type=QuantizationPlan)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is no quantization plan: {error}", "export the bundle again") from error
     terminal.say(f"\nplan    {plan.precision}, {plan.scheme}, {len(plan.activations)} activations with a range")
     rows = [(name, str(rule.bits), _scales(rule)) for name, rule in plan.weights.items()]
     if rows:
         terminal.table(("weight", "bits", "scales"), rows)
+
+
+def _tell_baseline(terminal: Terminal, opened: Bundle) -> None:
+    """Show what live requests are held against, where the bundle says it."""
+    from edgekit import baseline as baselines
+
+    manifest = opened.manifest
+    if manifest.baseline is None:
+        return
+    data = opened.path(manifest.baseline).read_bytes()
+    found = baselines.decode(data, manifest.inputs, manifest.outputs)
+    terminal.say(f"\nbaseline of drift: {found.samples} samples of the {found.split} split")
+    rows = [(one.role, one.tensor, ", ".join(s.name for s in one.series[:8]) + (", …" if len(one.series) > 8 else ""))
+            for one in found.tensors]  # fmt: skip
+    terminal.table(("watched", "tensor", "by"), rows)
 
 
 def _scales(rule: WeightRule) -> str:

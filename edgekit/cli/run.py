@@ -147,4 +147,6 @@ def _about(session: Session | TextSession) -> dict[str, object]:
         "digest": session.digest,
         "variant": session.variant.name,
         "engine": session.engine,
+        "considered": dict(session.considered),
+        "choice": session.choice,
     }

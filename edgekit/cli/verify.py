@@ -59,7 +59,6 @@ def COMMAND(terminal: Terminal, *, bundle: Path, variants: tuple[str, ...], isas
 
 def _verified(folder: Path, opened: Bundle, variant: Variant, isas: list[Isa]) -> list[tuple[Variant, Elsewhere, bool]]:
     """Run one variant here, beside what it gave at export, and on each instruction set, beside what it gives here."""
-    from edgekit import plugins
     from edgekit.errors import EdgekitError
     from edgekit.manifest import Elsewhere
     from edgekit.runtime import backends, emulation
@@ -75,8 +74,8 @@ def _verified(folder: Path, opened: Bundle, variant: Variant, isas: list[Isa]) -
     manifest = opened.manifest
     if manifest.task == "text-generation":
         return unverified("a language model's answers are compared by the device's trial", places)
-    if variant.format not in plugins.names(backends.__name__):
-        return unverified(f"no engine for {variant.format} runs here", places)
+    if why := backends.absence(variant.format):
+        return unverified(why, places)
     inputs, native = golden_arrays(folder, manifest.golden, variant)
     if variant.expected is None:
         return unverified("the file never ran where it was exported, so there is nothing to compare with", places)

@@ -9,7 +9,7 @@ import platform
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -24,9 +24,27 @@ class Detection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tegra: bool = False
 
 
-class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One hardware class: its formats in order of preference and how to lower a plan for it.
+class RuntimeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the engines of a class run, read on the device. What is missing there is left for the processor, and told.
 
+    ``providers``: ONNX Runtime's execution providers in the order in which they are tried, before the processor; an
+    empty list is the processor alone, none at all those that are installed on purpose. ``arena``: whether ONNX
+    Runtime keeps its working memory between runs. ``delegate``: LiteRT's. ``compute_units``: Core ML's. ``batch``: so
+    many samples are computed together at most, 0 for one by one; a batch waits ``batch_window_ms`` at most.
+    """
+
+    providers: tuple[Literal["tensorrt", "cuda", "openvino", "coreml", "xnnpack"], ...] | None = None
+    arena: bool = True
+    delegate: Literal["", "gpu", "edgetpu"] = ""
+    compute_units: Literal["all", "cpu-and-ne", "cpu-and-gpu", "cpu-only"] = "all"
+    batch: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    batch_window_ms: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 5.0
+
+
+class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One hardware class: its formats in order of preference, how to lower a plan for it, and how its engines run.
+
+    ``threads`` is what an engine takes where nobody says how many, and there are so many cores.
     ``emulate`` names the processor that stands for the class where its files are checked on a better one.
     """
 
@@ -39,6 +57,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     threads: int
     formats: tuple[str, ...]
     options: dict[str, str | int | bool] = {}
+    runtime: RuntimeSettings = RuntimeSettings()
     emulate: str = ""
     detect: Detection | None = None
     source: str

@@ -38,7 +38,7 @@ def describe(root: Path = Path("/")) -> Machine:
     return Machine(
         cpu=info.get("model name") or platform.processor() or platform.machine(),
         arch=platform.machine(),
-        cores=_usable_cores(),
+        cores=usable_cores(),
         memory_mib=_leading_number(_fields(root / "proc/meminfo").get("MemTotal", "")) // 1024,
         flags=tuple(flag for flag in _TELLING if flag in words),
         system=f"{platform.system()} {platform.release()}",
@@ -46,7 +46,8 @@ def describe(root: Path = Path("/")) -> Machine:
     )
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

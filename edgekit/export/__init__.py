@@ -8,17 +8,19 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import msgspec
 
+from edgekit import baseline as baseline_file
 from edgekit import bundle as bundles
 from edgekit import device_profiles, plugins
 from edgekit.durable import no_room
 from edgekit.errors import EdgekitError, ExportError, ParityError, UsageError, from_os, out_of_memory
 from edgekit.export import alone, documents, elsewhere, locating, parity, targets
+from edgekit.export.baselines import baseline_of, shifts_of
 from edgekit.export.golden import expected_of, golden_count, golden_of, reference_of
 from edgekit.export.refusal import REFUSALS, UnsupportedOperator, reason
 from edgekit.manifest import Manifest, Parity, Variant
@@ -28,7 +30,7 @@ from edgekit.progress import Progress, silent
 from edgekit.workload import huggingface_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from edgekit.bundle import Bundle
     from edgekit.device_profiles import DeviceProfile
@@ -40,12 +42,16 @@ PACKAGE = targets.__name__
 
 @dataclass(frozen=True)
 class TargetResult:
-    """What became of one hardware class: its variant and size in bytes, or the error that stopped it."""
+    """What became of one hardware class: its variant and size in bytes, or the error that stopped it.
+
+    ``shifts``: how far the file's answers lie from the model's, by series of the baseline.
+    """
 
     target: str
     format: str
     variant: Variant | None = None
     size: int = 0
+    shifts: Mapping[str, float] = field(default_factory=dict)
     error: EdgekitError | None = None
 
 
@@ -91,6 +97,8 @@ def export(  # noqa: PLR0913  # three positional; the rest are keywords with a d
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as source:
         model = _with_precision(_as_language_model(model, profiles, Path(source)), precision)
         reference = reference_of(model, name or model.name, version)
+        progress("baseline", 0, 0)
+        reference = replace(reference, baseline=baseline_of(model, reference.contract))
         rows = tuple(
             _export_one(model, _adapted(profile, precision), reference, scratch=Path(scratch), progress=progress)
             for profile in profiles
@@ -161,6 +169,7 @@ def _export_one(
 ) -> TargetResult:
     progress(f"export {profile.name}", 0, 0)
     folder = scratch / profile.name
+    shifts: dict[str, float] = {}
     try:
         folder.mkdir()
         _refuse_small_disk(model, scratch)
@@ -178,6 +187,7 @@ def _export_one(
             variant = msgspec.structs.replace(
                 variant, expected=expected_of(variant, proof.outputs, scratch, golden_count(reference))
             )
+            shifts = shifts_of(reference, proof.outputs)
             progress(f"parity {profile.name} on its instruction set", 0, 0)
             asked = elsewhere.ask(profile, variant, proof.outputs, folder=scratch, reference=reference)
             variant = msgspec.structs.replace(variant, elsewhere=asked)
@@ -188,7 +198,7 @@ def _export_one(
     except (*REFUSALS, MemoryError) as error:  # of an exporter, a stranger's among them: the other targets go on
         return _failed(profile, out_of_memory(error) or _fault(profile, error), folder)
     size = sum((scratch / path).stat().st_size for path in variant.files)
-    return TargetResult(profile.name, profile.format, variant, size)
+    return TargetResult(profile.name, profile.format, variant, size, shifts)
 
 
 def _refuse_small_disk(model: Model, scratch: Path) -> None:
@@ -298,6 +308,10 @@ def _seal(model: Model, reference: Reference, rows: Sequence[TargetResult], *, s
     contract = reference.contract
     if contract.text and model.data and model.data.text:
         sources[contract.text.tokenizer] = model.data.text.tokenizer
+    if reference.baseline:
+        shifts = {row.target: dict(sorted(row.shifts.items())) for row in rows if row.shifts}
+        told = msgspec.structs.replace(reference.baseline, shifts=shifts)
+        sources[baseline_file.FILE] = baseline_file.encode(told)
     draft = Manifest(
         name=contract.name,
         version=contract.version,
@@ -313,6 +327,7 @@ def _seal(model: Model, reference: Reference, rows: Sequence[TargetResult], *, s
         golden=golden,
         lineage=model.lineage,
         license=model.license,
+        baseline=baseline_file.FILE if reference.baseline else None,
         files=(),
     )
     found = documents.documents_of(model, draft, {**sources, **golden_files})

@@ -186,7 +186,7 @@ def _answers(contract: Contract, variant: Variant, folder: Path) -> dict[str, st
     try:
         with silence():  # llama.cpp tells of every step
             session = open_variant(folder, variant, contract, EngineOptions(threads=1, context=256))
-            if not isinstance(session, TextSession):
+            if not isinstance(session, TextSession) or session.embeds:
                 return {}
             with session:
                 return {p: "".join(piece.text for piece in session.complete(p, sampling)) for p in PROMPTS}

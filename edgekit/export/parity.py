@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from edgekit import plugins
 from edgekit.errors import ExportError, HealthError, MissingExtra, ParityError
 from edgekit.export import labelled, spoken
 from edgekit.export.quiet import silence
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from edgekit.baseline import Baseline
     from edgekit.export.labelled import Labels
     from edgekit.export.targets import Exporter
     from edgekit.manifest import Labelled, Variant
@@ -92,6 +92,7 @@ class Reference:
     contract: Contract
     scores: str | None = None
     labels: Labels | None = None
+    baseline: Baseline | None = None
 
 
 def check(exporter: Exporter, variant: Variant, folder: Path, reference: Reference) -> Proof:
@@ -183,7 +184,7 @@ def _loads(variant: Variant, folder: Path, reference: Reference) -> Parity:
     told = "the file is the model itself, sealed as it was given"
     try:
         with silence():
-            open_variant(folder, variant, reference.contract, EngineOptions(threads=1)).close()
+            open_variant(folder, variant, reference.contract, EngineOptions(threads=1, context=256)).close()
     except MissingExtra as error:
         return Parity(status="unverified", reason=f"{told}; {error.message}")
     except HealthError as error:
@@ -192,7 +193,7 @@ def _loads(variant: Variant, folder: Path, reference: Reference) -> Parity:
 
 
 def _has_engine(variant: Variant, reference: Reference) -> bool:
-    return reference.contract.task != "text-generation" and variant.format in plugins.names(backends.__name__)
+    return reference.contract.task != "text-generation" and not backends.absence(variant.format)
 
 
 def _same_in_small_batches(

@@ -49,6 +49,7 @@ def test_digits_learns_in_seconds():
     assert top1(model.network, model.data.test) > 0.95
 
 
+@pytest.mark.slow
 def test_running_the_digits_example_writes_its_checkpoint(tmp_path):
     line = [sys.executable, "-c", TRAIN_BRIEFLY, str(digits.FILE), str(tmp_path / "d.safetensors")]
     done = subprocess.run(line, capture_output=True, text=True, check=True)

@@ -169,9 +169,13 @@ def test_points_that_a_cut_loses_are_mended_even_where_the_uncut_candidate_ranks
 
 def test_room_that_four_bits_leave_goes_to_the_layers_that_need_it():
     model = planted.with_a_wide_channel(16.0)  # what four bits do not hold, however well the network was trained
-    climb = ladder(model, budget={"max_drop": 0.0, "size": 45_000}, only=("fold", "mixed-precision")).climb()
+    four = ladder(model, budget={"max_drop": 0.0, "size": 45_000}, only=("fold",))
+    lost = four.climb().tries[0].reached.drop
+    assert lost > 0  # one sample or two: another processor trains another network
+    budget = {"max_drop": lost - 0.5, "size": 45_000}
+    climb = ladder(model, budget=budget, only=("fold", "mixed-precision")).climb()
     first, last = climb.tries
-    assert first.reached.drop > 0
+    assert first.reached.drop == lost
     assert (climb.misses, last.rung) == ({}, "mixed-precision")
     assert {rule.bits for rule in climb.model.plan.weights.values()} == {4, 8}
     assert first.reached.bytes < last.reached.bytes <= 45_000

@@ -77,6 +77,7 @@ def call(place, *options):
     return [*line, "--no-latency", *map(str, options)]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_digest_and_the_same_bytes(tmp_path):
     documents = []
     for name in ("a", "b"):

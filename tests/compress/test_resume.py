@@ -76,6 +76,7 @@ name = "quantize"
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_writes_it_ends_with_the_digest_of_an_unbroken_run_and_does_nothing_twice(tmp_path):
     story = STORY.format(tests=str(TESTS), place=str(tmp_path), recipe=RECIPE)
     done = subprocess.run([sys.executable, "-c", story], capture_output=True, text=True, check=False)

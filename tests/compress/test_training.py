@@ -84,6 +84,7 @@ torch.save({"weights": t.weights(network), "loss": loss, "said": len(said)}, f"{
 """
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_weights_and_only_the_first_reports(tmp_path):
     (tmp_path / "go.py").write_text(PROCESS)
     here = Path(__file__).parent

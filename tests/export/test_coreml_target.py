@@ -138,6 +138,26 @@ def test_an_operator_without_a_core_ml_form_is_named(tmp_path):
         write(tiny_model(Zeta()), tmp_path)
 
 
+def test_a_refused_network_leaves_no_trace_in_the_next_package(tiny, tmp_path):
+    import torch
+
+    class Round(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(8, 8)
+
+        def forward(self, image):
+            padded = torch.nn.functional.pad(self.head(image), (1, 1, 1, 1), mode="circular")
+            return padded.mean((2, 3))
+
+    program = "model.mlpackage/Data/com.apple.CoreML/model.mlmodel"
+    write(tiny, tmp_path / "before")
+    with pytest.raises(ExportError, match="Pad mode"):  # after its linear layer got a name
+        write(tiny_model(Round()), tmp_path / "refused")
+    write(tiny, tmp_path / "after")
+    assert (tmp_path / "after" / program).read_bytes() == (tmp_path / "before" / program).read_bytes()
+
+
 def networks():
     import torch
     from torch import nn
@@ -229,6 +249,7 @@ NAMES = ["activations", "pooling", "uneven average", "batch norm", "attention", 
 NAMES += ["indexed", "elementary", "compared", "recurrent", "grown"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_interpreter_computes_what_pytorch_computes(name, tmp_path):
     got, want = computed(tiny_model(networks()[name]), tmp_path, precision="fp32")

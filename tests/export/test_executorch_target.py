@@ -104,6 +104,7 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PLANS)
 def test_the_file_computes_what_the_plan_says(wide, tmp_path, precision):
     options, floor, notes = PLANS[precision]
@@ -115,6 +116,7 @@ def test_the_file_computes_what_the_plan_says(wide, tmp_path, precision):
     assert variant.operators["xnnpack.linear"] == 2
 
 
+@pytest.mark.slow
 def test_what_kernels_fuse_and_what_shares_a_scale_stays_in_integers(seams, tmp_path):
     near, variant = sqnr_beside_plan(Quantize().apply(seams, silent), tmp_path)
     assert near > 35

@@ -33,11 +33,11 @@ def test_a_finished_file_is_sealed_byte_for_byte(file, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [40, 3000])
-def test_a_cut_file_is_an_export_error_and_nothing_is_written(file, tmp_path, kept):
+def test_a_cut_file_is_refused_by_name_and_nothing_is_written(file, tmp_path, kept):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:kept])
-    result = sealed(cut, tmp_path / "b")
-    assert isinstance(result.rows[0].error, ExportError)
+    with pytest.raises(UsageError, match=r"cut\.gguf is no GGUF file: cut\.gguf, byte \d+"):
+        sealed(cut, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 

@@ -178,6 +178,7 @@ def test_constants_of_recurrent_layers_are_computed_beforehand(tmp_path):
     assert all(set(node.input) - weights for node in proto.graph.node)
 
 
+@pytest.mark.slow
 def test_weights_of_a_large_model_lie_beside_it(tiny, tiny_int8, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_io, "LARGE", 1000)
     monkeypatch.setattr(onnx_io, "PAGE", 64)

@@ -148,9 +148,11 @@ def test_an_operator_the_evaluator_lacks_is_unverified_and_named(tiny, tmp_path)
 def test_an_engine_that_is_not_installed_leaves_the_reason(tiny, tmp_path, monkeypatch):
     import sys
 
+    exporter = plugins.load(PACKAGE, "onnx", "format")
+    exporter.export(tiny, device_profiles.load("x86-64"), tmp_path, lambda *_: None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     found = parity.check(
-        plugins.load(PACKAGE, "onnx", "format"), variant("onnx"), tmp_path, Reference(
+        exporter, variant("onnx"), tmp_path, Reference(
             tiny.data.calibration, {}, Contract(inputs=tiny.inputs, outputs=tiny.outputs))
     ).parity  # fmt: skip
     assert found.status == "unverified"

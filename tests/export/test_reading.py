@@ -92,6 +92,7 @@ def test_outputs_that_are_no_boxes_are_refused_before_anything_is_written(tmp_pa
     assert "sigmoid" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_a_detector_goes_from_pictures_and_a_toml_to_objects_by_commands_alone(tmp_path):
     folder = tmp_path / "street"
     folder.mkdir()
@@ -155,6 +156,7 @@ def encoder(folder):
     return folder.parent / "data.toml"
 
 
+@pytest.mark.slow
 def test_an_encoders_bundle_reads_texts_and_names_the_classes_of_its_configuration(tmp_path):
     data = datasets.load_data(str(encoder(tmp_path / "bert")))
     model = workload.load(str(tmp_path / "bert"), data=data)
@@ -270,6 +272,7 @@ def sentence_transformer(folder, modules=("Transformer", "Pooling", "Normalize")
     return datasets.load_data(str(folder.parent / "data.toml"))
 
 
+@pytest.mark.slow
 def test_a_sentence_transformer_gives_vectors_pooled_as_its_folder_says(tmp_path):
     data = sentence_transformer(tmp_path / "bert", pooling_mode_mean_tokens=True, pooling_mode_cls_token=False)
     data = replace(data, calibration=Split(data.calibration.inputs))

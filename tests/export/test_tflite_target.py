@@ -53,6 +53,7 @@ def test_a_plan_makes_bytes_inside_and_leaves_floats_outside(tiny_int8, tmp_path
     assert sum(d["dtype"] is np.int8 for d in interpreter.get_tensor_details()) > 8
 
 
+@pytest.mark.slow
 def test_ranges_that_the_plan_lacks_are_the_extremes_of_all_samples_not_a_moving_average(tiny_int8, tmp_path):
     images = np.full((20, 3, 8, 8), 0.5, np.float32)
     images[7, 0, 0, 0] = 4.0  # one sample of twenty; a moving average with weight 0.05 would keep 0.7 of it

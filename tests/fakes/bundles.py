@@ -115,6 +115,24 @@ def mlp_bundle(folder: Path, *, seed=0, name="mlp", version="1", wrong_golden=Fa
     return bundle.seal(folder, manifest, files)
 
 
+def wide_bundle(folder: Path, *, name="wide", width=2048, seed=0):
+    """Seal one square matrix of float32, 16 MiB by default: x[n, width] -> y[n, width]."""
+    weights = np.random.default_rng(seed).normal(0, width**-0.5, (width, width)).astype(np.float32)
+    one = variant(
+        inputs=(Port(name="image", key="x", dtype="float32"),), outputs=(Port(name="scores", key="y", dtype="float32"),)
+    )
+    manifest = Manifest(
+        name=name,
+        version="1",
+        task="tensor",
+        inputs=(TensorSpec("image", "float32", (-1, width)),),
+        outputs=(TensorSpec("scores", "float32", (-1, width)),),
+        variants=(one,),
+        files=(),
+    )
+    return bundle.seal(folder, manifest, {one.main: gemm_onnx(weights)})
+
+
 def mlp_numpy(x, seed=0, sizes=(64, 64, 64, 10)):
     """Compute what `mlp_onnx` computes, in NumPy and float64."""
     random = np.random.default_rng(seed)

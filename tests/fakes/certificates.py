@@ -25,7 +25,7 @@ class Authority:
         from cryptography.hazmat.primitives.asymmetric import ec
 
         key = ec.generate_private_key(ec.SECP256R1())
-        files = self._folder / f"{name}.pem", self._folder / f"{name}.key"
+        files = tuple(self._folder / f"{name.replace('/', '_')}.{end}" for end in ("pem", "key"))
         files[0].write_bytes(_pem(self._signed(_name(name), key.public_key(), host=name)))
         plain = serialization.NoEncryption()
         form = serialization.PrivateFormat.PKCS8

@@ -17,7 +17,10 @@ from edgekit.ota.device.fetchers import FolderFetcher
 from edgekit.ota.device.update import Device, update
 from edgekit.ota.messages import Block, BlockRequest, Desired
 from edgekit.ota.release import Limits
-from edgekit.ota.server import publisher, repository
+from edgekit.ota.server import metadata, publisher, repository
+from edgekit.ota.server.delegations import role_of
+from edgekit.ota.server.draft import Draft
+from edgekit.ota.server.keys import Custody
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,6 +125,19 @@ class Fleet:
 
         channel.subscribe(messages.topic(FLEET, "+", "request"), answer)
         return seen
+
+
+def signer(fleet, role):
+    """Return what signs as a role: whoever has the fleet's folder can."""
+    trusted = metadata.current_root(fleet.folder).signed
+    return Custody(fleet.folder).signer(trusted.get_key(trusted.roles[role].keyids[0]))
+
+
+def operator_signs(fleet, model, change):
+    """Change what is signed of a model and sign the whole chain with the fleet's own keys: the operator attacks."""
+    draft = Draft.of(Custody(fleet.folder), NOW)
+    change(draft.change(role_of(model)))
+    draft.commit()
 
 
 def wish(release, deployment="d1", attempt=1):

@@ -133,7 +133,7 @@ def _process(fleet: Fleet, state: Path) -> Iterator[None]:
     """Run ``edgekit ota agent`` as its own process, as on a device."""
     root = fleet.folder / "repository" / "metadata" / "1.root.json"
     arguments = ["--state", state, "--root", root, "--device", state.name, "--target", CLASS, "--threads", "1"]
-    arguments += ["--broker", fleet.url, "--fleet", FLEET, "--port", str(fleet.port), "--quiet"]
+    arguments += ["--broker", fleet.url, "--fleet", FLEET, "--port", str(fleet.port), "--quiet", "--allow-volatile"]
     command = [sys.executable, "-m", "edgekit", "ota", "agent", *map(str, arguments)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:

@@ -113,10 +113,12 @@ def _under_load(story: Story, fleet: Fleet, name: str, versions: tuple[Bundle, B
 
 
 def _replayed(story: Story, fleet: Fleet, small: Bundle) -> None:
-    """Publish an old wish in the server's name, as anyone could who got into the broker."""
+    """Publish an old wish in the server's name, as anyone could who got into the broker, as if it were the newest."""
     story.chapter("An attacker replays the order for v1, which was signed once")
     channel = mqtt.connect(fleet.url, "attacker")
-    old = Desired(deployment="replayed", attempt=1, release=f"models/{cast.MODEL}/{cast.CLASS}/1.json", version=1)
+    release = f"models/{cast.MODEL}/{cast.CLASS}/1.json"
+    newest = int(time.time() * 1000)  # one of a lower revision is not even looked at
+    old = Desired(deployment="replayed", attempt=1, release=release, version=1, revision=newest)
     heard: list[messages.Report] = []
     channel.subscribe(
         messages.topic(cast.FLEET, "pi-1", "report"),

@@ -177,7 +177,7 @@ def _times(file: str, table: Sequence[Sensitivity]) -> Cost:
     try:
         found = msgspec.json.decode(Path(file).read_bytes(), type=dict[str, dict[int, float]])
         return {(entry.name, entry.bits): found[entry.name][entry.bits] for entry in table}
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{file} holds no times: {error}", 'write JSON, milliseconds by weight and width: {"fc.weight": {"8": 0.1}}'
         ) from error

@@ -182,6 +182,8 @@ def _recurrent() -> dict[Any, Any]:
 def _convert(model: Model, graph: torch.export.ExportedProgram, ios: int, *, half: bool) -> Any:  # noqa: ANN401  # coremltools is untyped
     with extra("export"), silence():
         import coremltools as ct
+        from coremltools.converters.mil.converter import _reset_conversion_state
+    _reset_conversion_state()  # a conversion that was refused leaves counters, which name what comes next
     try:
         with silence():
             return ct.convert(
