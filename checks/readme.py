@@ -64,7 +64,7 @@ def calls_in(text: str) -> list[list[str]]:
 def wrong_call(words: list[str]) -> str:
     """Say what is wrong with a call; empty where every command, option or target exists."""
     if words[0] == "make":
-        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         wrong = [word for word in words[1:] if "=" not in word and word not in targets]
         return f"there is no `make {wrong[0]}`" if wrong else ""
     command: click.Command = cli
