@@ -109,19 +109,28 @@ def test_what_trains_computes_what_the_plan_says_before_and_after(rough, granula
     student = FakeQuantized(model, plan, learns_scales=True, learns_ranges=True)
     images = model.data.validation.head(16).inputs
 
-    def difference(one):
+    def differences(one):
         with torch.no_grad():
             mine = student.module(torch.as_tensor(images["image"])).numpy()
-        return np.abs(mine - planned_network(one).run(images)["scores"]).max()
+        return np.abs(mine - planned_network(one).run(images)["scores"])
 
-    assert difference(model) < 1e-4
+    assert differences(model).max() < 1e-4
+    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in student.module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     found = student.learned()
     after = msgspec.structs.replace(plan, weights=found.rules, activations=found.activations)
-    assert difference(model) > 1e-2
-    assert difference(replace(with_parameters(model, found.changes), plan=after)) < 1e-2
+    assert differences(model).max() > 1e-2
+    left = differences(replace(with_parameters(model, found.changes), plan=after))
+    if scheme == "static":
+        # A value in the middle between two steps may be rounded up by one and down by the other: of every twelve seeds
+        # one has such a value, and what comes out differs by a step at most, in a few places.
+        assert np.quantile(left, 0.95) < 1e-4
+        low, high = after.activations["scores"].low, after.activations["scores"].high
+        assert left.max() < 1.01 * (high - low) / 255
+    else:
+        assert left.max() < 1e-2
 
 
 def test_the_gradient_of_a_scale_is_that_of_learned_step_size_quantization():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgekit.errors import ResourceError, TransferError, TrustError
 from edgekit.manifest import FileEntry
 from edgekit.ota import messages
-from edgekit.ota.channel import Back
+from edgekit.ota.channel import Arrival, Back
 from edgekit.ota.device import fetchers
 from edgekit.ota.device.download import download, require_space
 from edgekit.ota.device.fetchers import ChannelFetcher, FolderFetcher, MissingFile, Patience
@@ -274,6 +274,45 @@ def test_what_a_break_lost_is_asked_for_again_at_once_and_nothing_twice(fleet, b
     asked = [offset for offset in seen if offset is not None]
     assert sorted(asked) == sorted([*set(asked), *lost])  # those twice, and no other
     assert one.dropped == 0
+
+
+def test_an_answer_that_is_quicker_than_the_sender_does_not_make_the_next_silence_endless():
+    """It was taken for the slowest ever: the next lost question was waited for twice as long as the machine was up."""
+
+    class Quick:
+        """Answers the first question before ``publish`` returns, and no other."""
+
+        def __init__(self):
+            self.asked = []
+
+        def when_back(self, call):
+            pass
+
+        def subscribe(self, pattern, on_arrival):
+            self.on_arrival = on_arrival
+
+        def publish(self, topic, payload, *, reply_to, correlation):
+            self.asked.append(messages.decode(payload, messages.BlockRequest).path)
+            if len(self.asked) == 1:
+                block = messages.encode_block(Block(total=4, data=b"data"))
+                self.on_arrival(Arrival(reply_to, block, correlation=correlation))
+
+    channel, problems = Quick(), []
+    one = ChannelFetcher(channel, FLEET, "pi-1", Patience(seconds=0.01, attempts=3))
+    assert list(one.stream("metadata/1.root.json", 0, 4)) == [b"data"]
+
+    def read():
+        try:
+            list(one.stream("metadata/2.root.json", 0, 4))
+        except TransferError as error:
+            problems.append(error.message)
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    reading.join(20)
+    one.close()
+    assert problems == ["no answer for metadata/2.root.json at byte 0 after 3 tries, the first of 0.01 s"]
+    assert channel.asked == ["metadata/1.root.json", *["metadata/2.root.json"] * 3]
 
 
 def test_a_slow_link_gets_small_blocks_and_a_quick_one_large_ones(fleet, broker, tmp_path):

@@ -168,10 +168,10 @@ class ChannelFetcher:
                     self._open.pop(oldest := next(iter(question.sent)), None)
                     del question.sent[oldest]
                 question.sent[correlation] = next(self._places)
+                question.asked = time.monotonic()  # before it leaves: the answer may be quicker than `publish` returns
                 self._open[correlation] = question
             payload = messages.encode(question.request)
             self._channel.publish(self._requests, payload, reply_to=self._blocks, correlation=correlation)
-            question.asked = time.monotonic()
 
     def _wait(self, question: _Question) -> Block:
         while True:
