@@ -25,8 +25,8 @@ from edgekit.ota.device.download import RESERVE_BYTES
 from edgekit.ota.device.fetchers import ChannelFetcher, FolderFetcher
 from edgekit.ota.device.update import update
 from edgekit.ota.memory import MemoryBroker
-from edgekit.ota.messages import Installed
-from edgekit.ota.server import publisher
+from edgekit.ota.messages import Block, Installed
+from edgekit.ota.server import publisher, repository
 from edgekit.ota.server.delegations import role_of
 from edgekit.ota.server.draft import Draft
 from edgekit.ota.server.keys import Custody
@@ -132,6 +132,23 @@ def test_device_three_versions_behind_needs_one_delta_and_one_further_behind_the
     assert "blobs" not in asked(fleet, behind[1], newest)
     assert "deltas" not in asked(fleet, behind[0], newest)
     assert all(holds(device, weights(5)) for device in behind)
+
+
+def test_delta_that_the_server_cannot_read_is_not_waited_for(story, monkeypatch):
+    fleet, device, release = story
+    read = repository.read_block
+
+    def broken(folder, request):
+        if request.path.startswith("deltas/"):
+            return Block(error="cannot read it: Input/output error")
+        return read(folder, request)
+
+    monkeypatch.setattr(repository, "read_block", broken)
+    broker = MemoryBroker()
+    requests = fleet.serve(broker.connect("server"))
+    asked(fleet, device, release, ChannelFetcher(broker.connect("pi-1"), FLEET, "pi-1"))
+    assert {"deltas", "blobs"} <= {r.path.split("/")[0] for r in requests}
+    assert holds(device, weights(2))
 
 
 def test_device_without_anything_installed_gets_the_whole_file(story, tmp_path):

@@ -71,6 +71,20 @@ def test_bundle_before_is_kept_where_giving_it_up_would_not_be_enough(fleet, sma
     assert device.serving.active == two.bundle
 
 
+def test_release_before_is_kept_where_it_is_the_very_bundle_that_serves(fleet, small):
+    """Published once more under another number: there is one folder for both, so giving one up frees nothing."""
+    device = fleet.device(small.path / "state")
+    one, again = fleet.publish(1), fleet.publish(1)
+    for release in (one, again):
+        assert isinstance(install(fleet, device, release, deployment=f"d{release.version}"), Installed)
+    assert one.bundle == again.bundle
+    small.fill(leave=SIZE)
+    with pytest.raises(ResourceError, match="bytes free"):
+        install(fleet, device, fleet.publish(3), deployment="d3")
+    state = slots.load(device.state)
+    assert (state.current, state.previous) == (again, one)
+
+
 def test_bundle_before_is_kept_while_the_present_one_is_damaged(fleet, small):
     device, one, two = two_installed(fleet, small)
     path = slots.bundle_folder(device.state, two.bundle) / PROFILE / "model.onnx"

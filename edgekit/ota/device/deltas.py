@@ -14,7 +14,7 @@ from edgekit.errors import BundleError, MissingExtra, TrustError
 from edgekit.manifest import FileEntry
 from edgekit.ota.device import slots
 from edgekit.ota.device.download import download
-from edgekit.ota.device.fetchers import MissingFile
+from edgekit.ota.device.fetchers import MissingFile, UnreadableFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -63,7 +63,7 @@ def rebuild(fetcher: Fetcher, entry: FileEntry, way: Way, target: Path, *, progr
     try:
         download(fetcher, told, delta, progress, room=ROOM)
         applying.apply(delta, way.base, entry, made)
-    except (BundleError, TrustError, MissingFile, MissingExtra) as error:
+    except (BundleError, TrustError, MissingFile, UnreadableFile, MissingExtra) as error:
         log.warning("the whole of %s is fetched, its delta is no good: %s", entry.path, error)
         return False
     else:

@@ -39,6 +39,10 @@ class MissingFile(TransferError):
     """The repository has no such file; TUF asks for the next root until it meets this."""
 
 
+class UnreadableFile(TransferError):
+    """The repository has the file and cannot read it: asking again soon does not help."""
+
+
 class Fetcher(Protocol):
     """Reads files of a repository, from any offset on."""
 
@@ -283,7 +287,7 @@ def _checked(request: BlockRequest, block: Block) -> bytes:
     if block.error == blocks.NOT_FOUND:
         raise MissingFile(f"the repository has no {request.path}", "publish it: edgekit ota publish")
     if block.error:
-        raise TransferError(f"the repository cannot read {request.path}: {block.error}", "see the server's log")
+        raise UnreadableFile(f"the repository cannot read {request.path}: {block.error}", "see the server's log")
     expected = max(0, min(request.length, block.total - request.offset))
     if len(block.data) != expected:
         raise TransferError(

@@ -357,9 +357,12 @@ def collect_unnamed(folder: Path, state: State) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def bytes_of_its_own(folder: Path, name: str) -> int:
-    """Return what removing a bundle would free: its files that no other bundle and no staging folder shares."""
-    files = [path.lstat() for path in bundle_folder(folder, name).rglob("*") if path.is_file()]
+def bytes_of_previous(folder: Path, state: State) -> int:
+    """Return what giving up the bundle before would free: its files that no other bundle and no staging shares."""
+    names = [slot_name(one, state.variant_of(one)) for one in (state.previous, state.current) if one is not None]
+    if state.previous is None or names.count(names[0]) > 1:  # two releases of the very same bundle
+        return 0
+    files = [path.lstat() for path in bundle_folder(folder, names[0]).rglob("*") if path.is_file()]
     return sum(file.st_size for file in files if file.st_nlink == 1)
 
 

@@ -84,7 +84,7 @@ def _make_room(device: Device, needed: int) -> None:
     slots.collect_unnamed(folder, state)
     lacking = bytes_lacking(folder, needed)
     if lacking and state.previous and state.current and not state.trial:
-        gained = slots.bytes_of_its_own(folder, slots.slot_name(state.previous, state.variant_of(state.previous)))
+        gained = slots.bytes_of_previous(folder, state)
         if gained >= lacking and slots.is_whole(folder, state.current):
             log.warning(
                 "%s is given up, %d bytes: the disk does not hold it beside %s and what comes",
