@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from edgekit.errors import UsageError
-from edgekit.ota.messages import Identifier
+from edgekit.ota.messages import MAX_GROUPS, Identifier
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,12 +20,13 @@ CERTIFICATE, KEY, AUTHORITY, ROOT = "certificate.pem", "key.pem", "authority.pem
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who a device is. ``broker``: where its fleet is reached; empty: it is told otherwise."""
+    """Who a device is. ``broker``: where its fleet is reached; empty: it is told otherwise. ``groups``: those it is in."""
 
     fleet: Identifier
     device: Identifier
     profile: Identifier
     broker: Annotated[str, msgspec.Meta(max_length=300)] = ""
+    groups: Annotated[tuple[Identifier, ...], msgspec.Meta(max_length=MAX_GROUPS)] = ()
 
 
 def encode(identity: Identity) -> bytes:

@@ -370,13 +370,14 @@ def test_status_shows_what_devices_wrote_without_obeying_it(fleet):
     report = RolledBack(device="pi-1", deployment="cat-v4", attempt=1, version=4, reason=evil)
     alert = Alert(kind="input-drift", what="\x1b[2J", value=0.6, limit=0.2, since=1.0)
     state = fold(state, Drift(device="pi-1", bundle="", alerts=(alert, alert)), time.time() - 7300)
-    store.save_devices([fold(state, report, time.time() - 7300), DeviceState(id="pi-2")])
+    store.save_devices([fold(state, report, time.time() - 7300), DeviceState(id="pi-2", dropped=12)])
     store.close()
     text = ota("status", fleet).output
     assert "2 devices, 1 online" in text
     assert "cat v3" in text
     assert text.count("input-drift") == 1
     assert "2 h ago" in text
+    assert "reports that had no room while their device was offline: pi-2 12" in text
     assert "?[2J?gone" in text
     assert "\x1b" not in text
     assert len(max(text.splitlines(), key=len)) < 220

@@ -56,7 +56,7 @@ def connect(broker, folder, patience=10.0):
 def test_agent_and_server_start_from_what_they_were_given_and_update(broker, fleet, tmp_path):
     ota("publish", fleet, mlp_bundle(tmp_path / "b").folder, *FAST)
     provision(fleet, "edgekit-server", tmp_path / "server", "--as", "server")
-    provision(fleet, "pi-1", tmp_path / "pi-1", "--profile", "x86-64", "--broker", broker.url)
+    provision(fleet, "pi-1", tmp_path / "pi-1", "--profile", "x86-64", "--broker", broker.url, "--group", "canary")
     server = Process(tmp_path, "server", "server", fleet, "--broker", broker.url, "--identity", tmp_path / "server")
     agent = None
     try:
@@ -64,11 +64,25 @@ def test_agent_and_server_start_from_what_they_were_given_and_update(broker, fle
         agent = Process(tmp_path, "agent", "agent", "--state", tmp_path / "state", "--identity", tmp_path / "pi-1")
         agent.says("pi-1 (x86-64) listens to fleet home")
         eventually(lambda: "pi-1" in ota("status", fleet).output)
+        assert say("status", fleet)["devices"][0]["groups"] == {"canary": 0}
         ota("rollout", "start", fleet, "mlp", "--waves", "100%")
         agent.says("installed version 1")
     finally:
         for process in filter(None, (agent, server)):
             process.end()
+
+
+def test_identity_says_the_groups_that_a_device_is_in(fleet, tmp_path):
+    ota("group", "add", fleet, "north", "pi-1", "pi-2")
+    told = ota("provision", fleet, "pi-1", "-o", tmp_path / "pi-1", "--profile", "x86-64", "--group", "canary").output
+    assert "let Mosquitto read its rules again" in told
+    assert identity.read(tmp_path / "pi-1").groups == ("canary", "north")
+    groups = say("group", "list", fleet)["groups"]
+    assert {name: one["members"] for name, one in groups.items()} == {"canary": ["pi-1"], "north": ["pi-1", "pi-2"]}
+    refused = ota("provision", fleet, "pi-3", "-o", tmp_path / "pi-3", "--profile", "x86-64", "--group", "a/b", code=2)
+    assert "malformed" in refused.output
+    assert not (tmp_path / "pi-3").exists()
+    assert "a/b" not in say("group", "list", fleet)["groups"]
 
 
 def test_revoked_device_is_let_in_no_longer(broker, fleet, tmp_path):

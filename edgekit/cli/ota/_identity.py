@@ -42,14 +42,17 @@ def gave(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
 
-def _told(folder: Path) -> dict[str, str]:
+def _told(folder: Path) -> dict[str, Any]:
     from edgekit.ota import identity
 
     files = {"ca": identity.AUTHORITY, "cert": identity.CERTIFICATE, "key": identity.KEY}
-    told = {prefix + name: str(folder / file) for name, file in files.items() for prefix in ("", "broker_")}
+    told: dict[str, Any] = {
+        prefix + name: str(folder / file) for name, file in files.items() for prefix in ("", "broker_")
+    }
     if (folder / identity.FILE).exists():
         who = identity.read(folder)
         told |= {"device": who.device, "target": who.profile, "fleet": who.fleet, "root": str(folder / identity.ROOT)}
+        told["groups"] = who.groups
         if who.broker:
             told["broker"] = who.broker
     return told

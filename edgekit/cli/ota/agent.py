@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 @_fleet.broker_files
 @_member.options
 @_conditions.options
-@_identity.option("device", "target", "fleet", "root", "broker", "broker_ca", "broker_cert", "broker_key")
+@_identity.option("device", "target", "fleet", "groups", "root", "broker", "broker_ca", "broker_cert", "broker_key")
 @_isolating.options(default=True)
 @_listening.options
 @_watching.options

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgekit.ota.server.store import Group, Store
 
 COMMAND = click.Group(name="group", help="Name groups of devices, and what their new members run.")
+RULES = "next: edgekit ota broker-config, and let Mosquitto read its rules again (SIGHUP)"
 _FLEET = click.argument("fleet", type=click.Path(path_type=Path))
 _GROUP = click.argument("group")
 _DEVICES = click.argument("devices", nargs=-1, required=True)
@@ -28,7 +29,10 @@ _DEVICES = click.argument("devices", nargs=-1, required=True)
 @_GROUP
 @_DEVICES
 def add(terminal: Terminal, *, fleet: Path, group: str, devices: tuple[str, ...]) -> None:
-    """Let DEVICES hear what GROUP is to run; then write the broker's rules anew, and start agents with --group."""
+    """Let DEVICES hear what GROUP is to run; then write the broker's rules anew, and start agents with --group.
+
+    A device that is provisioned after this knows its groups by itself.
+    """
     _change_members(terminal, fleet, group, lambda members: members | set(devices))
 
 
@@ -90,18 +94,23 @@ def clear(terminal: Terminal, *, fleet: Path, group: str) -> None:
     terminal.result({"group": msgspec.to_builtins(changed)})
 
 
+def change_members(store: Store, group: str, how: Callable[[set[str]], set[str]]) -> Group:
+    """Let other devices be in a group; see `UsageError` of `require_identifier` for names that cannot be."""
+
+    def changed(one: Group) -> Group:
+        members = tuple(_identifier(name) for name in sorted(how(set(one.members))))
+        return msgspec.structs.replace(one, members=members)
+
+    return store.change_group(_identifier(group), changed)
+
+
 def _change_members(terminal: Terminal, fleet: Path, group: str, how: Callable[[set[str]], set[str]]) -> None:
     from edgekit.cli.ota._fleet import open_store
 
     with closing(open_store(fleet)) as store:
-
-        def changed(one: Group) -> Group:
-            members = tuple(_identifier(name) for name in sorted(how(set(one.members))))
-            return msgspec.structs.replace(one, members=members)
-
-        after = store.change_group(_identifier(group), changed)
+        after = change_members(store, group, how)
     terminal.say(f"group {group} has {len(after.members)} devices")
-    terminal.say("next: edgekit ota broker-config, and let Mosquitto read its rules again (SIGHUP)")
+    terminal.say(RULES)
     terminal.result({"group": msgspec.to_builtins(after)})
 
 

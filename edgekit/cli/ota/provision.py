@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _custody
+from edgekit.cli.ota import _custody, group
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from edgekit.ota.server.keys import Custody
 
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -29,6 +31,7 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 )
 @click.option("--profile", help="A device's hardware class; see: edgekit devices.")
 @click.option("--broker", default="", help="Where a device finds its fleet: mqtts://HOST:8883.")
+@click.option("--group", "groups", multiple=True, help="Put a device into this group; it is in those it was in, too.")
 @click.option("--host", "hosts", multiple=True, help="Another name or address of the broker.")
 @click.option("--csr", type=FILE, help="Certify this request: its key was made on the device and stays there.")
 @click.option("--days", default=730, show_default=True, type=click.IntRange(1, 7300), help="For so long it is good.")
@@ -57,9 +60,22 @@ def COMMAND(terminal: Terminal, *, fleet: Path, name: str, output: Path, **flags
     terminal.say(f"wrote {output}: {', '.join(sorted(files))}")
     if identity.KEY not in files:
         terminal.say(f"the device puts its own key beside them, as {identity.KEY}")
+    if flags["groups"]:
+        _join(fleet, name, flags["groups"])
+        terminal.say(group.RULES)
     if flags["part"] == "device":
         terminal.say(f"on the device: edgekit ota agent --state DIR --identity {output.name}")
     terminal.result({"name": name, "as": flags["part"], "folder": output, "files": sorted(files)})
+
+
+def _join(folder: Path, name: str, groups: Iterable[str]) -> None:
+    from contextlib import closing
+
+    from edgekit.cli.ota._fleet import open_store
+
+    with closing(open_store(folder)) as store:
+        for one in groups:
+            group.change_members(store, one, lambda members: members | {name})
 
 
 def _files(custody: Custody, name: str, flags: dict[str, Any]) -> dict[str, bytes]:
@@ -92,7 +108,10 @@ def _device(folder: Path, name: str, flags: dict[str, Any]) -> dict[str, bytes]:
     _custody.require(flags["profile"], "a device has a hardware class", "--profile CLASS; see: edgekit devices")
     with closing(open_store(folder)) as store:
         fleet = store.name
-    who = identity.Identity(fleet=fleet, device=name, profile=flags["profile"], broker=flags["broker"])
+        groups = sorted({*flags["groups"], *(of for of, one in store.groups().items() if name in one.members)})
+    who = identity.Identity(
+        fleet=fleet, device=name, profile=flags["profile"], broker=flags["broker"], groups=tuple(groups)
+    )
     root = metadata.current_root(folder)
     # The newest root, not the first: keys that were revoked in between mean nothing to this device.
     return {

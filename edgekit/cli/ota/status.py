@@ -43,6 +43,8 @@ def _show(terminal: Terminal, store: Store) -> None:
         terminal.table(
             ("device", "class", "online", "runs", "answer", "why", "alerts", "seen"), [_device_row(d) for d in devices]
         )
+    if lost := [f"{d.id} {d.dropped}" for d in devices if d.dropped]:
+        terminal.say(f"reports that had no room while their device was offline: {', '.join(lost)}")
     if rollouts:
         terminal.say()
         terminal.table(
