@@ -20,7 +20,7 @@ CERTIFICATE, KEY, AUTHORITY, ROOT = "certificate.pem", "key.pem", "authority.pem
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who a device is. ``broker``: where its fleet is reached; empty: it is told otherwise. ``groups``: those it is in."""
+    """Who a device is and its ``groups``. ``broker``: where its fleet is reached; empty: it is told otherwise."""
 
     fleet: Identifier
     device: Identifier
