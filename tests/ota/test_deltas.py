@@ -110,6 +110,18 @@ def test_integers_that_moved_a_step_cost_a_quarter(tmp_path):
     assert delta_of(tmp_path, (tmp_path / "a").read_bytes(), (tmp_path / "b").read_bytes()) < 0.24 * new.size
 
 
+@pytest.mark.parametrize("spread", [0.7, 1.2, 3.0])
+def test_rows_that_moved_by_one_cost_nothing_however_small_their_numbers_are(tmp_path, spread):
+    """A token was put into a vocabulary: the difference of rows looks cheap, and is not the cheapest."""
+    chance = np.random.default_rng(0)
+    old = np.rint(chance.normal(0, spread, (1000, 256))).astype(np.int8)
+    new = np.vstack([np.rint(chance.normal(0, spread, (1, 256))).astype(np.int8), old[:-1]])
+    paths = [write("safetensors", tmp_path / name, {"w": one}) for name, one in (("a", old), ("b", new))]
+    data = [path.read_bytes() for path in paths]
+    assert delta_of(tmp_path, *data) < 0.005 * new.size
+    assert applied(tmp_path, data[1]) == data[1]
+
+
 def test_levels_are_foretold_from_their_scales(tmp_path):
     """All weights of a block grow by the same: the scales say it all."""
     arrays = numbers(1, w=(64, 256))

@@ -41,6 +41,22 @@ def test_the_last_mount_of_the_longest_path_counts(tmp_path, folder, kind):
         require_lasting(Path(folder), mounts)
 
 
+def test_overlay_is_what_its_upper_layer_is(tmp_path):
+    """A root kept read-only by an overlay: what is written there lies in memory, or on another disk."""
+    upper, mounts = tmp_path / "upper", tmp_path / "mountinfo"
+    upper.mkdir()
+    root = f"22 1 0:20 / / rw,relatime - overlay overlayroot rw,lowerdir=/lower,upperdir={upper},workdir=/work\n"
+    mounts.write_text(root + f"25 22 0:21 / {tmp_path} rw - tmpfs tmpfs rw\n")
+    with pytest.raises(ResourceError, match="lies on tmpfs"):
+        require_lasting(Path("/var/lib/edgekit"), mounts, containers=())
+    mounts.write_text(root + f"25 22 8:2 / {tmp_path} rw - ext4 /dev/sda2 rw\n")
+    require_lasting(Path("/var/lib/edgekit"), mounts, containers=())
+    upper.rmdir()
+    with pytest.raises(ResourceError, match=r"layered file system \(overlay\).*cannot see"):
+        require_lasting(Path("/var/lib/edgekit"), mounts, containers=())
+    require_lasting(Path("/var/lib/edgekit"), mounts, containers=(str(mounts),))  # a container's, as anybody expects
+
+
 def test_link_into_memory_is_followed(tmp_path):
     (tmp_path / "state").symlink_to("/dev/shm/edgekit")  # noqa: S108  # nothing is written there
     if file_system(Path("/dev/shm")) != "tmpfs":  # noqa: S108  # the same

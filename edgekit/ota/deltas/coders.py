@@ -121,6 +121,11 @@ def pack(data: bytes, before: bytes = b"") -> tuple[Part, bytes]:
     return Part(len(data), len(packed)), packed
 
 
+def weight(data: bytes, before: bytes = b"") -> int:
+    """Return about how long bytes are once packed, in a tenth of the time that packing takes."""
+    return min(len(data), len(_compressor(QUICK, before).compress(data)))
+
+
 def unpack(part: Part, data: bytes, before: bytes = b"") -> bytes:
     """Return the bytes that a part announces.
 

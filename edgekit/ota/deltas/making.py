@@ -35,7 +35,9 @@ MOST = 0.7
 NEAR_BYTES = 16 << 10
 """At least so many old bytes does a short piece look at; with more, packing takes long."""
 POOR = 0.5
-"""Where a change takes more than this share of its bytes, other ways are tried as well."""
+"""Where a change takes more than this share of its bytes, other ways are packed in full, not only weighed."""
+SAMPLES, SAMPLE_BYTES = 12, 64
+"""So many stretches of a piece are looked for elsewhere: zstd's quick levels overlook what moved among small numbers."""
 _Made = tuple["Record", list[bytes]]
 
 
@@ -156,10 +158,24 @@ def _smallest(data: bytes, base: int | None, before: Data, layouts: tuple[str, .
     if base is not None and layouts and base + len(data) <= len(before):
         old = before[base : base + len(data)]
         best = _changes(data, old, base, min(layouts, key=lambda name: _likely(data, old, name)))
-    if best is None or _cost(best) > POOR * len(data) or len(data) < 4096:
+    if best is None or len(data) < 4096 or _cost(best) > min(POOR * len(data), _weighed(data, base, before)):
         rest = [_fresh(data)] + ([] if base is None else [_prefixed(data, base, before)])
         best = min([*([] if best is None else [best]), *([one] for one in rest)], key=_cost)
     yield from best
+
+
+def _weighed(data: bytes, base: int | None, before: Data) -> int:
+    """Return about what a piece takes without a layout; 0 where its rows have moved, as where a token was put in."""
+    from edgekit.ota.deltas import coders
+
+    if base is None:
+        return coders.weight(data)
+    sight = _sight(data, base, before)[1]
+    step = max(1, (len(data) - SAMPLE_BYTES) // SAMPLES)
+    samples = [data[at : at + SAMPLE_BYTES] for at in range(0, len(data) - SAMPLE_BYTES, step)]
+    if 2 * sum(sample in sight for sample in samples) > len(samples):
+        return 0
+    return min(coders.weight(data), coders.weight(data, sight))
 
 
 def _cost(made: list[_Made]) -> int:
@@ -176,13 +192,18 @@ def _fresh(data: bytes) -> _Made:
 def _prefixed(data: bytes, base: int, before: Data) -> _Made:
     from edgekit.ota.deltas import coders
 
-    wide = min(SIGHT_BYTES, 4 * len(data) + NEAR_BYTES)
-    start = max(0, min(base - (wide - len(data)) // 2, len(before) - wide))
-    sight = before[start : start + wide]
+    start, sight = _sight(data, base, before)
     part, packed = coders.pack(data, sight)
     if part.size == part.length:
         return Fresh(part), [packed]
     return Prefixed(start, len(sight), part), [packed]
+
+
+def _sight(data: bytes, base: int, before: Data) -> tuple[int, bytes]:
+    """Return the old bytes around a place, and where they begin."""
+    wide = min(SIGHT_BYTES, 4 * len(data) + NEAR_BYTES)
+    start = max(0, min(base - (wide - len(data)) // 2, len(before) - wide))
+    return start, before[start : start + wide]
 
 
 def _changes(data: bytes, old: bytes, base: int, name: str) -> list[_Made]:
@@ -221,7 +242,14 @@ def _left(data: bytes, old: bytes, layout: Layout) -> Iterator[tuple[int, list[N
             way: coders.planes(residuals.take(way, layout, before, after, index=index), field.bits)
             for way in residuals.ways(layout, index)
         }
-        yield min(tries.items(), key=lambda one: _entropy(one[1]))
+        yield min(tries.items(), key=lambda one: _weight(one[1]))
+
+
+def _weight(planes: Iterable[NDArray[Any]]) -> float:
+    """Return about how many bytes planes take: gaps pack as their frequencies say, zstd finds what repeats."""
+    from edgekit.ota.deltas import coders
+
+    return sum(min(_entropy([plane]) / 8, coders.weight(plane.tobytes())) for plane in planes)
 
 
 def _likely(data: bytes, old: bytes, name: str) -> float:
