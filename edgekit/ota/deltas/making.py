@@ -37,7 +37,7 @@ NEAR_BYTES = 16 << 10
 POOR = 0.5
 """Where a change takes more than this share of its bytes, other ways are packed in full, not only weighed."""
 SAMPLES, SAMPLE_BYTES = 12, 64
-"""So many stretches of a piece are looked for elsewhere: zstd's quick levels overlook what moved among small numbers."""
+"""So many stretches are looked for elsewhere: zstd's quick levels overlook what moved among small numbers."""
 _Made = tuple["Record", list[bytes]]
 
 

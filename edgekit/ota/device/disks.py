@@ -21,14 +21,14 @@ CONTAINERS = ("/.dockerenv", "/run/.containerenv", "/run/secrets/kubernetes.io")
 def require_lasting(folder: Path, mounts: Path = MOUNTS, containers: Sequence[str] = CONTAINERS) -> None:
     """Raise ResourceError where ``folder``, which need not be there yet, lies in memory instead of on a disk.
 
-    So it may where the root is read-only under an overlay whose upper layer nobody sees any more, as Raspberry Pi OS has
-    it. A container's is such a one as well, and lasts as long as the container does.
+    So it may where the root is read-only under an overlay whose upper layer nobody sees any more, as Raspberry Pi OS
+    has it. A container's is such a one as well, and lasts as long as the container does.
     """
     kind = file_system(folder, mounts)
     if kind in LAYERED and not any(Path(mark).exists() for mark in containers):
         raise ResourceError(
-            f"{folder} lies on a layered file system ({kind}) whose upper layer this process cannot see: updates may be lost "
-            "with the power",
+            f"{folder} lies on a layered file system ({kind}) whose upper layer this process cannot see: "
+            "updates may be lost with the power",
             "name a folder on a disk with --state, such as a mounted data partition, or pass --allow-volatile",
         )
     if kind in VOLATILE:
@@ -41,8 +41,8 @@ def require_lasting(folder: Path, mounts: Path = MOUNTS, containers: Sequence[st
 def file_system(folder: Path, mounts: Path = MOUNTS) -> str:
     """Return the type of the file system that holds ``folder``; empty where the system does not tell.
 
-    The last mount of the longest path counts (proc_pid_mountinfo(5)). What is written into an overlay goes into its upper
-    layer, so that one's type is returned where its folder can be seen.
+    The last mount of the longest path counts (proc_pid_mountinfo(5)). What is written into an overlay goes into its
+    upper layer, so that one's type is returned where its folder can be seen.
     """
     try:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
