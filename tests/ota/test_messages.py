@@ -160,6 +160,7 @@ def test_alerts_are_bounded_and_fit_into_a_message():
             messages.decode(messages.encode(more), Report)
 
 
+@pytest.mark.attack("endless data")
 def test_endless_message_is_refused_before_it_is_parsed():
     with pytest.raises(MessageError, match="longer than"):
         messages.decode(b" " * (MAX_MESSAGE_BYTES + 1), Desired)

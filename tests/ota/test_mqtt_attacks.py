@@ -97,6 +97,7 @@ POISON = [
 ]
 
 
+@pytest.mark.attack("poisoned retained message")
 def test_poisoned_retained_messages_on_every_topic_change_nothing_and_are_counted(town):
     town.roll_out()
     before = town.service.counts["dropped"]
@@ -115,6 +116,7 @@ def test_poisoned_retained_messages_on_every_topic_change_nothing_and_are_counte
     assert town.roll_out().version == 3
 
 
+@pytest.mark.attack("replayed desired state")
 def test_replayed_desired_state_takes_no_device_back_also_after_a_restart(town):
     town.roll_out()
     old = town.retained(town.topic("desired"))
@@ -135,6 +137,7 @@ def test_replayed_desired_state_takes_no_device_back_also_after_a_restart(town):
     assert town.agent._wanted is None
 
 
+@pytest.mark.attack("replayed desired state")
 def test_forged_revision_at_a_device_is_outbid_by_the_server(town):
     release = town.roll_out()
     forged = Desired(deployment="evil", release=release.path, version=1, revision=int(NOW.timestamp() * 1000) + 10**9)
@@ -144,6 +147,7 @@ def test_forged_revision_at_a_device_is_outbid_by_the_server(town):
     assert town.store.devices()["pi-1"].revision > forged.revision
 
 
+@pytest.mark.attack("device ids")
 @pytest.mark.parametrize("name", ["+", "#", "../x", "a/b", "", "pi 1", "-x", "x" * 65, "é"])
 def test_device_ids_that_could_change_a_topic_name_no_device(town, name, tmp_path):
     with pytest.raises(UsageError):
@@ -162,6 +166,7 @@ def test_device_ids_that_could_change_a_topic_name_no_device(town, name, tmp_pat
     assert set(town.store.devices()) == {"pi-1"}
 
 
+@pytest.mark.attack("message flood")
 def test_message_flood_leaves_memory_bounded_and_the_next_update_comes(town):
     count = 3000
     for number in range(count):
@@ -174,6 +179,7 @@ def test_message_flood_leaves_memory_bounded_and_the_next_update_comes(town):
     assert town.roll_out().version == 1
 
 
+@pytest.mark.attack("message flood")
 def test_flood_of_questions_while_the_broker_reads_nothing_is_no_growing_memory(tmp_path):
     with Mosquitto(tmp_path) as broker:
         server, block = mqtt.connect(broker.url, "server"), bytes(256 << 10)
@@ -194,6 +200,7 @@ def test_flood_of_questions_while_the_broker_reads_nothing_is_no_growing_memory(
         server.close()
 
 
+@pytest.mark.attack("endless data")
 def test_payload_beyond_the_brokers_limit_reaches_nobody(tmp_path):
     with Mosquitto(tmp_path, ["allow_anonymous true", "max_packet_size 300000"]) as broker:
         attacker, device, got = mqtt.connect(broker.url, "attacker"), mqtt.connect(broker.url, "pi-1"), []
