@@ -1,5 +1,6 @@
 """A blob comes whole or not at all, goes on where a break left it, and nothing is fetched twice."""
 
+import functools
 import hashlib
 import shutil
 import threading
@@ -212,6 +213,25 @@ def test_server_that_never_answers_is_named_after_bounded_tries(broker, tmp_path
     assert "edgekit ota serve" in caught.value.hint
     assert len(asked) == len({a.correlation for a in asked}) == 4
     assert one._open == {}
+
+
+@pytest.mark.attack("slow data")
+def test_server_that_trickles_over_a_channel_is_given_up(broker):
+    """Each answer comes just in time to be no silence."""
+    server = broker.connect("server")
+
+    def answer(arrival):
+        request = messages.decode(arrival.payload, messages.BlockRequest)
+        block = messages.encode_block(Block(total=SIZE, data=DATA[request.offset : request.offset + request.length]))
+        tell = functools.partial(server.publish, arrival.reply_to, block, correlation=arrival.correlation)
+        threading.Timer(0.05, tell).start()
+
+    server.subscribe(messages.topic(FLEET, "pi-1", "request"), answer)
+    patience = Patience(window=1, seconds=60, least_rate=100e6, rate_seconds=0.12)
+    came = []
+    with pytest.raises(TransferError, match="at least 1e\\+08 a second are wanted"):
+        came.extend(fetcher(broker, patience).stream(f"blobs/{ENTRY.sha256}", 0, SIZE))
+    assert len(b"".join(came)) < SIZE
 
 
 def test_closing_wakes_whoever_waits(broker, tmp_path):

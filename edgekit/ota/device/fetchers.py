@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from edgekit.errors import MessageError, TransferError
 from edgekit.ota import blocks, messages
+from edgekit.ota.device.pace import Pace
 from edgekit.ota.messages import MAX_BLOCK_BYTES, Block, BlockRequest
 
 if TYPE_CHECKING:
@@ -129,9 +130,10 @@ class ChannelFetcher:
     def stream(self, path: str, start: int, end: int) -> Iterator[bytes]:
         """Yield the bytes asked for, with a window of questions in flight; see `Fetcher`."""
         asked: deque[_Question] = deque()
+        pace = Pace(self._patience.least_rate, self._patience.rate_seconds)
         try:
             asked.append(self._ask(path, start, end))
-            block = self._wait(asked[0])
+            block = self._timed(asked[0], pace)
             total = block.total
             start += len(block.data)
             asked.popleft()
@@ -140,7 +142,7 @@ class ChannelFetcher:
                 while start < min(end, total) and len(asked) < self._patience.window:
                     asked.append(self._ask(path, start, min(end, total)))
                     start += asked[-1].request.length
-                block = self._wait(asked[0])
+                block = self._timed(asked[0], pace)
                 asked.popleft()
                 if block.total != total:
                     raise TransferError(f"{path} changed its length while it was read", "try again")
@@ -176,6 +178,14 @@ class ChannelFetcher:
                 self._open[correlation] = question
             payload = messages.encode(question.request)
             self._channel.publish(self._requests, payload, reply_to=self._blocks, correlation=correlation)
+
+    def _timed(self, question: _Question, pace: Pace) -> Block:
+        """Wait for an answer; give up where all of them trickle. A time without a connection is nobody's slowness."""
+        began, broken = time.monotonic(), self._broken
+        block = self._wait(question)
+        if broken == self._broken:
+            pace.took(time.monotonic() - began, len(block.data))
+        return block
 
     def _wait(self, question: _Question) -> Block:
         while True:
@@ -267,8 +277,8 @@ def _parsed(arrival: Arrival) -> Block | None:
 class Patience:
     """How many blocks are in flight, how long a first silence may be (each next is twice as long), and how often.
 
-    Over HTTPS fewer than ``least_rate`` bytes a second over ``rate_seconds`` end a transfer; over a channel a block
-    that takes longer than all its tries does.
+    Fewer than ``least_rate`` bytes a second over ``rate_seconds`` of waiting end a transfer, and so does a block that
+    takes longer than all its tries.
     """
 
     window: int = 8
