@@ -1,8 +1,9 @@
 """A disk with a write cache that a power cut empties, spoken to over NBD.
 
-What was written and not yet flushed is lost at the cut, or reaches the disk in part: in 512-byte sectors, out of order,
-as a real one may do it. Flush and FUA are obeyed. Follows the NBD protocol (fixed newstyle, simple replies) as far as
-QEMU needs it. Knows nothing of file systems.
+What was written and not yet flushed is lost at the cut, or reaches the disk in part: in physical sectors of 4 KiB, which
+is what flash and hard disks write as one (a torn smaller sector would break ext4's own superblock, which no program can
+help), out of order, as a real one may do it. Flush and FUA are obeyed. Follows the NBD protocol (fixed newstyle, simple
+replies) as far as QEMU needs it. Knows nothing of file systems.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from pathlib import Path
 
-SECTOR = 512
+SECTOR = 4096
 OPTION_MAGIC, REPLY_MAGIC = 0x49484156454F5054, 0x3E889045565A9
 REQUEST_MAGIC, ANSWER_MAGIC = 0x25609513, 0x67446698
 EXPORT_NAME, ABORT, INFO, GO = 1, 2, 6, 7
@@ -48,11 +49,11 @@ class Disk:
         assert not self._thread.is_alive(), "the machine still runs"
         self.unflushed = len(self._pending)
         for offset, data in self._pending:
-            keeps = chance.random(-(-len(data) // SECTOR)) < share
-            for number in np.flatnonzero(keeps):
-                start = int(number) * SECTOR
-                piece = data[start : start + SECTOR]
-                self._kept[offset + start : offset + start + len(piece)] = piece
+            first, end = offset // SECTOR, -(-(offset + len(data)) // SECTOR)
+            for number in np.flatnonzero(chance.random(end - first) < share):
+                low = max(offset, (first + int(number)) * SECTOR)
+                high = min(offset + len(data), (first + int(number) + 1) * SECTOR)
+                self._kept[low:high] = data[low - offset : high - offset]
         return bytes(self._kept)
 
     def _serve(self) -> None:

@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import _disk
 
-SIZE, SECTOR = 1 << 16, _disk.SECTOR
+SIZE, SECTOR = 1 << 20, _disk.SECTOR
 OLD, NEW = b"\0" * SECTOR, b"\1" * SECTOR
 
 
@@ -71,6 +71,15 @@ def test_a_write_may_reach_the_disk_in_part(machine):
     machine.ask(_disk.WRITE, 0, NEW * 100)
     kept = machine.cut(0.5).count(NEW)
     assert 20 < kept < 80
+
+
+def test_less_than_a_sector_is_written_whole_or_not_wherever_it_begins(machine):
+    piece = b"\1" * 1024
+    for number in range(40):
+        machine.ask(_disk.WRITE, number * SECTOR + 1024, piece)
+    left = machine.cut(0.5)
+    assert {one[1024:2048] for one in left[:40]} == {piece, bytes(1024)}
+    assert all(one[:1024] + one[2048:] == bytes(SECTOR - 1024) for one in left)
 
 
 def test_what_it_does_not_know_it_refuses(machine):
