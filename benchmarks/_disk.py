@@ -1,8 +1,8 @@
 """A disk with a write cache that a power cut empties, spoken to over NBD.
 
-What was written and not yet flushed is lost at the cut, or reaches the disk in part: in physical sectors of 4 KiB, which
-is what flash and hard disks write as one (a torn smaller sector would break ext4's own superblock, which no program can
-help), out of order, as a real one may do it. Flush and FUA are obeyed. Follows the NBD protocol (fixed newstyle, simple
+What was written and not yet flushed is lost at the cut, or reaches the disk in part: out of order, as a real one may do
+it, in physical sectors of 4 KiB, which flash and hard disks write as one (a smaller one, torn, would break ext4's own
+superblock, and no program can help that). Flush and FUA are obeyed. Follows the NBD protocol (fixed newstyle, simple
 replies) as far as QEMU needs it. Knows nothing of file systems.
 """
 
