@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import ipaddress
 import logging
 import queue
 import random
@@ -245,6 +246,26 @@ class MqttChannel:
             for pattern, on_arrival in self._subscriptions:
                 if matches(pattern, arrival.topic):
                     on_arrival(arrival)
+
+
+def require_protected(url: str, tls: Tls | None) -> None:
+    """Refuse a broker beyond this machine that anybody on the way could listen to or play, or to which we are nobody.
+
+    Raises:
+        UsageError: no TLS, or neither a client certificate nor a user name.
+    """
+    host, _, name = _address(url)
+    parts = urlsplit(url)
+    with contextlib.suppress(ValueError):  # a name
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    if host == "localhost":
+        return
+    hint = "provision both ends (edgekit ota provision, --identity), or pass --allow-plain"
+    if parts.scheme != "mqtts":
+        raise UsageError(f"{name} is not encrypted: whoever is on the way reads and forges it", hint)
+    if not (parts.username or (tls and tls.certificate)):
+        raise UsageError(f"{name} is to be reached without a client certificate: it cannot tell who comes", hint)
 
 
 def _address(url: str) -> tuple[str, int, str]:

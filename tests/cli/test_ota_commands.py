@@ -437,6 +437,8 @@ def test_an_agent_without_a_root_or_without_a_source_is_told_what_it_needs(fleet
     assert "did you mean x86-64" in ota(*slip, code=2).output
     both = ("--broker", "mqtt://x", "--repository", tmp_path)
     assert "--broker or --repository" in ota(*head, *both, code=2).output
+    assert "not encrypted" in ota(*head, "--broker", "mqtt://far", code=2).output
+    assert "not encrypted" in ota("server", fleet, "--broker", "mqtt://far", code=2).output
     note = tmp_path / "note.json"
     note.write_text("{}")
     assert "no root metadata" in ota(*head, "--root", note, "--broker", "mqtt://127.0.0.1:1", code=2).output

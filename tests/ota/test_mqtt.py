@@ -3,6 +3,7 @@
 import datetime as dt
 import ipaddress
 import threading
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -31,6 +32,31 @@ def test_address_that_is_none_is_a_usage_error(url):
     with pytest.raises(UsageError, match=r"address|host") as caught:
         mqtt.connect(url, "pi")
     assert "mqtt://host" in caught.value.hint
+
+
+CERTIFIED = mqtt.Tls(certificate=Path("device.pem"), key=Path("device.key"))
+
+
+@pytest.mark.parametrize("url", ["mqtt://127.0.0.1", "mqtt://localhost:1", "mqtt://[::1]:1883", "mqtts://u:p@far:8883"])
+def test_broker_on_this_machine_and_one_that_knows_a_user_need_no_certificate(url):
+    mqtt.require_protected(url, None)
+
+
+@pytest.mark.parametrize(
+    ("url", "tls", "words"),
+    [
+        ("mqtt://broker.example.org", CERTIFIED, "not encrypted"),
+        ("mqtt://127.evil.org", None, "not encrypted"),
+        ("mqtt://10.0.0.7", None, "not encrypted"),
+        ("mqtts://broker.example.org", None, "without a client certificate"),
+        ("mqtts://broker.example.org", mqtt.Tls(ca=Path("ca.pem")), "without a client certificate"),
+    ],
+)
+def test_broker_that_anybody_may_listen_to_is_refused(url, tls, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        mqtt.require_protected(url, tls)
+    assert "--allow-plain" in caught.value.hint
+    mqtt.require_protected("mqtts://broker.example.org", CERTIFIED)
 
 
 def test_broker_that_wants_a_password_is_named_as_refusing_us(tmp_path):

@@ -45,21 +45,29 @@ def broker_files(command: Command) -> Command:
         ("--broker-ca", "Take the broker's certificate from this authority only (PEM). [default: the system's]"),
     ):
         command = click.option(flag, type=click.Path(path_type=Path, dir_okay=False), help=what)(command)
-    return command
+    return click.option(
+        "--allow-plain",
+        is_flag=True,
+        envvar="EDGEKIT_ALLOW_PLAIN",
+        help="Reach a broker beyond this machine without TLS, or without a client certificate.",
+    )(command)
 
 
-def tls(flags: dict[str, Any]) -> Tls | None:
+def tls(flags: dict[str, Any], broker: str | None) -> Tls | None:
     """Take the flags of `broker_files` out of others, and return what they say.
 
     Raises:
-        UsageError: a certificate without its key, or the other way round.
+        UsageError: a certificate without its key, or the other way round; a broker that must not be trusted so.
     """
-    from edgekit.ota.mqtt import Tls
+    from edgekit.ota.mqtt import Tls, require_protected
 
     ca, certificate, key = (flags.pop(name) for name in ("broker_ca", "broker_cert", "broker_key"))
     if bool(certificate) != bool(key):
         raise UsageError("a certificate comes with its key", "give --broker-cert and --broker-key together")
-    return Tls(ca, certificate, key) if ca or certificate else None
+    told = Tls(ca, certificate, key) if ca or certificate else None
+    if not flags.pop("allow_plain") and broker:
+        require_protected(broker, told)
+    return told
 
 
 def share(text: str) -> float:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--root", type=click.Path(path_type=Path), help="The fleet's 1.root.json; needed at the first start.")
 @click.option("--device", required=True, help="The device's name in the fleet.")
 @click.option("--target", required=True, help="Its hardware class; see: edgekit devices.")
-@click.option("--broker", help="mqtt://HOST:PORT or mqtts://…")
+@click.option("--broker", help="mqtts://HOST:PORT; on this machine mqtt:// as well.")
 @click.option("--fleet", default="fleet", show_default=True, help="The fleet's name.")
 @click.option("--group", "groups", multiple=True, help="Also obey what this group of the fleet is to run; repeatable.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Serve the model over HTTP here. [default: no server]")
@@ -83,8 +83,8 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
     if place and not place.is_url and _identity.gave("broker"):
         broker = None
     if not (broker or place) or (broker and place and not place.is_url):
-        raise UsageError("an agent needs --broker or --repository, one of them", "--broker mqtt://HOST:1883")
-    tls = _fleet.tls(listening)
+        raise UsageError("an agent needs --broker or --repository, one of them", "--broker mqtts://HOST:8883")
+    tls = _fleet.tls(listening, broker)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     _warn_of_class(terminal, target)
     serving = HostServing(target, port, threads, state / "engines")

@@ -15,7 +15,7 @@ from edgekit.cli.ota import _custody, _fleet, _identity
 
 @command(name="server")
 @click.argument("fleet", type=click.Path(path_type=Path))
-@click.option("--broker", help="mqtt://HOST:PORT or mqtts://… [default: an embedded one, loopback only]")
+@click.option("--broker", help="mqtts://HOST:PORT [default: an embedded one, loopback only]")
 @click.option("--port", default=1883, show_default=True, type=click.IntRange(0, 65535), help="The embedded broker's.")
 @_fleet.broker_files
 @_identity.option("broker_ca", "broker_cert", "broker_key")
@@ -28,7 +28,7 @@ def COMMAND(terminal: Terminal, *, fleet: Path, broker: str | None, port: int, *
     from edgekit.ota.server.broker import embedded
     from edgekit.ota.server.service import Service
 
-    tls = _fleet.tls(files)
+    tls = _fleet.tls(files, broker)
     unlock = _custody.unlock(files, may_ask=False)
     if tls and broker is None:
         raise UsageError("the embedded broker speaks no TLS", "name a broker: --broker mqtts://HOST:8883")
