@@ -21,7 +21,7 @@ from edgekit.ota.device.fetchers import FolderFetcher, Patience
 from edgekit.ota.device.slots import Trial
 from edgekit.ota.device.update import recover
 from edgekit.ota.memory import MemoryBroker
-from edgekit.ota.messages import MAX_ALERTS, Alert, Drift, Failed, Health, Hello, Installed, Refused, Report, RolledBack
+from edgekit.ota.messages import MAX_ALERTS, Alert, Drift, Failed, Health, Hello, Installed, Report, RolledBack
 
 HABITS = Habits(health_seconds=0.05, first_pause=0.05, longest_pause=0.2, will_delay=0, patience=Patience(seconds=1.0))
 
@@ -120,14 +120,21 @@ def test_bad_model_is_rolled_back_and_the_old_one_serves_again(any_town):
     assert town.state().current == one
 
 
-def test_tampered_update_is_refused_over_the_air(any_town):
+def test_tampered_update_is_an_alarm_over_the_air_and_installed_once_its_bytes_are_the_signed_ones(any_town, caplog):
     town = any_town
     one = town.fleet.publish(1)
-    for blob in (town.fleet.repository / "blobs").iterdir():
-        blob.write_bytes(bytes(blob.stat().st_size))
+    sound = {blob: blob.read_bytes() for blob in (town.fleet.repository / "blobs").iterdir()}
+    for blob, data in sound.items():
+        blob.write_bytes(bytes(len(data)))
     town.agent()
     town.want(one)
-    assert "not the signed ones" in town.heard(Refused).reason
+    assert "not the signed ones" in town.heard(Failed).reason
+    levels = {told.levelname for told in caplog.records if f"ALARM: {one.path} is not installed" in told.message}
+    assert levels == {"ERROR"}
+    assert town.state().current is None
+    for blob, data in sound.items():
+        blob.write_bytes(data)
+    assert town.heard(Installed).bundle == one.bundle
 
 
 def test_device_that_was_away_finds_its_wish_when_it_comes(any_town):
