@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 HOURLY = 3600.0
 """So often a device looks at a URL, if nothing else is said."""
 LONGEST_ALARM = 3600.0
-"""So long at most waits one that was brought something else than was signed, where it is not told to look less often."""
+"""So long at most waits one that was brought what nobody signed, unless it looks less often anyway."""
 AGAIN_SECONDS = 60.0
 """So long one waits that looks once, and found its clock wrong or its disk full."""
 

@@ -58,6 +58,28 @@ def test_bytes_that_are_not_the_signed_ones_are_refused(story):
     story.recovers()
 
 
+@pytest.mark.attack("freeze")
+def test_who_holds_back_the_metadata_that_names_a_release_does_not_have_it_refused(story):
+    """What he shows is sound and has not expired: it just lacks the release."""
+    simulator = story.simulator
+    old = simulator.files["metadata/timestamp.json"]
+    three = simulator.add(3)
+    simulator.publish()
+    new, simulator.files["metadata/timestamp.json"] = simulator.files["metadata/timestamp.json"], old
+    story.withstands("nobody signed a release", three)
+    simulator.files["metadata/timestamp.json"] = new
+    story.recovers(three)
+
+
+def test_snapshot_that_is_half_copied_refuses_nothing(story):
+    path = f"metadata/{story.simulator.snapshot.version}.snapshot.json"
+    whole = story.simulator.files[path]
+    story.simulator.files[path] = whole[:100]
+    story.withstands(UNTRUSTED)
+    story.simulator.files[path] = whole
+    story.recovers()
+
+
 def see_newest(story):
     """Let the device see all there is, without anything to install."""
     assert story.attack(story.one, deployment="look").version == 1
