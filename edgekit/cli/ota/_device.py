@@ -103,7 +103,7 @@ def update_from_repository(terminal: Terminal, device: Device, place: Place, *, 
 
     Raises:
         UsageError: no repository there, or nothing in it for this hardware class.
-        HealthError, TrustError: the update was rolled back, or refused.
+        HealthError, TrustError: the update was rolled back, or refused, or its bytes are not the signed ones.
         Held: the device's policy says not now, and it is not to stay.
     """
     from edgekit.ota.device import slots
