@@ -437,6 +437,26 @@ def test_bad_blocks_on_a_disk_that_takes_no_writes_let_the_factory_bundle_serve(
     assert device.serving.active == shipped.digest
 
 
+def test_a_folder_in_which_no_pointer_can_be_read_any_more_lets_the_factory_bundle_serve(
+    story, fleet, monkeypatch, shipped
+):
+    """Its own blocks are bad: what is put aside is as bad as what stays."""
+    device, one, _ = story
+    read = Path.read_bytes
+
+    def broken(path):
+        if path.name in (slots.STATE, slots.COPY):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    assert recover(device) is None
+    assert device.serving.active == shipped.digest
+    with pytest.raises(ResourceError, match=r"state\.json cannot be read"):
+        install(fleet, device, one, deployment="d3")
+    assert device.serving.active == shipped.digest
+
+
 def test_a_pointer_that_cannot_be_opened_for_now_is_not_put_aside_because_its_copy_is_damaged(story, monkeypatch):
     device, _, two = story
     damage_state(device, slots.COPY)

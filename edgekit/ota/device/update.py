@@ -218,15 +218,15 @@ def recover(device: Device) -> Outcome | None:
         slots.mend(device.state)
         state = slots.load(device.state)
         return _brought_up(device, state)
-    except OSError as error:
-        log.error("the device's folder cannot be written, so nothing is updated: %s", error)  # noqa: TRY400  # no trace: it is no bug
+    except (OSError, ResourceError) as error:
+        if isinstance(error, ResourceError) and state is not None:
+            _uncount(device, state)
+            raise
+        log.error("the device's folder is not as it should be, so nothing is updated: %s", error)  # noqa: TRY400  # no trace: it is no bug
         _serve_unwritten(device)
-        with suppress(OSError):
+        with suppress(OSError, ResourceError):
             _uncount(device, state)
         return None
-    except ResourceError:
-        _uncount(device, state)
-        raise
 
 
 def _uncount(device: Device, before: State | None) -> None:
