@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 MIB = 2**20
+BAD_BLOCK = (errno.EIO, errno.EBADMSG, errno.ENODATA, getattr(errno, "EUCLEAN", errno.EIO))
+"""What flash that is worn out answers: the bytes are lost, as if they had changed."""
 
 
 def no_room(folder: Path, what: str, needed: int = MIB, error: BaseException | None = None) -> ResourceError | None:

@@ -254,9 +254,17 @@ def test_a_stick_updates_a_device_without_any_network(fleet, tmp_path):
     blob = max((stick / "blobs").iterdir(), key=lambda p: p.stat().st_mtime)
     for blob in (stick / "blobs").iterdir():
         blob.write_bytes(bytes(len(blob.read_bytes())))
-    refused = ota(*base, "--repository", stick, code=10).output
-    assert "refused version 2" in refused
+    told = ota(*base, "--repository", stick, code=10).output
+    assert "are not the signed ones" in told
+    assert "take a sound one" in told
     assert digest not in [p.name for p in (tmp_path / "pi" / "bundles").iterdir()]
+    timestamp = (stick / "metadata" / "timestamp.json").read_bytes()
+    (stick / "metadata" / "timestamp.json").write_bytes(timestamp[:-9])
+    told = ota(*base, "--repository", stick, code=10).output
+    assert "is not to be trusted" in told
+    assert "take a sound copy" in told
+    shutil.copytree(fleet / "repository", stick, dirs_exist_ok=True)
+    assert "installed version 2" in ota(*base, "--repository", stick).output
     ota("publish", fleet, mlp_bundle(tmp_path / "dog", name="dog").folder, *FAST)
     shutil.copytree(fleet / "repository", stick, dirs_exist_ok=True)
     assert "several models (dog, mlp)" in ota(*base, "--repository", stick, code=2).output

@@ -1,7 +1,10 @@
 """`edgekit ota agent` with a repository on the web, and held to what its flags allow."""
 
+import itertools
+import queue
 import shutil
 import ssl
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,10 +17,12 @@ from fakes.web import mutual, serving
 from test_ota_commands import FAST, agent_arguments, fleet, ota, processes, say, settled
 
 from edgekit.cli.ota import _conditions
-from edgekit.cli.ota._device import Place, _Looks
+from edgekit.cli.ota._device import Place, _first_answer, _Looks
 from edgekit.errors import ResourceError, TransferError, UsageError
 from edgekit.ota.device.disks import file_system
 from edgekit.ota.device.gate import METERED
+from edgekit.ota.device.trust import Unproven
+from edgekit.ota.messages import Failed
 
 __all__ = ["fleet", "processes"]
 
@@ -168,6 +173,37 @@ def test_a_device_that_looks_every_so_often_warns_once_of_the_same_trouble_and_g
     assert terminal.warned == ["no network"]
     with pytest.raises(TransferError):
         _Looks(terminal, None, Place("/media/stick"), look).look_if_due()
+
+
+def test_a_place_that_brings_wrong_bytes_is_asked_less_and_less_often_and_as_before_once_they_are_right(monkeypatch):
+    now, asked, said = [0.0], [], []
+    monkeypatch.setattr("edgekit.cli.ota._device.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("edgekit.cli.ota._device.random.uniform", lambda *_: 1.0)
+    monkeypatch.setattr(_Looks, "_conclude", lambda _, outcome: said.append(outcome))
+
+    def look():
+        asked.append(now[0])
+        if now[0] < 20_000:
+            raise Unproven("not the signed ones")
+        return "installed"
+
+    looks = _Looks(terminal := Speaker(), None, Place("https://x", every=100.0), look)
+    for second in range(0, 22_000, 10):
+        now[0] = float(second)
+        looks.look_if_due()
+    pauses = [int(b - a) for a, b in itertools.pairwise(asked)]
+    assert pauses[:9] == [200, 400, 800, 1600, 3200, 3600, 3600, 3600, 3600]
+    assert set(pauses[9:]) == {100}
+    assert terminal.warned == ["not the signed ones"]
+    assert said
+
+
+def test_an_agent_that_runs_once_says_in_the_end_why_no_update_came():
+    reports = queue.SimpleQueue()
+    reports.put(Failed(device="pi-1", deployment="d", attempt=1, version=2, reason="bytes are not the signed ones"))
+    with pytest.raises(TransferError, match=r"finished within 0\.3 s: bytes are not the signed ones"):
+        _first_answer(terminal := Speaker(), reports, 0.3, threading.Event())
+    assert terminal.warned == ["version 2 did not come and will be tried again: bytes are not the signed ones"]
 
 
 def test_a_folder_is_looked_at_again_while_the_clock_is_wrong_or_the_disk_full(monkeypatch):

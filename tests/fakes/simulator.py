@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import msgspec
+import pytest
 from fakes.fleets import NOW, OTHER, PROFILE, QUICK, Serving, tiny_bundle, wish
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
@@ -158,14 +159,29 @@ class Victim:
     device: Device
     one: Release
     two: Release
+    attacked: str = ""
+    """The last deployment that failed without a final word."""
 
     def attack(self, release=None, *, fetcher=None, now=NOW, deployment="attack") -> Outcome:
         """Let the device be told to install a release, and see what it says."""
         self.device.serving.calls.clear()
-        return update(self.device, wish(release or self.two, deployment), fetcher or self.simulator, now)
+        self.attacked = deployment
+        outcome = update(self.device, wish(release or self.two, deployment), fetcher or self.simulator, now)
+        self.attacked = ""
+        return outcome
+
+    def withstands(self, because, release=None, **options):
+        """Attack without a key: twice the device must raise the alarm for that reason, and hold it against nothing."""
+        before = slots.load(self.device.state)
+        for _ in range(2):
+            with pytest.raises(trust.Unproven) as caught:
+                self.attack(release, **options)
+            assert because in caught.value.message, caught.value.message
+            assert slots.load(self.device.state) == before
+            self.is_unharmed()
 
     def refuses(self, because, release=None, **options) -> Refused:
-        """Attack; the device must say no, for that reason, and go on as if nothing had been."""
+        """Attack with keys; the device must say no for good, for that reason, and go on as if nothing had been."""
         outcome = self.attack(release, **options)
         assert isinstance(outcome, Refused), outcome
         assert because in outcome.reason, outcome.reason
@@ -181,8 +197,8 @@ class Victim:
         assert self.device.serving.calls == []
 
     def recovers(self, release=None):
-        """Once the operator has his repository back, version 2 is installed."""
-        outcome = self.attack(release, deployment="afterwards")
+        """Once the operator has his repository back, version 2 is installed: by the wish that was attacked, too."""
+        outcome = self.attack(release, deployment=self.attacked or "afterwards")
         assert isinstance(outcome, Installed), outcome
         assert self.device.serving.active == (release or self.two).bundle
 

@@ -14,6 +14,7 @@ from fakes.fleets import FLEET, NOW, Fleet, Serving, eventually, install, wish
 from edgekit import bundle
 from edgekit.errors import HealthError, ResourceError, TransferError
 from edgekit.ota import messages, mqtt
+from edgekit.ota.device import agent as agents
 from edgekit.ota.device import slots, staging
 from edgekit.ota.device import update as updates
 from edgekit.ota.device.agent import Agent, Habits, Vitals
@@ -21,7 +22,7 @@ from edgekit.ota.device.fetchers import FolderFetcher, Patience
 from edgekit.ota.device.slots import Trial
 from edgekit.ota.device.update import recover
 from edgekit.ota.memory import MemoryBroker
-from edgekit.ota.messages import MAX_ALERTS, Alert, Drift, Failed, Health, Hello, Installed, Refused, Report, RolledBack
+from edgekit.ota.messages import MAX_ALERTS, Alert, Drift, Failed, Health, Hello, Installed, Report, RolledBack
 
 HABITS = Habits(health_seconds=0.05, first_pause=0.05, longest_pause=0.2, will_delay=0, patience=Patience(seconds=1.0))
 
@@ -120,14 +121,44 @@ def test_bad_model_is_rolled_back_and_the_old_one_serves_again(any_town):
     assert town.state().current == one
 
 
-def test_tampered_update_is_refused_over_the_air(any_town):
+def test_tampered_update_is_an_alarm_over_the_air_and_installed_once_its_bytes_are_the_signed_ones(any_town, caplog):
     town = any_town
     one = town.fleet.publish(1)
-    for blob in (town.fleet.repository / "blobs").iterdir():
-        blob.write_bytes(bytes(blob.stat().st_size))
+    sound = {blob: blob.read_bytes() for blob in (town.fleet.repository / "blobs").iterdir()}
+    for blob, data in sound.items():
+        blob.write_bytes(bytes(len(data)))
     town.agent()
     town.want(one)
-    assert "not the signed ones" in town.heard(Refused).reason
+    assert "not the signed ones" in town.heard(Failed).reason
+    levels = {told.levelname for told in caplog.records if f"ALARM: {one.path} is not installed" in told.message}
+    assert levels == {"ERROR"}
+    assert town.state().current is None
+    for blob, data in sound.items():
+        blob.write_bytes(data)
+    assert town.heard(Installed).bundle == one.bundle
+
+
+def test_pauses_after_wrong_bytes_grow_further_than_those_after_a_bad_link(town, monkeypatch):
+    """Each time a whole file comes again: whoever sends it must not use up a link that is paid by the byte."""
+    pauses, longest = [], 3.0
+    monkeypatch.setattr(agents.random, "uniform", lambda _, high: high)
+    monkeypatch.setattr(Agent, "_wait_out", lambda _, seconds: pauses.append(seconds))
+    one = town.fleet.publish(1)
+    blobs = town.fleet.repository / "blobs"
+    sound = {blob: blob.read_bytes() for blob in blobs.iterdir()}
+    blobs.rename(blobs.with_name("away"))
+    town.agent(habits=replace(HABITS, longest_alarm=longest))
+    town.want(one)
+    eventually(lambda: len(pauses) > 5)
+    assert max(pauses) == HABITS.longest_pause
+    blobs.with_name("away").rename(blobs)
+    for blob, data in sound.items():
+        blob.write_bytes(bytes(len(data)))
+    eventually(lambda: pauses[-1] == longest)
+    assert max(pauses) == longest
+    for blob, data in sound.items():
+        blob.write_bytes(data)
+    assert town.heard(Installed).bundle == one.bundle
 
 
 def test_device_that_was_away_finds_its_wish_when_it_comes(any_town):

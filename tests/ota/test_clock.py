@@ -13,9 +13,10 @@ from edgekit.errors import ResourceError
 from edgekit.ota.device import agent as agents
 from edgekit.ota.device import clock, marks, slots
 from edgekit.ota.device.clock import RELEASED, SLACK, believed
+from edgekit.ota.device.trust import Expired, Unproven
 from edgekit.ota.device.update import update
 from edgekit.ota.memory import MemoryBroker
-from edgekit.ota.messages import Failed, Installed, Refused
+from edgekit.ota.messages import Failed, Installed
 from edgekit.ota.server import metadata
 
 BOOT = datetime(1970, 1, 1, 0, 1, tzinfo=UTC)
@@ -88,9 +89,8 @@ def test_a_clock_that_is_years_ahead_sees_everything_expired_and_refuses_nothing
 def test_a_clock_that_is_set_and_expired_metadata_are_a_frozen_repository(story):
     fleet, device, two = story
     right = replace(device, clock_is_set=lambda: True)
-    word = install(fleet, right, two, now=NOW + timedelta(days=8), deployment="d2")
-    assert isinstance(word, Refused)
-    assert "expired" in word.reason
+    with pytest.raises(Expired, match="expired"):
+        install(fleet, right, two, now=NOW + timedelta(days=8), deployment="d2")
 
 
 @pytest.mark.parametrize("hours", [1, 5, 23])
@@ -110,16 +110,17 @@ def test_a_clock_that_goes_back_makes_no_expired_metadata_good(story):
     three = fleet.publish(3)
     marks.note_time(device.state, NOW + timedelta(days=7, hours=1))
     right = replace(device, clock_is_set=lambda: True)
-    word = install(fleet, right, three, now=NOW + timedelta(days=6, hours=20), deployment="d3")
-    assert isinstance(word, Refused)
-    assert "expired" in word.reason
+    with pytest.raises(Expired, match="expired"):
+        install(fleet, right, three, now=NOW + timedelta(days=6, hours=20), deployment="d3")
+    assert slots.load(device.state).current == two
 
 
 def test_the_mark_never_goes_back_and_only_verified_metadata_moves_it(story):
     fleet, device, two = story
     assert marks.load(device.state).verified == NOW
     (fleet.repository / "metadata" / "timestamp.json").write_bytes(b"{}")
-    assert isinstance(install(fleet, device, two, now=NOW + timedelta(days=1), deployment="d2"), Refused)
+    with pytest.raises(Unproven):
+        install(fleet, device, two, now=NOW + timedelta(days=1), deployment="d2")
     assert marks.load(device.state).verified == NOW
     marks.note_time(device.state, NOW - timedelta(days=1))
     assert marks.load(device.state).verified == NOW

@@ -171,6 +171,21 @@ def test_a_device_whose_transfer_fails_is_no_failure_of_the_release_and_blocks_n
     assert (final.status, final.wave, final.count("installed"), final.count("failed")) == ("running", 1, 29, 1)
 
 
+def test_a_canary_that_is_brought_wrong_bytes_halts_nothing_and_goes_on_once_they_are_right():
+    """Whoever has no key and sends them must not be able to end a rollout, nor to let it go on unproven."""
+    fleet = fleet_of()
+    rollout, canary = begin(fleet)
+    waiting = play(rollout, fleet, lambda _: Failed)
+    assert (waiting.status, waiting.wave, waiting.count("failed"), len(waiting.assigned)) == ("running", 0, 6, 6)
+    for device in canary[:4]:
+        fleet.answer(device)
+    opened = play(waiting, fleet)
+    assert (opened.status, opened.wave, opened.count("installed"), opened.count("failed")) == ("running", 1, 28, 2)
+    for device in canary[4:]:
+        fleet.answer(device)
+    assert play(opened, fleet).status == "done"
+
+
 def test_an_online_device_that_has_not_answered_keeps_the_next_wave_closed():
     fleet = fleet_of()
     silent = advance(rollout_of(), fleet.states, 0.0).assign[0]

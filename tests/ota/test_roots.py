@@ -10,8 +10,9 @@ from tuf.api.metadata import Metadata
 
 from edgekit.errors import UnknownName, UsageError
 from edgekit.ota.device import trust
+from edgekit.ota.device.trust import Expired
 from edgekit.ota.device.update import Device
-from edgekit.ota.messages import Installed, Refused
+from edgekit.ota.messages import Installed
 from edgekit.ota.server import delegations, metadata, publisher, roots
 from edgekit.ota.server.keys import Custody, KeyAway, Unlock
 
@@ -78,9 +79,9 @@ def test_root_that_expired_between_two_others_does_not_stop_a_device(fleet, tmp_
     roots.renew(opened(fleet), NOW)
     much_later = NOW + timedelta(days=800)  # roots 1 and 2 have expired
     publisher.refresh(fleet.folder, much_later, also=["targets", "model-digits"])
-    refused = install(fleet, device, fleet.publish(2, now=much_later), deployment="d2", now=much_later)
-    assert isinstance(refused, Refused)
-    assert "expired" in refused.reason
+    two = fleet.publish(2, now=much_later)
+    with pytest.raises(Expired, match="expired"):
+        install(fleet, device, two, deployment="d2", now=much_later)
     roots.renew(opened(fleet), much_later)
     three = fleet.publish(3, now=much_later)
     assert isinstance(install(fleet, device, three, deployment="d3", now=much_later), Installed)

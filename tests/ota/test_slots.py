@@ -65,7 +65,7 @@ def test_failures_are_remembered_for_a_bounded_number_of_releases():
 
 def test_pointer_survives_the_disk(tmp_path):
     state = slots.committed(State(current=a_release(1)), a_release(2), Trial(deployment="d", attempt=3))
-    state = slots.with_outcome(state, a_word(RolledBack))
+    state = slots.with_outcome(state, a_word(RolledBack), a_release(2).path)
     slots.save(tmp_path, state)
     assert slots.load(tmp_path) == state
     assert slots.load(tmp_path / "nowhere") == State()

@@ -11,6 +11,7 @@ from fakes.fleets import FLEET, NOW, PROFILE, QUICK, Fleet, Serving, eventually,
 from fakes.web import mutual, serving
 
 from edgekit import bundle
+from edgekit import manifest as manifests
 from edgekit.errors import MessageError, TransferError, UsageError
 from edgekit.manifest import Manifest, Parity, Variant
 from edgekit.ota import messages
@@ -20,7 +21,7 @@ from edgekit.ota.device.fetchers import MAX_BLOCK_BYTES, FolderFetcher, MissingF
 from edgekit.ota.device.gate import METERED, Gate, Held
 from edgekit.ota.device.https import trusting
 from edgekit.ota.device.policy import Policy, parse_window
-from edgekit.ota.device.sources import Fallback, Https
+from edgekit.ota.device.sources import Fallback, Https, ways
 from edgekit.ota.device.update import Device, update
 from edgekit.ota.memory import MemoryBroker
 from edgekit.ota.messages import Failed, Installed, Refused, Report, Waiting
@@ -162,12 +163,54 @@ def test_web_that_nobody_serves_is_left_for_the_channel(place):
     assert place.heard(Installed).bundle == one.bundle
 
 
-def test_wrong_bytes_from_the_web_are_an_attack_as_from_anywhere(place):
+def test_wrong_bytes_from_the_web_give_way_to_the_channel_for_the_whole_update(place, caplog):
     one = place.fleet.publish(1, url=place.web.url)
     place.web.change = lambda data: bytes(len(data))
     place.start()
     place.want(one)
-    assert "not the signed ones" in place.heard(Refused).reason
+    word = place.heard(Installed)
+    assert word.bundle == one.bundle
+    assert not [m for m in place.said if isinstance(m, Failed | Refused)]
+    assert len({path for path, _ in place.web.asked}) == 1, "a mirror that lied is not asked for the next file"
+    assert "not the signed ones" in caplog.text
+    first, second = sorted(entry.size for entry in manifest_of(place, one).files_of(PROFILE))
+    assert word.measured["downloaded_bytes"] in (2 * first + second, first + 2 * second), (
+        "what was lied is counted, too"
+    )
+
+
+def test_web_that_lies_and_breaks_off_is_not_mixed_with_the_channel(place):
+    """It gives up in the middle, so that the channel goes on behind what it forged."""
+    one = place.fleet.publish(1, url=place.web.url)
+    place.web.change = lambda data: bytes(len(data))
+    place.web.cuts, place.web.status_after_cut = [300_000], 503
+    place.start()
+    place.want(one)
+    assert place.heard(Installed).bundle == one.bundle
+    assert place.web.given
+    assert not [m for m in place.said if isinstance(m, Failed | Refused)]
+
+
+def test_where_every_way_lies_the_release_is_an_alarm_and_installed_once_one_does_not(place):
+    one = place.fleet.publish(1, url=place.web.url)
+    entry = max(manifest_of(place, one).files_of(PROFILE), key=lambda entry: entry.size)
+    blob = place.fleet.repository / "blobs" / entry.sha256
+    sound = blob.read_bytes()
+    blob.write_bytes(bytes(len(sound)))
+    place.start()
+    place.want(one)
+    assert "not the signed ones" in place.heard(Failed, count=2).reason
+    assert slots.load(place.device.state).outcome is None
+    blob.write_bytes(sound)
+    assert place.heard(Installed).bundle == one.bundle
+
+
+def test_ways_end_with_one_that_is_alone():
+    a, b, c = (FolderFetcher(name) for name in "abc")
+    last = Fallback(b, c)
+    both = Fallback(a, last)
+    assert ways(both) == [both, last, c]
+    assert ways(c) == [c]
 
 
 def test_endless_data_from_the_web_stop_at_the_signed_length(place):
@@ -222,6 +265,11 @@ def test_a_redirect_that_leads_to_no_url_gives_way_to_the_channel(place):
     assert place.heard(Installed).bundle == one.bundle
     assert place.web.asked
     assert place.asked("blobs/")
+
+
+def manifest_of(place, release):
+    folder, _, name = release.path.rpartition("/")
+    return manifests.decode((place.fleet.repository / "targets" / folder / f"{release.bundle}.{name}").read_bytes())
 
 
 def test_missing_metadata_is_not_looked_for_elsewhere_because_that_is_how_roots_end(place):

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 HOURLY = 3600.0
 """So often a device looks at a URL, if nothing else is said."""
+LONGEST_ALARM = 3600.0
+"""So long at most waits one that was brought what nobody signed, unless it looks less often anyway."""
 AGAIN_SECONDS = 60.0
 """So long one waits that looks once, and found its clock wrong or its disk full."""
 
@@ -101,7 +103,7 @@ def update_from_repository(terminal: Terminal, device: Device, place: Place, *, 
 
     Raises:
         UsageError: no repository there, or nothing in it for this hardware class.
-        HealthError, TrustError: the update was rolled back, or refused.
+        HealthError, TrustError: the update was rolled back, or refused, or its bytes are not the signed ones.
         Held: the device's policy says not now, and it is not to stay.
     """
     from edgekit.ota.device import slots
@@ -163,6 +165,7 @@ class _Looks:
         self._next = time.monotonic()
         self._held: int | None = None  # bytes that wait for the policy
         self._said = ""
+        self._alarms = 0  # in a row
 
     def look_if_due(self) -> None:
         """Look, if it is time to.
@@ -171,6 +174,7 @@ class _Looks:
             EdgekitError: it failed, and nobody asked to look again.
         """
         from edgekit.ota.device.gate import Held
+        from edgekit.ota.device.trust import Unproven
 
         is_held = self._held is not None and self._device.gate.hold(self._held) is not None
         if is_held or time.monotonic() < self._next:
@@ -178,6 +182,7 @@ class _Looks:
         self._held, self._next = None, math.inf
         try:
             self._conclude(self._look())
+            self._alarms = 0
         except Held as held:
             self._held, self._next = held.size, time.monotonic()
             self._warn(f"{held.message}; it goes on by itself")
@@ -185,11 +190,18 @@ class _Looks:
         except (EdgekitError, OSError) as error:
             if self._every is None and not isinstance(error, ResourceError):
                 raise
+            self._alarms = self._alarms + 1 if isinstance(error, Unproven) else 0
             self._warn(str(error))
             if self._every is None:  # a wrong clock, a full disk: what is installed serves on meanwhile
                 self._next = time.monotonic() + AGAIN_SECONDS
         if self._every is not None:  # spread: devices that were started together must not come together for ever
-            self._next = time.monotonic() + self._every * random.uniform(0.8, 1.2)  # noqa: S311  # protects nothing
+            self._next = time.monotonic() + self._pause * random.uniform(0.8, 1.2)  # noqa: S311  # protects nothing
+
+    @property
+    def _pause(self) -> float:
+        """How long until it looks again: longer and longer where wrong bytes come, for they come again each time."""
+        assert self._every is not None  # noqa: S101  # the caller asked
+        return max(self._every, min(LONGEST_ALARM, self._every * 2.0 ** min(self._alarms, 20)))
 
     def _conclude(self, outcome: Outcome) -> None:
         if (line := _line(outcome)) != self._said:
@@ -227,7 +239,7 @@ def _connect(terminal: Terminal, device: Device, link: Link, will: Will) -> Chan
     from edgekit.ota.device import slots
 
     client = f"edgekit-{link.fleet}-{device.name}"
-    serves = link.timeout is None and bool(device.factory or slots.load(device.state).current)
+    serves = link.timeout is None and bool(device.factory or slots.known(device.state).current)
     try:
         return mqtt.connect(link.broker, client, will=will, tls=link.tls, patience=2.0 if serves else 10.0)
     except TransferError as error:
@@ -268,7 +280,7 @@ def _first_answer(
 ) -> Report:
     from edgekit.ota.messages import Chosen, Drift, Failed, Health, Waiting
 
-    deadline = time.monotonic() + timeout
+    deadline, why = time.monotonic() + timeout, ""
     while (left := deadline - time.monotonic()) > 0:
         if stopping.is_set():
             raise click.Abort
@@ -277,10 +289,11 @@ def _first_answer(
         except queue.Empty:
             continue
         if isinstance(report, Failed | Waiting):
+            why = f": {report.reason}"
             terminal.warn(_line(report))
         elif not isinstance(report, Health | Drift | Chosen):
             return report
-    raise TransferError(f"no update was finished within {timeout:g} s", "see that a rollout reaches this device")
+    raise TransferError(f"no update was finished within {timeout:g} s{why}", "see that a rollout reaches this device")
 
 
 def _conclude(terminal: Terminal, report: Report) -> None:

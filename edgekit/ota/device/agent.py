@@ -23,6 +23,7 @@ from edgekit.ota.device.fetchers import ChannelFetcher, Patience
 from edgekit.ota.device.gate import Held
 from edgekit.ota.device.outbox import Outbox
 from edgekit.ota.device.sources import Fallback
+from edgekit.ota.device.trust import Unproven
 from edgekit.ota.device.update import recover, require_identifier, retreat, update
 from edgekit.ota.device.wishes import OWN, Wishes
 from edgekit.ota.messages import (
@@ -83,7 +84,8 @@ class Habits:
     """How the agent behaves in time: seconds between health reports, looks at its policy, and before it tries again.
 
     Without a connection it reports its health less often: each report wears the flash. One in a ``hurry`` downloads at
-    once, whatever spread the fleet asks for.
+    once, whatever spread the fleet asks for. ``longest_alarm`` is the longest pause where what came was not what was
+    signed: whoever sends a wrong blob again and again must not use up a link that is paid by the byte.
     """
 
     health_seconds: float = 60.0
@@ -91,6 +93,7 @@ class Habits:
     look_seconds: float = 30.0
     first_pause: float = 1.0
     longest_pause: float = 300.0
+    longest_alarm: float = 3600.0
     will_delay: int = 30
     hurry: bool = False
     patience: Patience = field(default_factory=Patience)
@@ -136,6 +139,7 @@ class Agent:
         self._wanted: Desired | None = None
         self._broken: _Broken | None = None
         self._asked_again = False
+        self._longest = self._habits.longest_pause
         self._news = threading.Condition()
         self._stopping = False
         self._threads: list[threading.Thread] = []
@@ -306,7 +310,7 @@ class Agent:
 
     def _pause(self, failures: int) -> float:
         # Full jitter: a fleet that failed together must not come back together.
-        longest = min(self._habits.longest_pause, self._habits.first_pause * 2.0 ** min(failures, 20))
+        longest = min(self._longest, self._habits.first_pause * 2.0 ** min(failures, 20))
         return random.uniform(0, longest)  # noqa: S311  # spreads load, protects nothing
 
     def _obey(self, wanted: Desired) -> bool:
@@ -318,6 +322,8 @@ class Agent:
             held, size = error.hold, error.size
         except (EdgekitError, OSError) as error:
             known = from_os(error, "update") if isinstance(error, OSError) else error
+            is_alarm = isinstance(known, Unproven)
+            self._longest = self._habits.longest_alarm if is_alarm else self._habits.longest_pause
             if not self._is_outdated(wanted):
                 self._report(self._failed(wanted, known))
             return False
@@ -360,7 +366,10 @@ class Agent:
             return self._is_urgent or self._wanted != wanted
 
     def _failed(self, wanted: Desired, error: EdgekitError) -> Failed:
-        log.warning("the update to %s failed and will be tried again: %s", wanted.release, error)
+        if isinstance(error, Unproven):
+            log.error("ALARM: %s is not installed, and will be tried again: %s", wanted.release, error)
+        else:
+            log.warning("the update to %s failed and will be tried again: %s", wanted.release, error)
         return Failed(
             device=self._device.name,
             deployment=wanted.deployment,
@@ -429,7 +438,7 @@ class Agent:
             return self._news.wait_for(lambda: self._stopping, seconds)
 
     def _hello(self, *, online: bool) -> Hello:
-        state = slots.load(self._device.state)
+        state = slots.known(self._device.state)
         current = None if state.dark else state.current
         revisions = self._wishes.revisions
         return Hello(

@@ -11,7 +11,8 @@ import shutil
 from typing import TYPE_CHECKING
 
 from edgekit.durable import sync_folder
-from edgekit.errors import ResourceError, TrustError
+from edgekit.errors import ResourceError
+from edgekit.ota.device.trust import Unproven
 from edgekit.progress import silent
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def download(
     Raises:
         ResourceError: the disk is too full.
         TransferError: the bytes did not come; call again.
-        TrustError: all bytes came and they are not the signed ones.
+        Unproven: all bytes came and they are not the signed ones.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     there = _length(target)
@@ -48,9 +49,9 @@ def download(
     if there and _complete(fetcher, entry, target, progress, room=room):
         return
     target.unlink(missing_ok=True)
-    raise TrustError(
+    raise Unproven(
         f"the repository's bytes for {entry.path} are not the signed ones ({entry.sha256[:12]}…)",
-        "somebody changed the blob, or the repository is damaged: publish the bundle again",
+        "somebody changed the blob, or that copy is damaged: take a sound one; edgekit ota verify FLEET checks it",
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from edgekit.durable import write_file
+from edgekit.durable import BAD_BLOCK, write_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,13 +33,19 @@ class Marks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load(folder: Path) -> Marks:
-    """Read the marks; where there are none, or none that can be read, everything is above them."""
+    """Read the marks; where there are none, or none that can be read, everything is above them.
+
+    Lost marks cost the second line of defence, not the update: until the next version is confirmed only `state.json`
+    forbids the way back, and the time when this version of edgekit was made stands in for that of the last metadata.
+    """
     path = folder / FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=Marks)
     except FileNotFoundError:
         return Marks()
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in BAD_BLOCK:
+            raise
         log.error("%s is damaged and begun anew: %s", path, error)  # noqa: TRY400  # no trace: it is no bug
         return Marks()
 

@@ -8,7 +8,6 @@ Transitions are values in, values out. Knows no network, no signature and no eng
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -19,7 +18,7 @@ import msgspec
 
 from edgekit import bundle as bundles
 from edgekit import manifest as manifests
-from edgekit.durable import sync_folder, sync_tree, write_file
+from edgekit.durable import BAD_BLOCK, sync_folder, sync_tree, write_file
 from edgekit.errors import BundleError, ResourceError, UsageError
 from edgekit.ota.device import marks
 from edgekit.ota.messages import Installed, Refused, RolledBack
@@ -39,9 +38,6 @@ STATE, COPY = "state.json", "state.copy.json"
 """The pointer, and what stands in where that is damaged: written right after it, so the same or one step older."""
 REMEMBERED = 100
 """How many releases that failed here are remembered; the oldest are forgotten first."""
-
-BAD_BLOCK = (errno.EIO, errno.EBADMSG, errno.ENODATA, getattr(errno, "EUCLEAN", errno.EIO))
-"""What flash that is worn out answers: the bytes are lost, as if they had changed."""
 
 Outcome = Installed | RolledBack | Refused
 
@@ -64,6 +60,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 class State(msgspec.Struct, frozen=True, kw_only=True):
     """What serves, what served before, what is on probation, what failed here, and the last word to the fleet.
 
+    ``answered`` is the path of the release that the last word is about: a forged wish of the same deployment, attempt
+    and version must not speak for the real one. Empty: written before there was such a field.
     ``choices``, ``begun`` and ``unrunnable`` are by a release's path: the variant that runs, how many try-outs never
     ended, and which variants were found not to run, and why.
     """
@@ -73,6 +71,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     trial: Trial | None = None
     rolled_back: dict[str, int] = {}
     outcome: Outcome | None = None
+    answered: str = ""
     choices: dict[str, Choice] = {}
     begun: dict[str, int] = {}
     unrunnable: dict[str, dict[str, str]] = {}
@@ -115,11 +114,22 @@ def load(folder: Path) -> State:
     """
     try:
         found = _read(folder / STATE)
-    except (OSError, ResourceError):
-        found = _read(folder / COPY)
+    except (OSError, ResourceError):  # what is raised is about the pointer: one that can be read later is no lost one
+        found = None
+        with contextlib.suppress(ResourceError):
+            found = _read(folder / COPY)
         if found is None:
             raise
     return found or _read(folder / COPY) or State()
+
+
+def known(folder: Path) -> State:
+    """Read the pointer; one that can neither be read nor put aside, on a disk that takes no writes, names nothing."""
+    try:
+        return load(folder)
+    except (OSError, ResourceError) as error:
+        log.error("what is installed is not known: %s", error)  # noqa: TRY400  # no trace: it is no bug
+        return State()
 
 
 def _read(path: Path) -> State | None:
@@ -129,6 +139,10 @@ def _read(path: Path) -> State | None:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ResourceError(f"{path} is damaged: {error}", "check the disk; the agent begins anew") from error
+    except OSError as error:
+        if error.errno not in BAD_BLOCK:
+            raise
+        raise ResourceError(f"{path} cannot be read: {error}", "check the disk; the agent begins anew") from error
 
 
 def save(folder: Path, state: State) -> None:
@@ -202,7 +216,7 @@ def confirmed(state: State, outcome: Outcome) -> State:
     """End the probation well."""
     assert state.current is not None  # noqa: S101  # only a committed state has a probation
     kept = {path: n for path, n in state.rolled_back.items() if path != state.current.path}
-    return msgspec.structs.replace(state, trial=None, rolled_back=kept, outcome=outcome)
+    return with_outcome(msgspec.structs.replace(state, trial=None, rolled_back=kept), outcome, state.current.path)
 
 
 def rolled_back(state: State, release: Release, outcome: Outcome) -> State:
@@ -212,7 +226,7 @@ def rolled_back(state: State, release: Release, outcome: Outcome) -> State:
     counts = {path: n for path, n in state.rolled_back.items() if path != release.path}
     counts = dict(list(counts.items())[1 - REMEMBERED :])
     counts[release.path] = failed
-    back = msgspec.structs.replace(state, trial=None, rolled_back=counts, outcome=outcome)
+    back = with_outcome(msgspec.structs.replace(state, trial=None, rolled_back=counts), outcome, release.path)
     if state.current != release:
         return back
     return msgspec.structs.replace(back, current=state.previous, previous=None)
@@ -228,9 +242,9 @@ def on_trial(state: State, trial: Trial) -> State:
     return msgspec.structs.replace(state, trial=trial)
 
 
-def with_outcome(state: State, outcome: Outcome | None) -> State:
-    """Remember the last word to the fleet, or forget it."""
-    return msgspec.structs.replace(state, outcome=outcome)
+def with_outcome(state: State, outcome: Outcome | None, path: str) -> State:
+    """Remember the last word to the fleet and which release it is about, or forget it."""
+    return msgspec.structs.replace(state, outcome=outcome, answered=path)
 
 
 def slot_name(release: Release, variant: str) -> str:

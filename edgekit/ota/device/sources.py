@@ -39,6 +39,11 @@ class Https:
         return Fallback(self.at(release.url, is_stopped), other) if release.url else other
 
 
+def ways(fetcher: Fetcher) -> list[Fetcher]:
+    """List a fetcher, then what is left of it without its first way, and so on: the last has one way alone."""
+    return [fetcher, *ways(fetcher.rest())] if isinstance(fetcher, Fallback) else [fetcher]
+
+
 class Fallback:
     """Reads from the first fetcher until that fails, then goes on at that very byte with the second, for good.
 

@@ -13,6 +13,8 @@ from edgekit.errors import BundleError
 from edgekit.ota.device import deltas, slots
 from edgekit.ota.device.download import bytes_lacking, download, require_space
 from edgekit.ota.device.fetchers import Counted
+from edgekit.ota.device.sources import ways
+from edgekit.ota.device.trust import Unproven
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +44,7 @@ def stage(device: Device, found: Found, variant: str, fetcher: Fetcher, *, progr
 
     Raises:
         TransferError, ResourceError, BundleError, OSError: the bytes did not come, or do not fit; call again.
-        TrustError: the repository's bytes are not the signed ones.
+        Unproven: the bytes are not the signed ones, whichever way they come.
     """
     release, folder = found.release, device.state
     try:
@@ -61,17 +63,49 @@ def stage(device: Device, found: Found, variant: str, fetcher: Fetcher, *, progr
             (staging / path).unlink(missing_ok=True)
     passing = max((_delta_to_come(way) for way in ways.values() if way), default=0)
     _make_room(device, sum(e.size - _bytes_of(staging / e.path) for e in missing) + passing)
-    blobs = Counted(device.gate.over(device.way_to(release, fetcher)))
+    blobs = _Blobs(device, device.way_to(release, fetcher))
     for number, entry in enumerate(missing):
         # Anew before each file: the link may have become a metered one, and each file alone be below its limit.
         device.gate.require(sum(_bytes_to_come(e, ways[e.path], staging) for e in missing[number:]))
         way, target = ways[entry.path], staging / entry.path
         # Giving up the bundle before, to make room, may have taken the file that a delta begins at.
-        if way is None or not way.base.is_file() or not deltas.rebuild(blobs, entry, way, target, progress=progress):
-            download(blobs, entry, target, progress)
+        if way is None or not way.base.is_file() or not blobs.rebuild(entry, way, target, progress=progress):
+            blobs.download(entry, target, progress)
     staging.mkdir(parents=True, exist_ok=True)
     (staging / bundles.MANIFEST).write_bytes(found.data)  # plainly: the rename below makes the folder count
     return Staged(slots.adopt(folder, release, variant), blobs.received)
+
+
+class _Blobs:
+    """Brings files over the first of several ways that does not lie; ``received`` counts the bytes of all."""
+
+    def __init__(self, device: Device, way: Fetcher) -> None:
+        self._ways = [Counted(device.gate.over(one)) for one in ways(way)]
+        self._passed = 0
+
+    @property
+    def received(self) -> int:
+        """The bytes that came so far."""
+        return self._passed + self._ways[0].received
+
+    def rebuild(self, entry: FileEntry, way: Way, target: Path, *, progress: Progress) -> bool:
+        """Make a file out of a delta; see `deltas.rebuild`."""
+        return deltas.rebuild(self._ways[0], entry, way, target, progress=progress)
+
+    def download(self, entry: FileEntry, target: Path, progress: Progress) -> None:
+        """Fetch a file; wrong bytes end a way for this update, and the file is fetched anew over the next.
+
+        Raises:
+            Unproven: the last one lies, too.
+        """
+        while True:
+            try:
+                return download(self._ways[0], entry, target, progress)
+            except Unproven as error:
+                if len(self._ways) == 1:
+                    raise
+                log.error("%s; it is fetched anew over the other way alone", error.message)  # noqa: TRY400  # no trace: it is no bug
+                self._passed += self._ways.pop(0).received
 
 
 def _make_room(device: Device, needed: int) -> None:

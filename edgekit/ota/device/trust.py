@@ -38,9 +38,18 @@ log = logging.getLogger(__name__)
 
 MAX_METADATA_BYTES = 8 << 20
 ROOT = "root.json"
+_LOOK = "take a sound copy of the repository; edgekit ota verify FLEET checks it"
+_REFRESH = "take a new copy of the repository; its server signs daily, or: edgekit ota refresh FLEET"
 
 
-class Expired(TrustError):
+class Unproven(TrustError):
+    """What came is not what was signed: raise the alarm, but hold it against no release, and ask again.
+
+    A broker, a mirror or a bad cable does as much without any key: taken for final it would cost a fleet its release.
+    """
+
+
+class Expired(Unproven):
     """Metadata is past its time: the repository is frozen, or this device's clock is ahead."""
 
 
@@ -79,7 +88,8 @@ def refresh_and_find(state: Path, fetcher: Fetcher, path: str, now: datetime) ->
 
     Raises:
         Expired: metadata is past its time.
-        TrustError: a signature, version, length or hash is wrong, or no such release is signed.
+        Unproven: a signature, version, length or hash is wrong, or no such release is signed in what came.
+        TrustError: what is signed is malformed.
         TransferError: a file did not come.
         UsageError: the device was never given a root.
     """
@@ -88,7 +98,8 @@ def refresh_and_find(state: Path, fetcher: Fetcher, path: str, now: datetime) ->
         target = updater.get_targetinfo(path)
         sync_tree(state / "metadata")  # python-tuf does not; a device that forgets it can be taken back
         if target is None:
-            raise TrustError(f"nobody signed a release {path}", "publish it first: edgekit ota publish")
+            # Whoever holds newer metadata back shows one that is sound and lacks it.
+            raise Unproven(f"nobody signed a release {path}", "publish it first: edgekit ota publish")
         found = _found(target, _target_bytes(state, updater, target, manifests.MAX_MANIFEST_BYTES))
         return replace(found, deltas=_deltas(state, updater, found.release))
 
@@ -99,7 +110,7 @@ def told_apart() -> Iterator[None]:
 
     Raises:
         Expired: the metadata is too old, by the time that was given.
-        TrustError: it is an attack.
+        Unproven: it is an attack, or was damaged on its way.
         TransferError: it may be tried again.
     """
     with extra("device"):
@@ -107,11 +118,11 @@ def told_apart() -> Iterator[None]:
     try:
         yield
     except ExpiredMetadataError as error:
-        raise Expired(f"the repository's metadata has expired: {error}") from error
+        raise Expired(f"the repository's metadata has expired: {error}", _REFRESH) from error
     except RepositoryError as error:
-        raise TrustError(f"the repository's metadata is not to be trusted: {error}") from error
+        raise Unproven(f"the repository's metadata is not to be trusted: {error}", _LOOK) from error
     except DownloadLengthMismatchError as error:
-        raise TrustError(f"the repository sends more bytes than it signed: {error}") from error
+        raise Unproven(f"the repository sends more bytes than it signed: {error}", _LOOK) from error
     except DownloadError as error:
         raise TransferError(f"the repository's metadata did not come: {error}", "try again") from error
 

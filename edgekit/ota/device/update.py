@@ -1,14 +1,15 @@
 """One update, straight down: trust, stage, try out, commit, take over, probation; and back where it misbehaves.
 
 Knows no channel: what is wanted comes in, what happened goes out as a report. Raises only what may be tried
-again; everything final is a report and stands in ``state.json`` before it is told.
+again; everything final is a report and stands in ``state.json`` before it is told. Nothing that somebody without a key
+can bring about is final.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -112,25 +113,44 @@ def update(
     Raises:
         Held: the device's policy says not now.
         TransferError, ResourceError, BundleError, OSError: the bytes did not come or do not fit; call again.
+        Unproven: what came is not what was signed: raise the alarm, and call again.
     """
-    slots.mend(device.state)
-    if slots.load(device.state).trial is not None:
-        recover(device)  # something cut a probation short: nothing is installed before it is settled
-    state = slots.load(device.state)
-    if state.outcome is not None and _same_wish(state.outcome, desired):
+    state = _settled(device)
+    if state.outcome is not None and _same_wish(state, state.outcome, desired):
         slots.collect(device.state, state)  # a kill or a power cut may have come before it
         return state.outcome
     if slots.failures(state, desired.release) >= MAX_TRIES:
         reason = f"failed {MAX_TRIES} times on this device: it is not tried again, a newer one is"
-        return _told(device, state, _rolled_back(device, desired, reason))
+        return _told(device, state, desired, _rolled_back(device, desired, reason))
     try:
         found = _trusted(device, state, desired, fetcher, now=now)
         if found is None:
             slots.collect(device.state, state)
-            return _told(device, state, _installed(device, desired, state.current, {}))
+            return _told(device, state, desired, _installed(device, desired, state.current, {}))
         return _tried_in_order(device, desired, found, fetcher, progress=progress)
+    except trust.Unproven:
+        raise
     except TrustError as error:
-        return _told(device, slots.load(device.state), _refused(device, desired, error))
+        return _told(device, slots.load(device.state), desired, _refused(device, desired, error))
+
+
+def _settled(device: Device) -> State:
+    """Settle a probation that something cut short, and return the state: nothing is installed before that.
+
+    Raises:
+        ResourceError: it cannot be, the disk takes no writes; what serves now is not proven, what is told not final.
+    """
+    slots.mend(device.state)
+    if slots.load(device.state).trial is not None:
+        recover(device)
+    state = slots.load(device.state)
+    if state.trial is not None:
+        path = state.current.path if state.current else ""
+        raise ResourceError(
+            f"{device.state} cannot be written: the probation of {path} is not settled, nothing is installed before",
+            "free disk space, or see why the disk takes no writes; it is tried again",
+        )
+    return state
 
 
 def _tried_in_order(device: Device, desired: Desired, found: Found, fetcher: Fetcher, *, progress: Progress) -> Outcome:
@@ -193,18 +213,29 @@ def recover(device: Device) -> Outcome | None:
     Raises:
         ResourceError: the device lacks something, or is being stopped; that start counts for nothing.
     """
+    state = None
     try:
         slots.mend(device.state)
         state = slots.load(device.state)
         return _brought_up(device, state)
-    except OSError as error:
-        log.error("the device's folder cannot be written, so nothing is updated: %s", error)  # noqa: TRY400  # no trace: it is no bug
+    except (OSError, ResourceError) as error:
+        if isinstance(error, ResourceError) and state is not None:
+            _uncount(device, state)
+            raise
+        log.error("the device's folder is not as it should be, so nothing is updated: %s", error)  # noqa: TRY400  # no trace: it is no bug
         _serve_unwritten(device)
+        with suppress(OSError, ResourceError):
+            _uncount(device, state)
         return None
-    except ResourceError:
-        if state.trial is not None:
-            slots.save(device.state, state)  # only a crash speaks against the release
-        raise
+
+
+def _uncount(device: Device, before: State | None) -> None:
+    """Take a start back under which a probation did not end: only a crash speaks against the release."""
+    if before is None or before.trial is None:
+        return
+    state = slots.load(device.state)
+    if state.trial is not None and state.current == before.current:
+        slots.save(device.state, slots.on_trial(state, before.trial))
 
 
 def retreat(device: Device, bundle: str, reason: str) -> Outcome | None:
@@ -325,7 +356,8 @@ def _serve_what_is_left(device: Device, state: State) -> None:
         _serve_current(device, state)
     except (BundleError, HealthError) as error:
         log.error("the old bundle is lost too: %s", error)  # noqa: TRY400  # no trace: it is no bug
-        slots.save(device.state, slots.with_outcome(slots.darkened(state, str(error)), state.outcome))
+        dark = slots.darkened(state, str(error))
+        slots.save(device.state, slots.with_outcome(dark, state.outcome, state.answered))
         _serve_last_resort(device)
 
 
@@ -353,7 +385,7 @@ def _serve_last_resort(device: Device) -> None:
 
 def _serve_unwritten(device: Device) -> None:
     """Serve what is whole: what is on probation goes on with it once the disk can be written."""
-    state = slots.load(device.state)
+    state = slots.known(device.state)
     for release in (state.current, state.previous):
         try:
             if release is not None:
@@ -396,16 +428,17 @@ def _unknown_wish(release: Release) -> Desired:
     return Desired(deployment="local", attempt=0, release=release.path, version=release.version)
 
 
-def _same_wish(outcome: Outcome, desired: Desired) -> bool:
-    return (outcome.deployment, outcome.attempt, outcome.version) == (
+def _same_wish(state: State, outcome: Outcome, desired: Desired) -> bool:
+    return (outcome.deployment, outcome.attempt, outcome.version, state.answered or desired.release) == (
         desired.deployment,
         desired.attempt,
         desired.version,
+        desired.release,
     )
 
 
-def _told(device: Device, state: State, outcome: Outcome) -> Outcome:
-    slots.save(device.state, slots.with_outcome(state, outcome))
+def _told(device: Device, state: State, desired: Desired, outcome: Outcome) -> Outcome:
+    slots.save(device.state, slots.with_outcome(state, outcome, desired.release))
     return outcome
 
 

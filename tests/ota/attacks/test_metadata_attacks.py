@@ -33,7 +33,7 @@ def test_software_signed_by_a_stranger_is_refused(story):
     simulator.publish_targets([THIEF])
     simulator.publish_snapshot()
     simulator.publish_timestamp()
-    story.refuses(UNTRUSTED, evil)
+    story.withstands(UNTRUSTED, evil)
     simulator.publish()
     story.recovers(evil)
 
@@ -44,7 +44,7 @@ def test_whole_repository_of_a_stranger_is_refused(story, tmp_path):
     stranger.targets.version = stranger.snapshot.version = stranger.timestamp.version = 10
     evil = stranger.add(3)
     stranger.publish()
-    story.refuses(UNTRUSTED, evil, fetcher=stranger)
+    story.withstands(UNTRUSTED, evil, fetcher=stranger)
     story.recovers()
 
 
@@ -53,8 +53,30 @@ def test_bytes_that_are_not_the_signed_ones_are_refused(story):
     path = story.simulator.blob_of(story.two)
     sound = story.simulator.files[path]
     story.simulator.files[path] = b"\0" * len(sound)
-    story.refuses("not the signed ones")
+    story.withstands("not the signed ones")
     story.simulator.files[path] = sound
+    story.recovers()
+
+
+@pytest.mark.attack("freeze")
+def test_who_holds_back_the_metadata_that_names_a_release_does_not_have_it_refused(story):
+    """What he shows is sound and has not expired: it just lacks the release."""
+    simulator = story.simulator
+    old = simulator.files["metadata/timestamp.json"]
+    three = simulator.add(3)
+    simulator.publish()
+    new, simulator.files["metadata/timestamp.json"] = simulator.files["metadata/timestamp.json"], old
+    story.withstands("nobody signed a release", three)
+    simulator.files["metadata/timestamp.json"] = new
+    story.recovers(three)
+
+
+def test_snapshot_that_is_half_copied_refuses_nothing(story):
+    path = f"metadata/{story.simulator.snapshot.version}.snapshot.json"
+    whole = story.simulator.files[path]
+    story.simulator.files[path] = whole[:100]
+    story.withstands(UNTRUSTED)
+    story.simulator.files[path] = whole
     story.recovers()
 
 
@@ -72,7 +94,7 @@ def test_older_timestamp_is_refused(story):
     simulator.publish()
     see_newest(story)
     seen, simulator.files["metadata/timestamp.json"] = simulator.files["metadata/timestamp.json"], old
-    story.refuses(UNTRUSTED)
+    story.withstands(UNTRUSTED)
     simulator.files["metadata/timestamp.json"] = seen
     story.recovers()
 
@@ -85,7 +107,7 @@ def test_thief_of_the_timestamp_key_cannot_point_at_an_older_snapshot(story):
     old = simulator.files[f"metadata/{newest - 1}.snapshot.json"]
     simulator.timestamp.snapshot_meta = MetaFile.from_data(newest - 1, old, ["sha256"])
     simulator.publish_timestamp()
-    story.refuses(UNTRUSTED)
+    story.withstands(UNTRUSTED)
     simulator.publish()
     story.recovers()
 
@@ -99,7 +121,7 @@ def test_thief_of_snapshot_and_timestamp_keys_cannot_point_at_older_targets(stor
     simulator.snapshot.meta["targets.json"] = MetaFile.from_data(newest - 1, old, ["sha256"])
     simulator.publish_snapshot()
     simulator.publish_timestamp()
-    story.refuses(UNTRUSTED)
+    story.withstands(UNTRUSTED)
     simulator.publish()
     story.recovers()
 
@@ -110,7 +132,7 @@ def test_old_root_under_the_name_of_the_next_is_refused(story):
     simulator.publish_root()
     see_newest(story)
     simulator.files["metadata/3.root.json"] = simulator.files["metadata/1.root.json"]
-    story.refuses(UNTRUSTED)
+    story.withstands(UNTRUSTED)
     del simulator.files["metadata/3.root.json"]
     story.recovers()
 
@@ -123,7 +145,7 @@ def test_root_that_a_device_has_seen_cannot_be_withheld_to_bring_a_revoked_key_b
     see_newest(story)
     seen = simulator.files.pop("metadata/2.root.json")
     simulator.publish_timestamp(old)
-    story.refuses(UNTRUSTED)
+    story.withstands(UNTRUSTED)
     simulator.files["metadata/2.root.json"] = seen
     simulator.publish_timestamp()
     story.recovers()
@@ -147,7 +169,7 @@ def test_repository_that_stands_still_is_refused_once_it_has_expired(story, role
         other.expires = NOW + timedelta(days=1 if other is getattr(simulator, role) else 9)
     simulator.publish_root()
     simulator.publish()
-    story.refuses("expired", now=later)
+    story.withstands("expired", now=later)
     getattr(simulator, role).expires = NOW + timedelta(days=9)
     simulator.publish_root()
     simulator.publish()
@@ -161,7 +183,7 @@ def test_old_and_new_metadata_do_not_go_together(story, name):
     newest = getattr(simulator, name).version
     new, old = (f"metadata/{version}.{name}.json" for version in (newest, newest - 1))
     sound, simulator.files[new] = simulator.files[new], simulator.files[old]
-    story.refuses(UNTRUSTED)
+    story.withstands(UNTRUSTED)
     simulator.files[new] = sound
     story.recovers()
 
@@ -198,7 +220,7 @@ def test_one_stolen_key_of_two_that_must_sign_is_not_enough(careful, role):
     evil = simulator.add(3)
     for each in ("targets", "snapshot", "timestamp"):
         getattr(simulator, f"publish_{each}")([stolen] if each == role else None)
-    careful.refuses(UNTRUSTED, evil)
+    careful.withstands(UNTRUSTED, evil)
     simulator.publish()
     careful.recovers(evil)
 
@@ -209,7 +231,7 @@ def test_one_stolen_root_key_of_two_makes_no_new_root(careful):
     honest = simulator.signers["root"]
     simulator.signers["root"] = honest[:1]
     simulator.rotate("targets")
-    careful.refuses(UNTRUSTED)
+    careful.withstands(UNTRUSTED)
     simulator.signers["root"] = honest
     simulator.root.version -= 1
     simulator.publish_root()
@@ -233,7 +255,7 @@ def test_key_that_was_revoked_signs_nothing_any_more(story, role):
     old = simulator.rotate(role)
     for each in ("targets", "snapshot", "timestamp"):
         getattr(simulator, f"publish_{each}")(old if each == role else None)
-    story.refuses(UNTRUSTED)
+    story.withstands(UNTRUSTED)
     simulator.publish()
     story.recovers()
 
@@ -245,7 +267,7 @@ def test_root_key_that_was_revoked_makes_no_root(story):
     see_newest(story)
     simulator.signers["root"], new = old, simulator.signers["root"]
     simulator.publish_root()
-    story.refuses(UNTRUSTED)
+    story.withstands(UNTRUSTED)
     simulator.signers["root"] = new
     simulator.root.version -= 1
     simulator.publish_root()
@@ -271,7 +293,7 @@ def test_root_that_asks_for_no_signature_is_refused(story, threshold):
     simulator.publish_targets([THIEF])
     simulator.publish_snapshot()
     simulator.publish_timestamp()
-    story.refuses(UNTRUSTED)
+    story.withstands(UNTRUSTED)
     del simulator.files[path]
     simulator.publish()
     story.recovers()
@@ -289,7 +311,7 @@ def test_signature_that_comes_twice_counts_once(careful):
     simulator.snapshot.meta["targets.json"] = MetaFile(simulator.targets.version)
     simulator.publish_snapshot()
     simulator.publish_timestamp()
-    careful.refuses(UNTRUSTED, evil)
+    careful.withstands(UNTRUSTED, evil)
     simulator.publish()
     careful.recovers(evil)
 
@@ -303,7 +325,7 @@ def test_root_that_names_one_key_twice_is_refused(careful):
     simulator.publish_targets(simulator.signers["targets"][:1])
     simulator.publish_snapshot()
     simulator.publish_timestamp()
-    careful.refuses(UNTRUSTED)
+    careful.withstands(UNTRUSTED)
 
 
 @pytest.mark.attack("fast-forward")
@@ -316,7 +338,7 @@ def test_device_recovers_from_versions_that_a_thief_raised_to_the_end(story):
     see_newest(story)  # signed by the stolen keys: it has no reason to doubt
     simulator.snapshot.version, simulator.timestamp.version = versions
     simulator.publish()
-    story.refuses(UNTRUSTED)
+    story.withstands(UNTRUSTED)
     for role in ("snapshot", "timestamp"):
         simulator.rotate(role)
     simulator.publish()
@@ -329,7 +351,7 @@ def test_manifest_of_another_length_than_signed_is_refused(story, change):
     simulator = story.simulator
     content, path = simulator.content_of(story.two)
     simulator.files[path] = content[:change] if change < 0 else content + b" "
-    story.refuses("sends more bytes than it signed" if change > 0 else UNTRUSTED)
+    story.withstands("sends more bytes than it signed" if change > 0 else UNTRUSTED)
     simulator.files[path] = content
     story.recovers()
 
@@ -339,7 +361,7 @@ def test_file_that_ends_early_is_refused(story):
     path = story.simulator.blob_of(story.two)
     whole = story.simulator.files[path]
     story.simulator.files[path] = whole[:-1]
-    story.refuses("not the signed ones")
+    story.withstands("not the signed ones")
     story.simulator.files[path] = whole
     story.recovers()
 
