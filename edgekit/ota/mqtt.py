@@ -145,6 +145,12 @@ class MqttChannel:
         self._subscriptions = [*self._subscriptions, (pattern, on_arrival)]
         self._client.subscribe(pattern, qos=1)  # without a connection: done at the next connect
 
+    def unsubscribe(self, pattern: str) -> None:
+        """Call nobody any more for messages that match; see `Channel`."""
+        self._subscriptions = [one for one in self._subscriptions if one[0] != pattern]
+        if not self._closed:
+            self._client.unsubscribe(pattern)
+
     def is_connected(self, seconds: float = 0.0) -> bool:
         """Say whether there is a connection, after at most so many seconds."""
         with self._news:
