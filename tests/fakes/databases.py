@@ -36,9 +36,7 @@ class Cluster:
 
     def create(self):
         """Make the one database there is empty again, and return its URL; to make one anew takes ten times as long."""
-        self.ask(
-            "postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname='edgekit'"
-        )
+        self.ask("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname='edgekit'")
         if not self.ask("postgres", "SELECT 1 FROM pg_database WHERE datname='edgekit'"):
             self.ask("postgres", "CREATE DATABASE edgekit")
         self.ask("edgekit", "DROP SCHEMA public CASCADE")

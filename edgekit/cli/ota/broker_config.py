@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _identity
+from edgekit.cli.ota import _fleet, _identity
 
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 @command(name="broker-config", short_help="Write a Mosquitto's configuration for a fleet.")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
 @click.option("--ca", required=True, type=FILE, help="The authority of the devices' certificates (PEM).")
 @click.option("--cert", required=True, type=FILE, help="The broker's certificate (PEM).")
 @click.option("--key", required=True, type=FILE, help="Its key (PEM).")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _custody, group
+from edgekit.cli.ota import _custody, _fleet, group
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,7 +19,7 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 @command(name="provision", short_help="Write a device's identity: certificate, root of trust, class.")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
 @click.argument("name")
 @click.option(
     "--as",

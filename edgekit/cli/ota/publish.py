@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _custody, _limits
+from edgekit.cli.ota import _custody, _fleet, _limits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @command(name="publish")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", help="The line of versions it belongs to. [default: the bundle's name]")
 @click.option("--version", type=click.IntRange(1), help="[default: the last one plus one]")

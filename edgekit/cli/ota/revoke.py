@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _custody
+from edgekit.cli.ota import _custody, _fleet
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @command(name="revoke")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.option("--key", help="Address of the key in its place. [default: make one]")
 @click.option("--device", "is_device", is_flag=True, help="NAME is a device: the broker lets it in no longer.")

@@ -27,7 +27,12 @@ class Post:
     """One worker's. ``leads`` and ``is_fresh`` are what it knew when it last asked the database."""
 
     def __init__(
-        self, store: Store, name: str, *, seconds: float = LEASE_SECONDS, monotonic: Callable[[], float] = time.monotonic
+        self,
+        store: Store,
+        name: str,
+        *,
+        seconds: float = LEASE_SECONDS,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
         self.name = name

@@ -1,4 +1,4 @@
-"""Every statement of `Store`, made once. Each names its fleet; none is put together from what a device or operator wrote.
+"""Every statement of `Store`, made once. Each names its fleet; none is put together from what somebody wrote.
 
 Bound parameters are named as columns where they are written into one, and ``of``, ``since`` … where they only choose.
 """
@@ -6,7 +6,6 @@ Bound parameters are named as columns where they are written into one, and ``of`
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 from edgekit.ota.server.tables import (
@@ -27,17 +26,19 @@ with extra("fleet"):
     import sqlalchemy as sa
 
 Select = sa.Select[Any]
-_FLEET, _OF = sa.bindparam("fleet"), sa.bindparam("of")
+_FLEET: sa.BindParameter[str] = sa.bindparam("fleet")
+_OF: sa.BindParameter[str] = sa.bindparam("of")
 
 
-@dataclass(frozen=True)
 class Queries:
-    """The statements, by what they do."""
+    """The statements, by what they do, in the words of one database."""
 
-    save_device: sa.Insert
-    set: sa.Insert
-    set_audit_head: sa.Insert
-    set_lease: sa.Insert
+    def __init__(self, kind: str) -> None:
+        self.save_device = replacing(DEVICES, kind)
+        self.set = replacing(SETTINGS, kind)
+        self.set_audit_head = replacing(AUDIT_HEADS, kind)
+        self.set_lease = replacing(LEASES, kind)
+
     fleets: Select = sa.select(FLEETS.c.name).order_by(FLEETS.c.name)
     add_fleet: sa.Insert = sa.insert(FLEETS)
     devices: Select = sa.select(DEVICES.c.id, DEVICES.c.state).where(DEVICES.c.fleet == _FLEET).order_by(DEVICES.c.id)
@@ -85,9 +86,7 @@ class Queries:
     )
     last_event: Select = sa.select(sa.func.coalesce(sa.func.max(EVENTS.c.seq), 0)).where(EVENTS.c.fleet == _FLEET)
     add_event: sa.Insert = sa.insert(EVENTS)
-    forget_events: sa.Delete = sa.delete(EVENTS).where(
-        EVENTS.c.fleet == _FLEET, EVENTS.c.seq <= sa.bindparam("until")
-    )
+    forget_events: sa.Delete = sa.delete(EVENTS).where(EVENTS.c.fleet == _FLEET, EVENTS.c.seq <= sa.bindparam("until"))
     events: Select = (
         sa.select(EVENTS.c.at, EVENTS.c.subject, EVENTS.c.text)
         .where(EVENTS.c.fleet == _FLEET)
@@ -115,10 +114,5 @@ class Queries:
 
 @functools.cache
 def of(kind: str) -> Queries:
-    """Return the statements in the words of one database."""
-    return Queries(
-        save_device=replacing(DEVICES, kind),
-        set=replacing(SETTINGS, kind),
-        set_audit_head=replacing(AUDIT_HEADS, kind),
-        set_lease=replacing(LEASES, kind),
-    )
+    """Return the statements for a kind of database."""
+    return Queries(kind)

@@ -30,7 +30,7 @@ from edgekit.ota.messages import (
     RolledBack,
     Waiting,
 )
-from edgekit.ota.server import publisher, repository
+from edgekit.ota.server import publisher, repository, whereabouts
 from edgekit.ota.server.fleet import DeviceState, expect, fold, model_of, tell
 from edgekit.ota.server.inbox import Inbox
 from edgekit.ota.server.keys import CLOSED
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DATABASE = "fleet.sqlite"
+DATABASE = whereabouts.SQLITE
 BATCH = 500
 LOGGED = 1000
 TICK_SECONDS = 1.0
@@ -252,7 +252,9 @@ class Service:
         taken = [(arrival, self._read(arrival)) for arrival in self._reports]
         reports = [(arrival, report) for arrival, report in taken if report is not None]
         kept = [isinstance(report, KEPT) for _, report in reports]
-        pairs = [(report.device, arrival.payload) for (arrival, report), keep in zip(reports, kept, strict=True) if keep]
+        pairs = [
+            (report.device, arrival.payload) for (arrival, report), keep in zip(reports, kept, strict=True) if keep
+        ]
         is_new = iter(self.store.remember_all(pairs, now))
         for (_, report), keep in zip(reports, kept, strict=True):
             self._fold(report, changed, now, is_new=not keep or next(is_new))

@@ -16,7 +16,8 @@ import msgspec
 
 from edgekit.errors import ResourceError, UnknownName, UsageError
 from edgekit.ota.messages import Desired, Identifier
-from edgekit.ota.server import audit, queries
+from edgekit.ota.server import queries
+from edgekit.ota.server.audit import EMPTY, Deed, Entry, Head, follow
 from edgekit.ota.server.database import Database
 from edgekit.ota.server.fleet import DeviceState
 from edgekit.ota.server.rollout import Rollout, abort
@@ -156,10 +157,8 @@ class Store:
                     known.add(key)
                     rows.append({"device": device, "digest": key[1], "at": now, "payload": payload})
             self._run(self._sql.add_report, rows)
-            talkers = sorted({row["device"] for row in rows})
-            self._run(
-                self._sql.forget_reports, [{"of": device, "most": REMEMBERED_REPORTS} for device in talkers]
-            )
+            talkers = sorted({str(row["device"]) for row in rows})
+            self._run(self._sql.forget_reports, [{"of": device, "most": REMEMBERED_REPORTS} for device in talkers])
         return is_new
 
     def reports(self, device: str) -> list[bytes]:
@@ -226,7 +225,9 @@ class Store:
             new = how(old)
             self.set(f"group/{name}", msgspec.json.encode(new).decode())
             if new != old:
-                self.audit("group.change", name, {"before": msgspec.to_builtins(old), "after": msgspec.to_builtins(new)})
+                self.audit(
+                    "group.change", name, {"before": msgspec.to_builtins(old), "after": msgspec.to_builtins(new)}
+                )
         return new
 
     def setting(self, key: str) -> str:
@@ -265,26 +266,24 @@ class Store:
             rows = self._rows(query, limit=limit, **({} if subject is None else {"of": subject}))
         return [Event(row.at, row.subject, row.text) for row in reversed(rows)]
 
-    def audit(
-        self, action: str, subject: str, details: dict[str, Any] | None = None, now: float | None = None
-    ) -> None:
+    def audit(self, action: str, subject: str, details: dict[str, Any] | None = None, now: float | None = None) -> None:
         """Write into the audit log what the operator did; nothing where the service itself did it."""
         if not self.who:
             return
         with self.transaction():
             rows = self._rows(self._sql.audit_head)
-            head = audit.Head(rows[0].seq, rows[0].hash) if rows else audit.EMPTY
+            head = Head(rows[0].seq, rows[0].hash) if rows else EMPTY
             at = self.now() if now is None else now
-            entry = audit.follow(self._name, head, audit.Deed(at, self.who, action, subject, details or {}))
+            entry = follow(self._name, head, Deed(at, self.who, action, subject, details or {}))
             self._run(self._sql.add_audit, {**msgspec.structs.asdict(entry)})
             self._run(self._sql.set_audit_head, {"seq": entry.seq, "hash": entry.hash})
 
-    def audited(self) -> tuple[list[audit.Entry], audit.Head]:
+    def audited(self) -> tuple[list[Entry], Head]:
         """Read the audit log, oldest first, and the head that is kept beside it."""
         with self.database.lock():
-            entries = [audit.Entry(**row._mapping) for row in self._rows(self._sql.audit)]  # noqa: SLF001  # public, for all its underscore
+            entries = [Entry(**row._mapping) for row in self._rows(self._sql.audit)]  # noqa: SLF001  # public, for all its underscore
             rows = self._rows(self._sql.audit_head)
-        return entries, audit.Head(rows[0].seq, rows[0].hash) if rows else audit.EMPTY
+        return entries, Head(rows[0].seq, rows[0].hash) if rows else EMPTY
 
     def _settle(self, name: str) -> str:
         """Return the fleet's name: the file's own, or the one of many that was asked for; make it if it is new."""

@@ -13,20 +13,28 @@ _TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 _COPY = (
     "INSERT INTO devices (fleet, id, stamp, state) SELECT f.name, d.id, 1, d.state FROM fleets f, old_devices d",
     "INSERT INTO rollouts (fleet, seq, id, state) SELECT f.name, r.seq, r.id, r.state FROM fleets f, old_rollouts r",
-    "INSERT INTO reports (fleet, device, digest, at, payload) "
-    "SELECT f.name, r.device, r.digest, r.at, r.payload FROM fleets f, old_reports r",
-    "INSERT INTO events (fleet, seq, at, subject, text) "
-    "SELECT f.name, e.seq, e.at, e.subject, e.text FROM fleets f, old_events e",
-    "INSERT INTO settings (fleet, key, value) "
-    "SELECT f.name, s.key, s.value FROM fleets f, old_settings s WHERE s.key <> 'name'",
+    (
+        "INSERT INTO reports (fleet, device, digest, at, payload) "
+        "SELECT f.name, r.device, r.digest, r.at, r.payload FROM fleets f, old_reports r"
+    ),
+    (
+        "INSERT INTO events (fleet, seq, at, subject, text) "
+        "SELECT f.name, e.seq, e.at, e.subject, e.text FROM fleets f, old_events e"
+    ),
+    (
+        "INSERT INTO settings (fleet, key, value) "
+        "SELECT f.name, s.key, s.value FROM fleets f, old_settings s WHERE s.key <> 'name'"
+    ),
 )
 _REFUSE_SQLITE = """
 CREATE TRIGGER audit_{when} BEFORE {when} ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END
 """
 _REFUSE_POSTGRESQL = (
-    "CREATE FUNCTION audit_only_grows() RETURNS trigger LANGUAGE plpgsql AS "
-    "$$ BEGIN RAISE EXCEPTION 'the audit log only grows'; END $$",
+    (
+        "CREATE FUNCTION audit_only_grows() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'the audit log only grows'; END $$"
+    ),
     "CREATE TRIGGER audit_rows BEFORE UPDATE OR DELETE ON audit FOR EACH ROW EXECUTE FUNCTION audit_only_grows()",
     "CREATE TRIGGER audit_whole BEFORE TRUNCATE ON audit FOR EACH STATEMENT EXECUTE FUNCTION audit_only_grows()",
 )
