@@ -93,9 +93,7 @@ def prepare(place, folder):
     store = Store(place, "home")
     service = Service(folder, Deaf(), store, lambda: 1000.0)
     for name in NAMES:
-        hello = Hello(
-            device=name, profile="pi", boot="b", online=True, release="models/cat/pi/1.json", version=1
-        )
+        hello = Hello(device=name, profile="pi", boot="b", online=True, release="models/cat/pi/1.json", version=1)
         say(service, name, "hello", hello)
     service.step()
     store.close()

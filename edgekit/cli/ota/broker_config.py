@@ -25,9 +25,12 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
     show_default=True,
     help="Common name of the certificate with which edgekit ota server comes; no device may be called so.",
 )
+@click.option("--worker", "workers", multiple=True, help="Also let in a worker: certificate for SERVER-NAME-WORKER.")
 @_identity.option("ca", "cert", "key")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write to. [default: FLEET/broker]")
-def COMMAND(terminal: Terminal, *, fleet: Path, server_name: str, output: Path | None, **where: object) -> None:  # noqa: N802  # the frame's name
+def COMMAND(
+    terminal: Terminal, *, fleet: Path, server_name: str, workers: tuple[str, ...], output: Path | None, **where: object
+) -> None:  # noqa: N802  # the frame's name
     """Write mosquitto.conf and its access rules for the fleet in the folder FLEET.
 
     Clients come with a certificate of the authority; its common name is the device's name. Each device reads and writes
@@ -52,7 +55,7 @@ def COMMAND(terminal: Terminal, *, fleet: Path, server_name: str, output: Path |
         revoked=revoked if revoked.is_file() and _is_own(fleet, files["ca"]) else None,
     )
     try:
-        rules = mosquitto.acl(name, server_name, groups)
+        rules = mosquitto.acl(name, [server_name, *(f"{server_name}-{one}" for one in workers)], groups)
     except MessageError as error:
         raise UsageError(error.message, error.hint) from error
     told = mosquitto.config(place, folder / "acl")

@@ -50,7 +50,12 @@ def COMMAND(
         stopping = stack.enter_context(stop_signal())
         url = broker or stack.enter_context(embedded(port))
         post = _post(store, worker)
-        channel = mqtt.connect(url, "-".join(["edgekit-server", store.name, *([post.name] if post else [])]), tls=tls)
+        channel = mqtt.connect(
+            url,
+            "-".join(["edgekit-server", store.name, *([post.name] if post else [])]),
+            tls=tls,
+            shares=post is not None,
+        )
         stack.callback(channel.close)
         service = Service(fleet, channel, store, unlock=unlock)
         (service.join(post) if post else service).start()
