@@ -60,6 +60,7 @@ def COMMAND(terminal: Terminal, *, fleet: Path, name: str, output: Path, **flags
     terminal.say(f"wrote {output}: {', '.join(sorted(files))}")
     if identity.KEY not in files:
         terminal.say(f"the device puts its own key beside them, as {identity.KEY}")
+    _fleet.record(fleet, "provision", name, part=flags["part"], days=flags["days"], csr=bool(flags["csr"]))
     if flags["groups"]:
         _join(fleet, name, flags["groups"])
         terminal.say(group.RULES)

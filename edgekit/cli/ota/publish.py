@@ -88,6 +88,8 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
         except EdgekitError as error:  # the release is signed: to fail now would have it published once more
             terminal.warn(f"published without deltas: {error}")
     first = releases[0]
+    classes = {r.profile: r.bundle for r in releases}
+    _fleet.record(fleet, "publish", f"{first.model} v{first.version}", classes=classes)
     terminal.table(
         ("model", "version", "hardware class", "variants", "bundle", "deltas"),
         [

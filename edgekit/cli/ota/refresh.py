@@ -28,6 +28,7 @@ def COMMAND(terminal: Terminal, *, fleet: Path, roles: tuple[str, ...], **flags:
 
     opened = _custody.unlock(flags)
     warnings = publisher.refresh(fleet, now(), opened, [role for role in roles if role != "root"])
+    _fleet.record(fleet, "refresh", ", ".join(roles) or "what expires")
     if "root" in roles:
         _custody.tell(terminal, fleet, roots.renew(Custody(fleet, opened), now()))
     else:

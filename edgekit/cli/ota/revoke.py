@@ -40,12 +40,16 @@ def COMMAND(  # noqa: N802  # the name the frame looks for
     custody = Custody(fleet, _custody.unlock(flags))
     if is_device:
         lists = [certificates.revoke(custody, name, now()) for name in names]
+        _fleet.record(fleet, "revoke.device", ", ".join(names))
         terminal.say(f"wrote {lists[-1]}; a running Mosquitto reads it when it gets SIGHUP")
         terminal.result({"revoked": names, "list": lists[-1]})
         return
     if names == ("authority",):
         certificates.replace_authority(custody, now())
+        _fleet.record(fleet, "revoke.authority", "authority")
         terminal.say("another authority: provision broker, server and every device anew, then broker-config")
         terminal.result({"authority": custody.ring.authority})
         return
-    _custody.tell(terminal, fleet, roots.rotate(custody, names, now(), uri=key, is_compromised=True))
+    rotation = roots.rotate(custody, names, now(), uri=key, is_compromised=True)
+    _fleet.record(fleet, "revoke.key", ", ".join(names))
+    _custody.tell(terminal, fleet, rotation)

@@ -25,4 +25,6 @@ def COMMAND(terminal: Terminal, *, fleet: Path, roles: tuple[str, ...], key: str
     from edgekit.ota.server.keys import Custody
 
     custody = Custody(fleet, _custody.unlock(flags))
-    _custody.tell(terminal, fleet, roots.rotate(custody, roles, now(), uri=key))
+    rotation = roots.rotate(custody, roles, now(), uri=key)
+    _fleet.record(fleet, "rotate", ", ".join(roles))
+    _custody.tell(terminal, fleet, rotation)
