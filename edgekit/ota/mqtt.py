@@ -67,7 +67,7 @@ def connect(  # noqa: PLR0913  # what is not needed has a default
 ) -> MqttChannel:
     """Connect to ``mqtt://[user:password@]host[:port]`` or ``mqtts://…``; try for ``patience`` seconds.
 
-    Who ``shares`` subscriptions keeps no session: the broker must not queue for one that is gone what others could take.
+    Who ``shares`` subscriptions keeps no session: the broker must not queue for one that is gone what others can take.
 
     Raises:
         UsageError: the URL or a certificate file is wrong.

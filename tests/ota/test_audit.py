@@ -74,7 +74,7 @@ def test_any_line_that_is_taken_out_moved_doubled_or_cut_off_is_noticed(deeds, d
 
 @given(DEEDS, DEEDS)
 def test_a_whole_log_that_was_written_anew_is_noticed_by_who_kept_a_head(deeds, others):
-    (entries, head), (forged, theirs) = written(deeds), written(others)
+    head, (forged, theirs) = written(deeds)[1], written(others)
     if head != theirs and head not in [Head(one.seq, one.hash) for one in forged]:
         assert faults("home", forged, theirs) == [], "by itself it is a good one"
         assert faults("home", forged, theirs, head) != []
@@ -124,9 +124,14 @@ def test_a_change_that_fails_is_not_in_the_log(store):
     store.start(PLAN, 1.0)
     with pytest.raises(KeyError):
         store.change("cat-v2", fail, 2.0)
-    with pytest.raises(KeyError), store.transaction():
-        store.audit("publish", "cat v2")
-        raise KeyError
+
+    def half():
+        with store.transaction():
+            store.audit("publish", "cat v2")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
     assert [action for _, action, _ in deeds(store)] == ["rollout.start"]
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -148,7 +149,7 @@ def test_controller_killed_before_each_write_skips_and_repeats_nobody(place, tmp
 
 @pytest.mark.slow
 def test_upgrade_killed_before_each_write_leaves_the_old_file_or_the_new(tmp_path, monkeypatch):
-    old = os.path.join(os.path.dirname(__file__), "formats", "fleet-v1.sqlite")
+    old = Path(__file__).parent / "formats" / "fleet-v1.sqlite"
     path = tmp_path / "fleet.sqlite"
     number = 0
     while True:

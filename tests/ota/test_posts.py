@@ -1,4 +1,4 @@
-"""Several workers of one fleet: one leads, by a lease in the database; reports are split; who lost the lead is silent."""
+"""Several workers of one fleet: one leads, by a lease in the database; reports are split; who lost it is silent."""
 
 import time
 

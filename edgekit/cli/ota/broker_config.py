@@ -28,9 +28,9 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 @click.option("--worker", "workers", multiple=True, help="Also let in a worker: certificate for SERVER-NAME-WORKER.")
 @_identity.option("ca", "cert", "key")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write to. [default: FLEET/broker]")
-def COMMAND(
+def COMMAND(  # noqa: N802  # the name the frame looks for
     terminal: Terminal, *, fleet: Path, server_name: str, workers: tuple[str, ...], output: Path | None, **where: object
-) -> None:  # noqa: N802  # the frame's name
+) -> None:
     """Write mosquitto.conf and its access rules for the fleet in the folder FLEET.
 
     Clients come with a certificate of the authority; its common name is the device's name. Each device reads and writes

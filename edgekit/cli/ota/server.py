@@ -26,9 +26,15 @@ if TYPE_CHECKING:
 @_fleet.broker_files
 @_identity.option("broker_ca", "broker_cert", "broker_key")
 @_custody.options
-def COMMAND(
-    terminal: Terminal, *, fleet: Path, broker: str | None, port: int, worker: str | None, **files: Any
-) -> None:  # the frame's name; flags
+def COMMAND(  # noqa: N802  # the name the frame looks for
+    terminal: Terminal,
+    *,
+    fleet: Path,
+    broker: str | None,
+    port: int,
+    worker: str | None,
+    **files: Any,  # noqa: ANN401  # flags, as click typed them
+) -> None:
     """Serve the fleet in the folder FLEET until interrupted.
 
     With a database in PostgreSQL several may serve one fleet: they split the reports, and one of them leads.

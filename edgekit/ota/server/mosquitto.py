@@ -68,7 +68,8 @@ def acl(fleet: str, servers: Sequence[str], groups: Mapping[str, Sequence[str]] 
     """Return the access rules: a device reads and writes what lies under its own name, servers what they answer.
 
     ``servers`` are the one, or the workers that share its work: each has a name and a certificate of its own, for a
-    second client of the same name ends the connection of the first. ``groups`` names each group's devices, which read what it is to run. A change of them needs the rules written anew.
+    second client of the same name ends the connection of the first. ``groups`` names each group's devices, which read
+    what it is to run. A change of them needs the rules written anew.
 
     Raises:
         MessageError: the fleet, the server, a group or a device is named in a way that could change a topic.
