@@ -1,5 +1,6 @@
 """Databases of every edgekit there was: opened, brought up to date in place, and then what the code expects."""
 
+import contextlib
 import shutil
 import sqlite3
 from pathlib import Path
@@ -122,7 +123,17 @@ def test_a_connection_that_the_server_cut_is_made_anew(postgresql):
 
     with pytest.raises(ResourceError):
         half()
+
+    def stubborn():
+        with store.transaction():
+            with contextlib.suppress(ResourceError):
+                half()
+            store.save_devices([DeviceState(id="a")])  # on a new connection this would be no transaction
+
+    with pytest.raises(ResourceError, match="lost within a transaction"):
+        stubborn()
     assert [e.text for e in store.events()] == ["kept"]
+    assert store.devices() == {}
     store.close()
 
 

@@ -51,6 +51,7 @@ class Database:
         self._clock = clock
         self._lock = threading.RLock()
         self._depth = 0
+        self._is_lost = False  # the connection, and with it the transaction that it was in
         self._begin = "BEGIN IMMEDIATE"
         with self.translated():
             self._engine = sa.create_engine(
@@ -88,13 +89,14 @@ class Database:
                 self._connection.exec_driver_sql(self._begin)
                 yield
                 before_commit()
+                self._require_connection()
                 self._connection.exec_driver_sql("COMMIT")
             except BaseException:
                 with contextlib.suppress(SQLAlchemyError):  # there is none where the connection or COMMIT failed
                     self._connection.exec_driver_sql("ROLLBACK")
                 raise
             finally:
-                self._depth = 0
+                self._depth, self._is_lost = 0, False
 
     @property
     def is_in_transaction(self) -> bool:
@@ -104,12 +106,14 @@ class Database:
     def rows(self, statement: sa.Executable, values: Mapping[str, Any] | None = None) -> Sequence[sa.Row[Any]]:
         """Read."""
         with self._lock, self.translated():
+            self._require_connection()
             return self._connection.execute(statement, values or {}).fetchall()
 
     def run(self, statement: sa.Executable, values: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Write, once or for each of a list of values."""
         if values:
             with self._lock, self.translated():
+                self._require_connection()
                 self._connection.execute(statement, values)
 
     def lock(self) -> threading.RLock:
@@ -131,11 +135,17 @@ class Database:
             yield
         except DBAPIError as error:
             if hasattr(self, "_connection") and error.connection_invalidated:
+                self._is_lost = bool(self._depth)
                 with contextlib.suppress(SQLAlchemyError):
                     self._connection.rollback()
             raise self._error(error) from error
         except SQLAlchemyError as error:
             raise ResourceError(f"{self.label}: {error}", "check the database, or restore a backup") from error
+
+    def _require_connection(self) -> None:
+        """Refuse to go on, on a new connection, in the middle of a transaction that the old one took away."""
+        if self._is_lost:
+            raise ResourceError(f"{self.label}: the connection was lost within a transaction", "do all of it again")
 
     def _error(self, error: DBAPIError) -> ResourceError:
         told = " ".join(str(error.orig).split())

@@ -81,9 +81,6 @@ class Queries:
         .where(SETTINGS.c.fleet == _FLEET, SETTINGS.c.key.like("group/%"))
         .order_by(SETTINGS.c.key)
     )
-    setting: Select = sa.select(SETTINGS.c.value).where(
-        SETTINGS.c.fleet == _FLEET, SETTINGS.c.key == sa.bindparam("key")
-    )
     last_event: Select = sa.select(sa.func.coalesce(sa.func.max(EVENTS.c.seq), 0)).where(EVENTS.c.fleet == _FLEET)
     add_event: sa.Insert = sa.insert(EVENTS)
     forget_events: sa.Delete = sa.delete(EVENTS).where(EVENTS.c.fleet == _FLEET, EVENTS.c.seq <= sa.bindparam("until"))

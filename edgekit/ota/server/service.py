@@ -163,14 +163,16 @@ class Service:
                 groups = self.store.groups()
                 self._advance(changed, groups, now)
             stamp = self.store.save_devices(changed.values())
-            is_asked = self._hear(leads=leads)
+            asks = self._hear(leads=leads)
+        if asks:
+            self._forgotten = False
         self._reports.clear()
         self._know(changed)
         self._stamp = stamp
         if leads != self._leads:
             self._change_lead(leads=leads)
         if leads:
-            self._publish(groups, is_asked=is_asked)
+            self._publish(groups)
 
     def _catch_up(self) -> None:
         """Read what other workers have written; transactions come one after the other, so nothing is left out."""
@@ -187,15 +189,15 @@ class Service:
             self.fleet[device] = new
 
     def _hear(self, *, leads: bool) -> bool:
-        """Say whether all wishes are to be said again; who does not lead asks for it."""
-        if self._post is None or leads:
-            is_asked = self._post is not None and self._post.is_asked_again()
-        else:
-            is_asked = False
-            if self._forgotten:
-                self._post.ask_again()
-                self._forgotten = False
-        return is_asked
+        """Learn whether all wishes are to be said again; who does not lead asks for it, and says that it did."""
+        if self._post is None:
+            return False
+        if leads:
+            self._forgotten = self._post.is_asked_again() or self._forgotten
+            return False
+        if self._forgotten:
+            self._post.ask_again()
+        return self._forgotten
 
     def _change_lead(self, *, leads: bool) -> None:
         self._leads = leads
@@ -307,8 +309,8 @@ class Service:
             self.store.note(rollout.id, f"{wave} reaches {', '.join(step.assign)}", now)
         self.store.change(rollout.id, lambda _: step.rollout, now)
 
-    def _publish(self, groups: Mapping[str, Group], *, is_asked: bool) -> None:
-        if self._forgotten or is_asked:
+    def _publish(self, groups: Mapping[str, Group]) -> None:
+        if self._forgotten:
             self._forgotten = False
             self._published.clear()
         wishes = {messages.topic(self.store.name, d.id, "desired"): (d.wish, d.revision) for d in self.fleet.values()}

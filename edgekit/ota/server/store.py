@@ -98,19 +98,15 @@ class Store:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Make all changes inside the block visible at once, or none; other writers wait."""
-        with self.database.transaction(self._write_notes):
-            is_outermost = not self._is_inside
-            self._is_inside = True
+        with self.database.lock():
+            is_outermost = not self.database.is_in_transaction
             try:
-                yield
+                with self.database.transaction(self._write_notes):
+                    yield
             except BaseException:
-                self._notes.clear()  # the whole transaction fails, however deep inside this one is
-                raise
-            finally:
                 if is_outermost:
-                    self._is_inside = False
-
-    _is_inside = False
+                    self._notes.clear()
+                raise
 
     def now(self) -> float:
         """Return the time that all who share the database agree on."""
@@ -223,22 +219,12 @@ class Store:
         with self.transaction():
             old = self.groups().get(name, Group())
             new = how(old)
-            self.set(f"group/{name}", msgspec.json.encode(new).decode())
+            self._run(self._sql.set, {"key": f"group/{name}", "value": msgspec.json.encode(new).decode()})
             if new != old:
                 self.audit(
                     "group.change", name, {"before": msgspec.to_builtins(old), "after": msgspec.to_builtins(new)}
                 )
         return new
-
-    def setting(self, key: str) -> str:
-        """Read what was kept under a key; empty where there is nothing."""
-        rows = self._rows(self._sql.setting, key=key)
-        return str(rows[0].value) if rows else ""
-
-    def set(self, key: str, value: str) -> None:
-        """Keep a value under a key."""
-        with self.transaction():
-            self._run(self._sql.set, {"key": key, "value": value})
 
     def leases(self) -> dict[str, Lease]:
         """Read who has what, by its name."""
