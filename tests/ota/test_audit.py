@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 from fakes.fleets import tiny_bundle
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgekit.cli import cli
@@ -19,6 +19,7 @@ from edgekit.ota.server.store import Group, Store
 
 PLAN = Plan(model="cat", version=2, profiles=("pi",))
 TEXT = st.text(max_size=8)
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 DEEDS = st.lists(
     st.builds(
         Deed,
@@ -41,6 +42,7 @@ def written(deeds, fleet="home"):
     return entries, head
 
 
+@PATIENT
 @given(DEEDS)
 def test_a_log_as_it_was_written_has_no_fault(deeds):
     entries, head = written(deeds)
@@ -50,7 +52,7 @@ def test_a_log_as_it_was_written_has_no_fault(deeds):
 
 
 @given(DEEDS, st.data())
-@settings(max_examples=300)
+@settings(PATIENT, max_examples=300)
 def test_any_line_that_is_changed_is_noticed(deeds, data):
     entries, head = written(deeds)
     at = data.draw(st.integers(0, len(entries) - 1))
@@ -63,7 +65,7 @@ def test_any_line_that_is_changed_is_noticed(deeds, data):
 
 
 @given(DEEDS, st.data())
-@settings(max_examples=300)
+@settings(PATIENT, max_examples=300)
 def test_any_line_that_is_taken_out_moved_doubled_or_cut_off_is_noticed(deeds, data):
     entries, head = written(deeds)
     chosen = data.draw(
@@ -72,6 +74,7 @@ def test_any_line_that_is_taken_out_moved_doubled_or_cut_off_is_noticed(deeds, d
     assert faults("home", [entries[one] for one in chosen], head) != []
 
 
+@PATIENT
 @given(DEEDS, DEEDS)
 def test_a_whole_log_that_was_written_anew_is_noticed_by_who_kept_a_head(deeds, others):
     head, (forged, theirs) = written(deeds)[1], written(others)
@@ -80,6 +83,7 @@ def test_a_whole_log_that_was_written_anew_is_noticed_by_who_kept_a_head(deeds, 
         assert faults("home", forged, theirs, head) != []
 
 
+@PATIENT
 @given(DEEDS)
 def test_the_log_of_another_fleet_does_not_pass_for_this_ones(deeds):
     entries, head = written(deeds, "theirs")

@@ -58,6 +58,14 @@ def test_what_is_written_is_read_again_by_another_process_view(store):
     other.close()
 
 
+def test_a_file_is_written_for_good_with_each_transaction(tmp_path):
+    store = Store(tmp_path / "fleet.sqlite")
+    ask = store.database._connection.exec_driver_sql
+    told = [ask(f"PRAGMA {what}").scalar() for what in ("journal_mode", "synchronous", "foreign_keys")]
+    assert told == ["wal", 2, 1]
+    store.close()
+
+
 def test_the_same_report_is_kept_once(store):
     assert store.remember("a", b"one", 1.0)
     assert not store.remember("a", b"one", 2.0)

@@ -220,7 +220,8 @@ def without_password(place: str) -> str:
     """
     url = _address(place)
     query = {name: value for name, value in url.query.items() if "pass" not in name.lower()}
-    return url.set(password=None, query=query).render_as_string(hide_password=False)
+    where = {name: getattr(url, name) for name in ("username", "host", "port", "database")}
+    return sa.URL.create(url.drivername, **where, query=query).render_as_string(hide_password=False)
 
 
 def _arguments(kind: str) -> dict[str, Any]:
