@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from fakes.fleets import tiny_bundle
 
 from edgekit.cli import cli
-from edgekit.ota.server import whereabouts
+from edgekit.ota.server import publisher, whereabouts
 from edgekit.ota.server.store import Store
 
 
@@ -52,6 +52,15 @@ def test_a_fleet_in_a_file_is_not_looked_for_elsewhere(url, tmp_path):
     told = ota("status", tmp_path / "fleet", "--database", url, code=2)
     assert "is its own file fleet.sqlite" in told
     assert "has one server" in ota("server", tmp_path / "fleet", "--worker", "a", "--port", "0", code=2)
+
+
+def test_nothing_is_signed_that_cannot_be_recorded(url, tmp_path):
+    fleet, gone = tmp_path / "fleet", "postgresql+psycopg://edgekit@127.0.0.1:1/edgekit"
+    ota("init", fleet, "--database", url)
+    bundle = tiny_bundle(tmp_path / "bundle").folder
+    ota("publish", fleet, bundle, "--database", gone, code=12)
+    ota("rotate", fleet, "timestamp", "--database", gone, code=12)
+    assert (publisher.releases(fleet), len(list((fleet / "repository/metadata").glob("*.root.json")))) == ([], 1)
 
 
 def test_a_damaged_note_is_named(url, tmp_path):

@@ -71,6 +71,11 @@ def open_store(folder: Path, *, who: str | None = None) -> Store:
     return Store(place, name, who=operator() if who is None else who)
 
 
+def reach(folder: Path) -> None:
+    """Open the database and close it again, before something is done that is to be recorded there; see `open_store`."""
+    open_store(folder).close()
+
+
 def record(folder: Path, action: str, subject: str, **details: object) -> None:
     """Write into the audit log what was done to a fleet beside its database."""
     with closing(open_store(folder)) as store:

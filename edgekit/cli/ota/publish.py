@@ -63,6 +63,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
     from edgekit.errors import EdgekitError
     from edgekit.ota.server import publisher
 
+    _fleet.reach(fleet)
     unlock = _custody.unlock(flags)
     releases = publisher.publish(
         fleet,

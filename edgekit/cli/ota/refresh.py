@@ -26,6 +26,7 @@ def COMMAND(terminal: Terminal, *, fleet: Path, roles: tuple[str, ...], **flags:
     from edgekit.ota.server import publisher, roots
     from edgekit.ota.server.keys import Custody
 
+    _fleet.reach(fleet)
     opened = _custody.unlock(flags)
     warnings = publisher.refresh(fleet, now(), opened, [role for role in roles if role != "root"])
     _fleet.record(fleet, "refresh", ", ".join(roles) or "what expires")

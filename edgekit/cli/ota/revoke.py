@@ -37,6 +37,7 @@ def COMMAND(  # noqa: N802  # the name the frame looks for
     from edgekit.ota.server import certificates, roots
     from edgekit.ota.server.keys import Custody
 
+    _fleet.reach(fleet)
     custody = Custody(fleet, _custody.unlock(flags))
     if is_device:
         lists = [certificates.revoke(custody, name, now()) for name in names]

@@ -24,6 +24,7 @@ def COMMAND(terminal: Terminal, *, fleet: Path, roles: tuple[str, ...], key: str
     from edgekit.ota.server import roots
     from edgekit.ota.server.keys import Custody
 
+    _fleet.reach(fleet)
     custody = Custody(fleet, _custody.unlock(flags))
     rotation = roots.rotate(custody, roles, now(), uri=key)
     _fleet.record(fleet, "rotate", ", ".join(roles))
