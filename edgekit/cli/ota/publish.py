@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgekit.ota.deltas.listing import Delta
+    from edgekit.ota.release import Release
 
 
 @command(name="publish")
@@ -89,8 +90,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
         except EdgekitError as error:  # the release is signed: to fail now would have it published once more
             terminal.warn(f"published without deltas: {error}")
     first = releases[0]
-    classes = {r.profile: r.bundle for r in releases}
-    _fleet.record(fleet, "publish", f"{first.model} v{first.version}", classes=classes)
+    _record(fleet, releases)
     terminal.table(
         ("model", "version", "hardware class", "variants", "bundle", "deltas"),
         [
@@ -101,6 +101,11 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
     terminal.say(f"next: edgekit ota rollout start {fleet} {first.model} {first.version}")
     told = {path: [msgspec.to_builtins(one) for one in some] for path, some in made.items()}
     terminal.result({"releases": [msgspec.to_builtins(r) for r in releases], "deltas": told})
+
+
+def _record(fleet: Path, releases: Sequence[Release]) -> None:
+    first, classes = releases[0], {r.profile: r.bundle for r in releases}
+    _fleet.record(fleet, "publish", f"{first.model} v{first.version}", classes=classes)
 
 
 def _told(deltas: Sequence[Delta]) -> str:
