@@ -16,7 +16,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.edgekit-ready
 DEMO ?=
-PROGRAMS := mosquitto=mosquitto strace=strace qemu-user-static=qemu-x86_64-static qemu-system-arm=qemu-system-aarch64 cpio=cpio softhsm2=softhsm2-util
+PROGRAMS := mosquitto=mosquitto postgresql=/usr/lib/postgresql strace=strace qemu-user-static=qemu-x86_64-static qemu-system-arm=qemu-system-aarch64 cpio=cpio softhsm2=softhsm2-util
 SPREAD = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 
 help: ## Show the commands

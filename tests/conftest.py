@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fakes import unobserved
+from fakes.databases import place, postgresql  # noqa: F401  # fixtures for every test
 
 os.environ["EDGEKIT_ALLOW_VOLATILE"] = "1"
 """Agents keep their state in the folders of tests, which lie in memory on some machines."""

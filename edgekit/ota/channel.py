@@ -54,7 +54,14 @@ class Channel(Protocol):
         ...
 
     def subscribe(self, pattern: str, on_arrival: Callable[[Arrival], None]) -> None:
-        """Call ``on_arrival`` for each message that matches (``+`` and ``#`` as in MQTT), retained ones first."""
+        """Call ``on_arrival`` for each message that matches (``+`` and ``#`` as in MQTT), retained ones first.
+
+        After ``$share/NAME/`` a pattern is shared: each message goes to one of those who share, and no retained ones.
+        """
+        ...
+
+    def unsubscribe(self, pattern: str) -> None:
+        """Call nobody any more for messages that match; nothing where nobody asked for them."""
         ...
 
     def is_connected(self, seconds: float = 0.0) -> bool:
@@ -71,7 +78,9 @@ class Channel(Protocol):
 
 
 def matches(pattern: str, topic: str) -> bool:
-    """Say whether an MQTT topic filter covers a topic (MQTT 5, clause 4.7)."""
+    """Say whether an MQTT topic filter, shared or not, covers a topic (MQTT 5, clauses 4.7 and 4.8.2)."""
+    if pattern.startswith("$share/"):
+        pattern = pattern.split("/", 2)[2]
     wanted, got = pattern.split("/"), topic.split("/")
     if wanted[-1] == "#":
         wanted.pop()

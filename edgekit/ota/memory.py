@@ -26,6 +26,7 @@ class MemoryBroker:
         self._lock = threading.RLock()
         self._retained: dict[str, Arrival] = {}
         self._channels: dict[str, MemoryChannel] = {}
+        self._turn = 0
 
     def connect(self, client_id: str, *, will: Will | None = None) -> MemoryChannel:
         """Open a channel; one that had the same client id is cut off, as MQTT demands."""
@@ -60,6 +61,17 @@ class MemoryBroker:
                 self._retained.pop(arrival.topic, None)
             for channel in self._channels.values():
                 channel.offer(arrival)
+            self._share(arrival)
+
+    def _share(self, arrival: Arrival) -> None:
+        """Give a message to one of each group that shares it, to one after the other."""
+        groups: dict[str, list[MemoryChannel]] = {}
+        for channel in self._channels.values():
+            for pattern in channel.shared(arrival.topic):
+                groups.setdefault(pattern, []).append(channel)
+        for pattern, channels in groups.items():
+            self._turn += 1
+            channels[self._turn % len(channels)].deliver(pattern, arrival)
 
     def retained(self, pattern: str) -> list[Arrival]:
         """List the kept messages that match."""
@@ -105,14 +117,29 @@ class MemoryChannel:
         """
         self._require_open()
         with self._broker.lock():
-            for arrival in self._broker.retained(pattern):
+            for arrival in () if pattern.startswith("$share/") else self._broker.retained(pattern):
                 self._inbox.put((on_arrival, arrival))
             self._subscriptions.append((pattern, on_arrival))
 
+    def unsubscribe(self, pattern: str) -> None:
+        """Call nobody any more for messages that match."""
+        with self._broker.lock():
+            self._subscriptions = [one for one in self._subscriptions if one[0] != pattern]
+
     def offer(self, arrival: Arrival) -> None:
-        """Queue a message for every subscription that matches."""
+        """Queue a message for every subscription of this channel's own that matches."""
         for pattern, on_arrival in self._subscriptions:
-            if matches(pattern, arrival.topic):
+            if not pattern.startswith("$share/") and matches(pattern, arrival.topic):
+                self._inbox.put((on_arrival, arrival))
+
+    def shared(self, topic: str) -> list[str]:
+        """List the patterns shared with others that match."""
+        return [one for one, _ in self._subscriptions if one.startswith("$share/") and matches(one, topic)]
+
+    def deliver(self, pattern: str, arrival: Arrival) -> None:
+        """Queue a message for the subscriptions of one pattern."""
+        for one, on_arrival in self._subscriptions:
+            if one == pattern:
                 self._inbox.put((on_arrival, arrival))
 
     def is_connected(self, seconds: float = 0.0) -> bool:

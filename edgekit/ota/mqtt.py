@@ -57,16 +57,24 @@ class Tls:
     key: Path | None = None
 
 
-def connect(
-    url: str, client_id: str, *, will: Will | None = None, tls: Tls | None = None, patience: float = 10.0
+def connect(  # noqa: PLR0913  # what is not needed has a default
+    url: str,
+    client_id: str,
+    *,
+    will: Will | None = None,
+    tls: Tls | None = None,
+    patience: float = 10.0,
+    shares: bool = False,
 ) -> MqttChannel:
     """Connect to ``mqtt://[user:password@]host[:port]`` or ``mqtts://…``; try for ``patience`` seconds.
+
+    Who ``shares`` subscriptions keeps no session: the broker must not queue for one that is gone what others can take.
 
     Raises:
         UsageError: the URL or a certificate file is wrong.
         TransferError: the broker cannot be reached, or refuses us; says which one and why.
     """
-    channel = MqttChannel(url, client_id, will, tls)
+    channel = MqttChannel(url, client_id, will, tls, shares=shares)
     channel.wait_until_connected(patience)
     return channel
 
@@ -74,7 +82,7 @@ def connect(
 class MqttChannel:
     """A `Channel` of an MQTT broker; made by `connect`."""
 
-    def __init__(self, url: str, client_id: str, will: Will | None, tls: Tls | None) -> None:
+    def __init__(self, url: str, client_id: str, will: Will | None, tls: Tls | None, *, shares: bool = False) -> None:
         self._host, self._port, self.name = _address(url)
         self._client = _client(url, client_id, will, tls)
         self._client.on_connect = self._on_connect
@@ -90,6 +98,7 @@ class MqttChannel:
         self._last: MQTTMessageInfo | None = None
         self._problem = "no answer"
         self.dropped = 0
+        self._session_seconds = 0 if shares else SESSION_SECONDS
         self._network = threading.Thread(target=self._stay_connected, name=f"mqtt-{client_id}", daemon=True)
         self._delivery = threading.Thread(target=self._deliver, name=f"mqtt-{client_id}-in", daemon=True)
         self._network.start()
@@ -146,6 +155,12 @@ class MqttChannel:
         self._subscriptions = [*self._subscriptions, (pattern, on_arrival)]
         self._client.subscribe(pattern, qos=1)  # without a connection: done at the next connect
 
+    def unsubscribe(self, pattern: str) -> None:
+        """Call nobody any more for messages that match; see `Channel`."""
+        self._subscriptions = [one for one in self._subscriptions if one[0] != pattern]
+        if not self._closed:
+            self._client.unsubscribe(pattern)
+
     def is_connected(self, seconds: float = 0.0) -> bool:
         """Say whether there is a connection, after at most so many seconds."""
         with self._news:
@@ -192,7 +207,7 @@ class MqttChannel:
         if self._was_connected:  # `connect` would begin a new session, which ends the old one and fires its will
             self._client.reconnect()
         else:
-            self._client.connect(self._host, self._port, keepalive=30, properties=_session())
+            self._client.connect(self._host, self._port, keepalive=30, properties=_session(self._session_seconds))
 
     def _pause(self, failures: int) -> None:
         # Full jitter: a broker that comes back must not meet its whole fleet in one second.
@@ -316,9 +331,9 @@ def _packet(kind: str) -> Any:  # noqa: ANN401  # paho sets properties by attrib
     return make(getattr(PacketTypes, kind))
 
 
-def _session() -> Properties:
+def _session(seconds: int) -> Properties:
     properties = _packet("CONNECT")
-    properties.SessionExpiryInterval = SESSION_SECONDS
+    properties.SessionExpiryInterval = seconds
     return properties  # type: ignore[no-any-return]  # see _packet
 
 

@@ -184,10 +184,10 @@ def test_wrong_words_are_told(fleet, authority, tmp_path):
 def test_the_rules_name_every_topic_that_there_is():
     from edgekit.ota.server import mosquitto
 
-    leaves = set(re.findall(r"/(\w+)$", mosquitto.acl("home", "edgekit-server"), re.MULTILINE))
+    leaves = set(re.findall(r"/(\w+)$", mosquitto.acl("home", ["edgekit-server"]), re.MULTILINE))
     assert leaves == set(LEAVES)
     with pytest.raises(UsageError, match="is called 'edgekit-server'"):
-        mosquitto.acl("home", "edgekit-server", {"lab": ["edgekit-server"]})
+        mosquitto.acl("home", ["edgekit-server"], {"lab": ["edgekit-server"]})
     for name in ("+", "a/b", "a\nuser root"):
         with pytest.raises((MessageError, UsageError)):
-            mosquitto.acl("home", "edgekit-server", {"lab": [name]})
+            mosquitto.acl("home", ["edgekit-server"], {"lab": [name]})

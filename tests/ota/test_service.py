@@ -68,10 +68,10 @@ class Device:
 
 
 class World:
-    def __init__(self, folder):
+    def __init__(self, folder, place):
         self.folder, self.broker, self.now = folder, MemoryBroker(), NOW.timestamp()
         publisher.init(folder, NOW)
-        self.store = Store(folder / "fleet.sqlite", "home")
+        self.store = Store(place, "home")
         self.devices, self.service = {}, self.new_service()
 
     def new_service(self):
@@ -97,9 +97,9 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
+def world(tmp_path, place, monkeypatch):
     monkeypatch.setattr("edgekit.ota.server.service.TICK_SECONDS", 0.0)
-    world = World(tmp_path / "fleet")
+    world = World(tmp_path / "fleet", place)
     yield world
     world.service.stop()
     world.store.close()

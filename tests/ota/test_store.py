@@ -8,6 +8,7 @@ import time
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
 from edgekit.errors import ResourceError, UnknownName, UsageError
 from edgekit.ota.server.fleet import DeviceState
@@ -18,10 +19,26 @@ PLAN = Plan(model="cat", version=2, profiles=("pi",))
 
 
 @pytest.fixture
-def store(tmp_path):
-    store = Store(tmp_path / "fleet.sqlite", "home")
+def store(place):
+    store = Store(place, "home")
     yield store
     store.close()
+
+
+def again(store):
+    """Open the database of a store once more."""
+    return Store(store.path or store.database._engine.url.render_as_string(hide_password=False), store.name)
+
+
+def put(store, statement, **values):
+    """Write past the store."""
+    with store.transaction():
+        store.database.rows(sa.text(f"{statement} RETURNING 1"), values)
+
+
+def waits_at_most(store, milliseconds):
+    word = "PRAGMA busy_timeout=" if store.database.kind == "sqlite" else "SET lock_timeout="
+    store.database._connection.exec_driver_sql(f"{word}{milliseconds}")
 
 
 def version(number):
@@ -31,7 +48,7 @@ def version(number):
 def test_what_is_written_is_read_again_by_another_process_view(store):
     store.save_devices([DeviceState(id="b", profile="pi"), DeviceState(id="a", measured={"p95_ms": 1.5})])
     rollout = store.start(PLAN, 1.0)
-    other = Store(store.path)
+    other = again(store)
     assert list(other.devices().values()) == [
         DeviceState(id="a", measured={"p95_ms": 1.5}),
         DeviceState(id="b", profile="pi"),
@@ -39,6 +56,14 @@ def test_what_is_written_is_read_again_by_another_process_view(store):
     assert other.rollouts() == [rollout]
     assert other.name == "home"
     other.close()
+
+
+def test_a_file_is_written_for_good_with_each_transaction(tmp_path):
+    store = Store(tmp_path / "fleet.sqlite")
+    ask = store.database._connection.exec_driver_sql
+    told = [ask(f"PRAGMA {what}").scalar() for what in ("journal_mode", "synchronous", "foreign_keys")]
+    assert told == ["wal", 2, 1]
+    store.close()
 
 
 def test_the_same_report_is_kept_once(store):
@@ -124,18 +149,24 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
 
 
 def test_a_database_of_a_newer_edgekit_is_refused(store):
-    other = sqlite3.connect(store.path)
+    put(store, "UPDATE alembic_version SET version_num='0999'")
+    with pytest.raises(ResourceError, match="schema 0999, this edgekit knows 0002") as caught:
+        again(store)
+    assert caught.value.hint == "update edgekit"
+
+
+def test_a_file_of_a_newer_edgekit_is_refused_by_its_own_number_too(tmp_path):
+    Store(tmp_path / "fleet.sqlite").close()
+    other = sqlite3.connect(tmp_path / "fleet.sqlite")
     other.execute("PRAGMA user_version=9")
     other.close()
     with pytest.raises(ResourceError, match="schema 9"):
-        Store(store.path)
+        Store(tmp_path / "fleet.sqlite")
 
 
 def test_a_damaged_row_is_named_and_not_believed(store):
-    other = sqlite3.connect(store.path, isolation_level=None)
-    other.execute("INSERT INTO devices VALUES ('a', ?)", (b'{"id":"a","profile":7}',))
-    other.execute("INSERT INTO rollouts (id, state) VALUES ('r', ?)", ("text",))
-    other.close()
+    put(store, "INSERT INTO devices VALUES ('home', 'a', 1, :state)", state=b'{"id":"a","profile":7}')
+    put(store, "INSERT INTO rollouts VALUES ('home', 1, 'r', :state)", state=b"text")
     with pytest.raises(ResourceError, match="damaged DeviceState"):
         store.devices()
     with pytest.raises(ResourceError, match="damaged Rollout"):
@@ -143,18 +174,41 @@ def test_a_damaged_row_is_named_and_not_believed(store):
 
 
 def test_a_writer_that_never_lets_go_is_an_error_and_not_a_hang(store):
-    other = sqlite3.connect(store.path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    store._db.execute("PRAGMA busy_timeout=50")
-    with pytest.raises(ResourceError, match="locked"):
+    other = again(store)
+    waits_at_most(store, 50)
+    with other.transaction(), pytest.raises(ResourceError, match="locked"):
         store.start(PLAN, 1.0)
-    other.execute("ROLLBACK")
     other.close()
     assert store.start(PLAN, 1.0).status == "running"
 
 
-def _write_for_ever(path, ready):
-    store = Store(path)
+@pytest.mark.attack("poison pill")
+def test_a_text_of_a_device_that_the_database_cannot_hold_is_written_without_it(store):
+    store.note("pi-1", "failed: \0 no", 1.0)
+    assert [event.text for event in store.events()] == ["failed: \N{REPLACEMENT CHARACTER} no"]
+
+
+def test_news_are_what_was_written_since_and_nothing_twice(store):
+    assert store.news(0) == (0, {})
+    store.save_devices([DeviceState(id="a"), DeviceState(id="b")])
+    stamp, first = store.news(0)
+    assert set(first) == {"a", "b"}
+    other = again(store)
+    mine = other.save_devices([DeviceState(id="b", profile="pi")])
+    assert store.news(stamp) == (mine, {"b": DeviceState(id="b", profile="pi")})
+    assert store.news(mine) == (mine, {})
+    other.close()
+
+
+def test_many_reports_are_kept_as_each_alone_would_be(store):
+    store.remember("a", b"one", 1.0)
+    told = store.remember_all([("a", b"one"), ("a", b"two"), ("b", b"one"), ("a", b"two"), ("b", b"")], 2.0)
+    assert told == [False, True, True, False, True]
+    assert (store.reports("a"), store.reports("b")) == ([b"one", b"two"], [b"one", b""])
+
+
+def _write_for_ever(place, ready):
+    store = Store(place)
     rollout = store.start(PLAN, 0.0)
     for number in range(1_000_000):
         name = f"pi-{number}"
@@ -170,11 +224,10 @@ def _write_for_ever(path, ready):
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.003, 0.011, 0.027])
-def test_a_kill_at_any_moment_leaves_whole_transactions_only(tmp_path, delay):
-    path = tmp_path / "fleet.sqlite"
+def test_a_kill_at_any_moment_leaves_whole_transactions_only(place, delay):
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
-    writer = context.Process(target=_write_for_ever, args=(path, theirs))
+    writer = context.Process(target=_write_for_ever, args=(place, theirs))
     writer.start()
     while mine.recv() < 5:
         pass
@@ -184,7 +237,7 @@ def test_a_kill_at_any_moment_leaves_whole_transactions_only(tmp_path, delay):
     told = 5
     while mine.poll():
         told = mine.recv()
-    store = Store(path)
+    store = Store(place)
     devices, assigned = store.devices(), store.rollouts()[0].assigned
     store.close()
     assert set(devices) == set(assigned)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,18 +24,62 @@ if TYPE_CHECKING:
     Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def open_store(folder: Path) -> Store:
-    """Open the database of a fleet folder.
+DATABASE, BY = "edgekit.database", "edgekit.by"
+
+
+def folder(command: Command) -> Command:
+    """Add the argument FLEET, and the flags that `open_store` reads: where the database is, and who asks."""
+    for flag, variable, what in (
+        ("--by", "EDGEKIT_BY", "Who does this, for the audit log. [default: the system's name of the user]"),
+        ("--database", "EDGEKIT_DATABASE", "postgresql+psycopg://… [default: what `ota init` was told, or a file]"),
+    ):
+        command = click.option(flag, envvar=variable, expose_value=False, callback=_keep, help=what)(command)
+    return click.argument("fleet", type=click.Path(path_type=Path))(command)
+
+
+def _keep(context: click.Context, option: click.Parameter, value: str | None) -> None:
+    context.meta[f"edgekit.{option.name}"] = value
+
+
+def told(key: str) -> str:
+    """Return what the flag of that key said; empty where it said nothing."""
+    context = click.get_current_context(silent=True)
+    return str((context.meta.get(key) if context else None) or "")
+
+
+def operator() -> str:
+    """Name whoever runs this command: what --by says, else the system's name of the user."""
+    import getpass
+
+    try:
+        return told(BY) or getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return f"user {os.getuid()}"
+
+
+def open_store(folder: Path, *, who: str | None = None) -> Store:
+    """Open the database of a fleet folder in the name of `operator`, or of ``who``: empty for the service itself.
 
     Raises:
-        UsageError: there is no fleet in that folder.
+        UsageError: there is no fleet in that folder, or its database is not where the flag says.
     """
-    from edgekit.ota.server import publisher
-    from edgekit.ota.server.service import DATABASE
+    from edgekit.ota.server import publisher, whereabouts
     from edgekit.ota.server.store import Store
 
     publisher.root(folder)
-    return Store(folder / DATABASE)
+    place, name = whereabouts.find(folder, told(DATABASE))
+    return Store(place, name, who=operator() if who is None else who)
+
+
+def reach(folder: Path) -> None:
+    """Open the database and close it again, before something is done that is to be recorded there; see `open_store`."""
+    open_store(folder).close()
+
+
+def record(folder: Path, action: str, subject: str, **details: object) -> None:
+    """Write into the audit log what was done to a fleet beside its database."""
+    with closing(open_store(folder)) as store:
+        store.audit(action, subject, details)
 
 
 def broker_files(command: Command) -> Command:

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _identity
+from edgekit.cli.ota import _fleet, _identity
 
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 @command(name="broker-config", short_help="Write a Mosquitto's configuration for a fleet.")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
 @click.option("--ca", required=True, type=FILE, help="The authority of the devices' certificates (PEM).")
 @click.option("--cert", required=True, type=FILE, help="The broker's certificate (PEM).")
 @click.option("--key", required=True, type=FILE, help="Its key (PEM).")
@@ -25,9 +25,12 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
     show_default=True,
     help="Common name of the certificate with which edgekit ota server comes; no device may be called so.",
 )
+@click.option("--worker", "workers", multiple=True, help="Also let in a worker: certificate for SERVER-NAME-WORKER.")
 @_identity.option("ca", "cert", "key")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write to. [default: FLEET/broker]")
-def COMMAND(terminal: Terminal, *, fleet: Path, server_name: str, output: Path | None, **where: object) -> None:  # noqa: N802  # the frame's name
+def COMMAND(  # noqa: N802  # the name the frame looks for
+    terminal: Terminal, *, fleet: Path, server_name: str, workers: tuple[str, ...], output: Path | None, **where: object
+) -> None:
     """Write mosquitto.conf and its access rules for the fleet in the folder FLEET.
 
     Clients come with a certificate of the authority; its common name is the device's name. Each device reads and writes
@@ -52,7 +55,7 @@ def COMMAND(terminal: Terminal, *, fleet: Path, server_name: str, output: Path |
         revoked=revoked if revoked.is_file() and _is_own(fleet, files["ca"]) else None,
     )
     try:
-        rules = mosquitto.acl(name, server_name, groups)
+        rules = mosquitto.acl(name, [server_name, *(f"{server_name}-{one}" for one in workers)], groups)
     except MessageError as error:
         raise UsageError(error.message, error.hint) from error
     told = mosquitto.config(place, folder / "acl")

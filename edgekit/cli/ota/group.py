@@ -11,6 +11,7 @@ import click
 import msgspec
 
 from edgekit.cli._terminal import Terminal, command
+from edgekit.cli.ota import _fleet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 COMMAND = click.Group(name="group", help="Name groups of devices, and what their new members run.")
 RULES = "next: edgekit ota broker-config, and let Mosquitto read its rules again (SIGHUP)"
-_FLEET = click.argument("fleet", type=click.Path(path_type=Path))
+_FLEET = _fleet.folder
 _GROUP = click.argument("group")
 _DEVICES = click.argument("devices", nargs=-1, required=True)
 

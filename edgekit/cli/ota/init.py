@@ -9,11 +9,14 @@ from typing import Any
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _custody
+from edgekit.cli.ota import _custody, _fleet
 
 
 @command(name="init")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
+@click.option(
+    "--blobs", help="Keep what devices fetch in s3://BUCKET/PREFIX, too; keys and endpoint by AWS_… variables."
+)
 @click.option("--name", default="fleet", show_default=True, help="The fleet's name in MQTT topics.")
 @click.option(
     "--offline-keys",
@@ -29,13 +32,12 @@ from edgekit.cli.ota import _custody
     "--encrypt/--no-encrypt", default=None, help="Put keys behind a passphrase. [default: those of --offline-keys]"
 )
 @_custody.options
-def COMMAND(terminal: Terminal, *, fleet: Path, name: str, **flags: Any) -> None:  # noqa: N802, ANN401  # the frame's name; flags
+def COMMAND(terminal: Terminal, *, fleet: Path, name: str, blobs: str | None, **flags: Any) -> None:  # noqa: N802, ANN401  # the frame's name; flags
     """Make the keys and the empty signed repository of a fleet in the folder FLEET."""
     from edgekit.cli.ota._fleet import now
     from edgekit.errors import MessageError, UsageError
     from edgekit.ota import messages
-    from edgekit.ota.server import publisher
-    from edgekit.ota.server.service import DATABASE
+    from edgekit.ota.server import bucket, publisher, whereabouts
     from edgekit.ota.server.store import Store
 
     try:
@@ -45,9 +47,15 @@ def COMMAND(terminal: Terminal, *, fleet: Path, name: str, **flags: Any) -> None
     unlock = _custody.unlock(flags)
     keeping = publisher.Keeping(**flags)
     fleet.mkdir(parents=True, exist_ok=True)
+    if url := _fleet.told(_fleet.DATABASE):
+        whereabouts.note(fleet, url, name)
+    place, _ = whereabouts.find(fleet, url)
+    if blobs:
+        bucket.note(fleet, blobs)
     # The name first: killed in between, a fleet without a repository is made anew, one without its name would lose it.
-    with closing(Store(fleet / DATABASE, name)) as store:
+    with closing(Store(place, name, who=_fleet.operator())) as store:
         publisher.init(fleet, now(), keeping, unlock)
+        store.audit("init", store.name)
         name = store.name
     root = fleet / "repository" / "metadata" / "1.root.json"
     terminal.say(f"made the fleet {name!r} in {fleet}")

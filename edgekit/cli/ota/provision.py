@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _custody, group
+from edgekit.cli.ota import _custody, _fleet, group
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,7 +19,7 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 @command(name="provision", short_help="Write a device's identity: certificate, root of trust, class.")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
 @click.argument("name")
 @click.option(
     "--as",
@@ -60,6 +60,7 @@ def COMMAND(terminal: Terminal, *, fleet: Path, name: str, output: Path, **flags
     terminal.say(f"wrote {output}: {', '.join(sorted(files))}")
     if identity.KEY not in files:
         terminal.say(f"the device puts its own key beside them, as {identity.KEY}")
+    _fleet.record(fleet, "provision", name, part=flags["part"], days=flags["days"], csr=bool(flags["csr"]))
     if flags["groups"]:
         _join(fleet, name, flags["groups"])
         terminal.say(group.RULES)

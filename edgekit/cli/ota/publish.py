@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _custody, _limits
+from edgekit.cli.ota import _custody, _fleet, _limits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgekit.ota.deltas.listing import Delta
+    from edgekit.ota.release import Release
 
 
 @command(name="publish")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", help="The line of versions it belongs to. [default: the bundle's name]")
 @click.option("--version", type=click.IntRange(1), help="[default: the last one plus one]")
@@ -63,6 +64,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
     from edgekit.errors import EdgekitError
     from edgekit.ota.server import publisher
 
+    _fleet.reach(fleet)
     unlock = _custody.unlock(flags)
     releases = publisher.publish(
         fleet,
@@ -88,6 +90,7 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
         except EdgekitError as error:  # the release is signed: to fail now would have it published once more
             terminal.warn(f"published without deltas: {error}")
     first = releases[0]
+    _record(fleet, releases)
     terminal.table(
         ("model", "version", "hardware class", "variants", "bundle", "deltas"),
         [
@@ -98,6 +101,11 @@ def COMMAND(  # noqa: N802, PLR0913  # the name the frame looks for; one paramet
     terminal.say(f"next: edgekit ota rollout start {fleet} {first.model} {first.version}")
     told = {path: [msgspec.to_builtins(one) for one in some] for path, some in made.items()}
     terminal.result({"releases": [msgspec.to_builtins(r) for r in releases], "deltas": told})
+
+
+def _record(fleet: Path, releases: Sequence[Release]) -> None:
+    first, classes = releases[0], {r.profile: r.bundle for r in releases}
+    _fleet.record(fleet, "publish", f"{first.model} v{first.version}", classes=classes)
 
 
 def _told(deltas: Sequence[Delta]) -> str:

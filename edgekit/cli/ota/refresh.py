@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _custody
+from edgekit.cli.ota import _custody, _fleet
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @command(name="refresh")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
 @click.argument("roles", nargs=-1, metavar="[ROLE]...")
 @_custody.options
 def COMMAND(terminal: Terminal, *, fleet: Path, roles: tuple[str, ...], **flags: Any) -> None:  # noqa: N802, ANN401  # the frame's name; flags
@@ -24,8 +26,10 @@ def COMMAND(terminal: Terminal, *, fleet: Path, roles: tuple[str, ...], **flags:
     from edgekit.ota.server import publisher, roots
     from edgekit.ota.server.keys import Custody
 
+    _fleet.reach(fleet)
     opened = _custody.unlock(flags)
     warnings = publisher.refresh(fleet, now(), opened, [role for role in roles if role != "root"])
+    _fleet.record(fleet, "refresh", ", ".join(roles) or "what expires")
     if "root" in roles:
         _custody.tell(terminal, fleet, roots.renew(Custody(fleet, opened), now()))
     else:

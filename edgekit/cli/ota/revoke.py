@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _custody
+from edgekit.cli.ota import _custody, _fleet
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @command(name="revoke")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.option("--key", help="Address of the key in its place. [default: make one]")
 @click.option("--device", "is_device", is_flag=True, help="NAME is a device: the broker lets it in no longer.")
@@ -35,15 +37,20 @@ def COMMAND(  # noqa: N802  # the name the frame looks for
     from edgekit.ota.server import certificates, roots
     from edgekit.ota.server.keys import Custody
 
+    _fleet.reach(fleet)
     custody = Custody(fleet, _custody.unlock(flags))
     if is_device:
         lists = [certificates.revoke(custody, name, now()) for name in names]
+        _fleet.record(fleet, "revoke.device", ", ".join(names))
         terminal.say(f"wrote {lists[-1]}; a running Mosquitto reads it when it gets SIGHUP")
         terminal.result({"revoked": names, "list": lists[-1]})
         return
     if names == ("authority",):
         certificates.replace_authority(custody, now())
+        _fleet.record(fleet, "revoke.authority", "authority")
         terminal.say("another authority: provision broker, server and every device anew, then broker-config")
         terminal.result({"authority": custody.ring.authority})
         return
-    _custody.tell(terminal, fleet, roots.rotate(custody, names, now(), uri=key, is_compromised=True))
+    rotation = roots.rotate(custody, names, now(), uri=key, is_compromised=True)
+    _fleet.record(fleet, "revoke.key", ", ".join(names))
+    _custody.tell(terminal, fleet, rotation)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from edgekit.cli._terminal import Terminal, command
+from edgekit.cli.ota import _fleet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from edgekit.ota.server.rollout import Rollout
 
 COMMAND = click.Group(name="rollout", help="Bring a release to the fleet in waves that halt themselves.")
-_FLEET = click.argument("fleet", type=click.Path(path_type=Path))
+_FLEET = _fleet.folder
 _NAME = click.argument("rollout")
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _custody
+from edgekit.cli.ota import _custody, _fleet
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @command(name="rotate")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
 @click.argument("roles", nargs=-1, required=True, metavar="ROLE...")
 @click.option("--key", help="Address of the new key: file:PATH, env:NAME, hsm:ID, awskms:ID … [default: make one]")
 @_custody.options
@@ -22,5 +24,8 @@ def COMMAND(terminal: Terminal, *, fleet: Path, roles: tuple[str, ...], key: str
     from edgekit.ota.server import roots
     from edgekit.ota.server.keys import Custody
 
+    _fleet.reach(fleet)
     custody = Custody(fleet, _custody.unlock(flags))
-    _custody.tell(terminal, fleet, roots.rotate(custody, roles, now(), uri=key))
+    rotation = roots.rotate(custody, roles, now(), uri=key)
+    _fleet.record(fleet, "rotate", ", ".join(roles))
+    _custody.tell(terminal, fleet, rotation)

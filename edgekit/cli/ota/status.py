@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from edgekit.cli._terminal import Terminal, command
+from edgekit.cli.ota import _fleet
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edgekit.ota.server.fleet import DeviceState
     from edgekit.ota.server.rollout import Rollout
     from edgekit.ota.server.store import Store
 
 
 @command(name="status")
-@click.argument("fleet", type=click.Path(path_type=Path))
+@_fleet.folder
 @click.option("--watch", is_flag=True, help="Show it again every two seconds until interrupted.")
 def COMMAND(terminal: Terminal, *, fleet: Path, watch: bool) -> None:  # noqa: N802  # the name the frame looks for
     """Show what every device runs and how the rollouts stand."""

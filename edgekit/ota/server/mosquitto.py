@@ -64,33 +64,41 @@ def config(place: Place, acl: Path) -> str:
     return "".join(f"{name} {value}\n" for name, value in lines.items())
 
 
-def acl(fleet: str, server: str, groups: Mapping[str, Sequence[str]] | None = None) -> str:
-    """Return the access rules: a device reads and writes what lies under its own name, the server what it answers.
+def acl(fleet: str, servers: Sequence[str], groups: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Return the access rules: a device reads and writes what lies under its own name, servers what they answer.
 
-    ``groups`` names each group's devices, which read what it is to run. A change of them needs the rules written anew.
+    ``servers`` are the one, or the workers that share its work: each has a name and a certificate of its own, for a
+    second client of the same name ends the connection of the first. ``groups`` names each group's devices, which read
+    what it is to run. A change of them needs the rules written anew.
 
     Raises:
         MessageError: the fleet, the server, a group or a device is named in a way that could change a topic.
         UsageError: a device is called as the server is.
     """
-    messages.topic(fleet, server, "hello")
-    lines = [f"user {server}"]
-    lines += [f"topic read {messages.topic(fleet, '+', leaf)}" for leaf in FROM_DEVICES]
-    lines += [f"topic write {messages.topic(fleet, '+', leaf)}" for leaf in TO_DEVICES]
-    lines.append(f"topic write {messages.group_topic(fleet, '+')}")
-    lines += _of_members(fleet, server, groups or {})
+    lines = [line for server in servers for line in _of_server(fleet, server)]
+    lines += _of_members(fleet, servers, groups or {})
     own = messages.topic(fleet, "+", "").replace("+", "%u")
     lines += [f"pattern read {own}{leaf}" for leaf in (*TO_DEVICES, "hello")]  # of its own life it hears, too
     lines += [f"pattern write {own}{leaf}" for leaf in FROM_DEVICES]
     return "\n".join(lines) + "\n"
 
 
-def _of_members(fleet: str, server: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+def _of_server(fleet: str, server: str) -> list[str]:
+    messages.topic(fleet, server, "hello")
+    return [
+        f"user {server}",
+        *(f"topic read {messages.topic(fleet, '+', leaf)}" for leaf in FROM_DEVICES),
+        *(f"topic write {messages.topic(fleet, '+', leaf)}" for leaf in TO_DEVICES),
+        f"topic write {messages.group_topic(fleet, '+')}",
+    ]
+
+
+def _of_members(fleet: str, servers: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
     """Return what no pattern can say: which device is in which group."""
     lines = []
     for device in sorted({device for members in groups.values() for device in members}):
         messages.topic(fleet, device, "hello")
-        if device in (server, "+"):
+        if device in (*servers, "+"):
             raise UsageError(f"a device of a group is called {device!r}", "take it out of its groups")
         lines.append(f"user {device}")
         mine = (name for name in sorted(groups) if device in groups[name])

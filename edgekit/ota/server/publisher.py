@@ -21,7 +21,7 @@ from edgekit.durable import new_file, write_file
 from edgekit.errors import BundleError, TrustError, UnknownName, UsageError
 from edgekit.ota.deltas import listing
 from edgekit.ota.release import ANYTHING, Limits, Release, Replaces, from_custom, is_release, to_custom
-from edgekit.ota.server import catalogue, deltas, metadata, order
+from edgekit.ota.server import bucket, catalogue, deltas, metadata, order
 from edgekit.ota.server.delegations import TOP
 from edgekit.ota.server.draft import NEVER, Draft, sign
 from edgekit.ota.server.keys import CLOSED, Custody, KeyAway
@@ -155,6 +155,7 @@ def publish(  # noqa: PLR0913  # each is a decision of the operator and named at
         releases = [_release(like, profile, chosen) for profile, chosen in orders.items()]
         for entry in _needed(bundle, [name for release in releases for name in release.order]):
             _publish_blob(folder, bundle, entry)
+            _upload(folder, f"blobs/{entry.sha256}")
         for release in releases:
             _add_target(folder, targets, release, bundle)
         catalogue.settle(draft, name, targets, key)
@@ -189,6 +190,8 @@ def add_deltas(  # noqa: PLR0913  # each is a decision of the operator and named
         older = sorted((r for r in older if r.version < release.version), key=lambda r: -r.version)[:count]
         if some := deltas.make(folder / "repository", release, older, made, progress=progress):
             found[release.path] = tuple(some)
+            for delta in some:
+                _upload(folder, f"deltas/{delta.sha256}")
     if found:
         with metadata.sole_writer(folder):
             draft = Draft.of(Custody(folder, unlock), now)
@@ -326,6 +329,12 @@ def _publish_blob(folder: Path, bundle: Bundle, entry: FileEntry) -> None:
             out.write(piece)
         if hasher.hexdigest() != entry.sha256:
             raise BundleError(f"{entry.path} changed since the bundle was opened", "export the bundle again")
+
+
+def _upload(folder: Path, name: str) -> None:
+    """Put a file into the fleet's bucket if it has one, before anything signed names it."""
+    if store := bucket.of(folder):
+        store.write(name, folder / "repository" / name)
 
 
 def _add_target(folder: Path, targets: Targets, release: Release, bundle: Bundle) -> None:

@@ -18,8 +18,19 @@ import msgspec
 
 from edgekit.errors import EdgekitError, MessageError, ResourceError, TransferError
 from edgekit.ota import messages
-from edgekit.ota.messages import BlockRequest, Chosen, Desired, Drift, Health, Hello, Report
-from edgekit.ota.server import publisher, repository
+from edgekit.ota.messages import (
+    BlockRequest,
+    Chosen,
+    Desired,
+    Failed,
+    Hello,
+    Installed,
+    Refused,
+    Report,
+    RolledBack,
+    Waiting,
+)
+from edgekit.ota.server import publisher, repository, whereabouts
 from edgekit.ota.server.fleet import DeviceState, expect, fold, model_of, tell
 from edgekit.ota.server.inbox import Inbox
 from edgekit.ota.server.keys import CLOSED
@@ -32,17 +43,22 @@ if TYPE_CHECKING:
 
     from edgekit.ota.channel import Arrival, Back, Channel
     from edgekit.ota.server.keys import Unlock
+    from edgekit.ota.server.post import Post
     from edgekit.ota.server.rollout import Rollout
     from edgekit.ota.server.store import Group, Store
 
 log = logging.getLogger(__name__)
 
-DATABASE = "fleet.sqlite"
+DATABASE = whereabouts.SQLITE
 BATCH = 500
 LOGGED = 1000
 TICK_SECONDS = 1.0
 REFRESH_SECONDS = 86_400.0  # a timestamp lives for seven days
 RETRY_SECONDS = 60.0
+SHARE = "$share/edgekit/"
+"""What workers subscribe to with this before it goes to one of them (MQTT 5, clause 4.8.2)."""
+KEPT = (Chosen, Failed, Installed, Refused, RolledBack, Waiting)
+"""What is said once, and belongs to a device's history."""
 
 
 class Service:
@@ -63,7 +79,9 @@ class Service:
         self.store = store
         self.clock = clock
         self.counts: Counter[str] = Counter()
-        self.fleet = store.devices()
+        self._stamp, self.fleet = store.news(0)
+        self._post: Post | None = None
+        self._leads = True
         self._waiting = Inbox()
         self._reports: list[Arrival] = []  # taken but not yet in the store: kept while the disk refuses
         self._published: dict[str, tuple[str, int]] = {}  # by topic: the wish and its revision
@@ -73,35 +91,53 @@ class Service:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="edgekit-fleet", daemon=True)
 
+    def join(self, post: Post) -> Service:
+        """Be one of several workers that share the database and split what devices say, before `start`."""
+        self._post, self._leads = post, False
+        return self
+
     def start(self) -> Service:
         """Subscribe and work in a thread of its own until `stop`.
 
         Raises:
-            ResourceError: another service serves this folder; two would cut off each other's connection.
+            ResourceError: another service serves this folder, and they share no work: see `join`.
         """
+        if self._post is None:
+            self._lock_folder()
+        self.subscribe()
+        self._thread.start()
+        return self
+
+    def _lock_folder(self) -> None:
         self._lock = (self.folder / ".service.lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.close()
             raise ResourceError(f"another server serves {self.folder}", "stop it first") from error
-        self.subscribe()
-        self._thread.start()
-        return self
 
     def stop(self) -> None:
         """Finish the present step and stop; the channel and the store stay open."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
+            if self._post is not None:
+                self._post.resign()
         if self._lock is not None:
             self._lock.close()
 
     def subscribe(self) -> None:
-        """Ask the channel for every device's hello, reports and block requests."""
+        """Ask the channel for every device's hello, reports and block requests.
+
+        Workers share reports and requests. A broker gives no retained message to who shares, and an older hello must
+        not be taken after a newer one: so who leads takes them all.
+        """
         self.channel.when_back(self._on_back)
-        for leaf in ("hello", "report", "request"):
-            self.channel.subscribe(messages.topic(self.store.name, "+", leaf), self._arrived)
+        for leaf in ("report", "request"):
+            topic = messages.topic(self.store.name, "+", leaf)
+            self.channel.subscribe(f"{SHARE}{topic}" if self._post else topic, self._arrived)
+        if self._post is None:
+            self.channel.subscribe(self._hellos, self._arrived)
 
     def step(self, wait: float = 0.0) -> None:
         """Take what has arrived (waiting up to ``wait`` seconds for something), advance, publish what changed."""
@@ -115,16 +151,66 @@ class Service:
 
     def _look(self) -> None:
         now = self.clock()
+        if self._post is not None:
+            self._post.renew()
         changed: dict[str, DeviceState] = {}
+        groups: Mapping[str, Group] = {}
         with self.store.transaction():
-            for arrival in self._reports:
-                self._fold(arrival, changed, now)
-            groups = self.store.groups()
-            self._advance(changed, groups, now)
-            self.store.save_devices(changed.values())
+            leads = self._post is None or self._post.confirm()
+            self._catch_up()
+            self._take(changed, now)
+            if leads:
+                groups = self.store.groups()
+                self._advance(changed, groups, now)
+            stamp = self.store.save_devices(changed.values())
+            asks = self._hear(leads=leads)
+        if asks:
+            self._forgotten = False
         self._reports.clear()
-        self.fleet.update(changed)
-        self._publish(groups)
+        self._know(changed)
+        self._stamp = stamp
+        if leads != self._leads:
+            self._change_lead(leads=leads)
+        if leads:
+            self._publish(groups)
+
+    def _catch_up(self) -> None:
+        """Read what other workers have written; transactions come one after the other, so nothing is left out."""
+        if self._post is not None:
+            self._stamp, news = self.store.news(self._stamp)
+            self._know(news)
+
+    def _know(self, states: Mapping[str, DeviceState]) -> None:
+        for device, new in states.items():
+            old = self.fleet.get(device)
+            if old is None or (new.boot, new.online) != (old.boot, old.online):
+                # Say again what it should run: a broker may have forgotten.
+                self._published.pop(messages.topic(self.store.name, device, "desired"), None)
+            self.fleet[device] = new
+
+    def _hear(self, *, leads: bool) -> bool:
+        """Learn whether all wishes are to be said again; who does not lead asks for it, and says that it did."""
+        if self._post is None:
+            return False
+        if leads:
+            self._forgotten = self._post.is_asked_again() or self._forgotten
+            return False
+        if self._forgotten:
+            self._post.ask_again()
+        return self._forgotten
+
+    def _change_lead(self, *, leads: bool) -> None:
+        self._leads = leads
+        self._published.clear()
+        log.warning("this worker leads the fleet %s %s", self.store.name, "now" if leads else "no longer")
+        if leads:
+            self.channel.subscribe(self._hellos, self._arrived)
+        else:
+            self.channel.unsubscribe(self._hellos)
+
+    @property
+    def _hellos(self) -> str:
+        return messages.topic(self.store.name, "+", "hello")
 
     def _on_back(self, back: Back) -> None:
         # A broker that lost our session may have lost the wishes.
@@ -146,7 +232,8 @@ class Service:
 
     def _sort(self, arrival: Arrival) -> None:
         if not arrival.topic.endswith("/request"):
-            self._reports.append(arrival)
+            if self._leads or not arrival.topic.endswith("/hello"):
+                self._reports.append(arrival)
             return
         try:
             self._answer(arrival)
@@ -163,23 +250,32 @@ class Service:
         self.channel.publish(own, messages.encode_block(block), correlation=arrival.correlation)
         self.counts["blocks"] += 1
 
-    def _fold(self, arrival: Arrival, changed: dict[str, DeviceState], now: float) -> None:
+    def _take(self, changed: dict[str, DeviceState], now: float) -> None:
+        taken = [(arrival, self._read(arrival)) for arrival in self._reports]
+        reports = [(arrival, report) for arrival, report in taken if report is not None]
+        kept = [isinstance(report, KEPT) for _, report in reports]
+        pairs = [
+            (report.device, arrival.payload) for (arrival, report), keep in zip(reports, kept, strict=True) if keep
+        ]
+        is_new = iter(self.store.remember_all(pairs, now))
+        for (_, report), keep in zip(reports, kept, strict=True):
+            self._fold(report, changed, now, is_new=not keep or next(is_new))
+
+    def _read(self, arrival: Arrival) -> Report | None:
+        if not arrival.payload:
+            return None  # a retained hello that an operator cleared
         try:
-            if not arrival.payload:
-                return  # a retained hello that an operator cleared
-            report = _parse(arrival)
+            return _parse(arrival)
         except MessageError as error:
             self._drop(arrival, error)
-            return
+            return None
+
+    def _fold(self, report: Report, changed: dict[str, DeviceState], now: float, *, is_new: bool) -> None:
         self.counts["reports"] += 1
         old = changed.get(report.device) or self.fleet.get(report.device) or DeviceState(id=report.device)
         new = changed[report.device] = fold(old, report, now)
         if isinstance(report, Hello):
-            if (new.boot, new.online) != (old.boot, old.online):
-                # Say again what it should run: a broker may have forgotten.
-                self._published.pop(messages.topic(self.store.name, report.device, "desired"), None)
             return
-        is_new = isinstance(report, Health | Drift) or self.store.remember(report.device, arrival.payload, now)
         if isinstance(report, Chosen) and is_new:
             left = "".join(f"; not {name}: {why}" for name, why in report.left.items())
             self.store.note(report.device, f"{report.device} runs the variant {report.variant}{left}", now)
@@ -224,6 +320,8 @@ class Service:
         try:
             for topic, (wish, revision) in wishes.items():
                 if self._published.get(topic) != (wish, revision):
+                    if self._post is not None and not self._post.is_fresh():
+                        return  # another may lead by now
                     self.channel.publish(topic, _payload(wish, revision), retain=True)
                     self._published[topic] = (wish, revision)
         except TransferError as error:  # a full queue: the rest goes with the next step
@@ -231,7 +329,7 @@ class Service:
 
     def _refresh(self) -> None:
         now = self.clock()
-        if now < self._refresh_at:
+        if now < self._refresh_at or not self._leads:
             return
         try:
             for warning in publisher.refresh(self.folder, datetime.fromtimestamp(now, UTC), self._unlock):

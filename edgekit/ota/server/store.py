@@ -1,47 +1,39 @@
-"""The fleet's memory: one SQLite file that a kill leaves at the last whole transaction. Decides nothing.
+"""The fleet's memory, in SQLite or PostgreSQL: a kill leaves the last whole transaction. Decides nothing.
 
-Devices are written by the service alone; rollouts also by the command line, so each change of one is read,
-made and written inside one transaction.
+Bound to one fleet: no row of another is read or written. Devices are written by the service alone; rollouts also by
+the command line, so each change of one is read, made and written inside one transaction. What an operator changes goes
+into the audit log with it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sqlite3
-import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
 from edgekit.errors import ResourceError, UnknownName, UsageError
 from edgekit.ota.messages import Desired, Identifier
+from edgekit.ota.server import queries
+from edgekit.ota.server.audit import EMPTY, Deed, Entry, Head, follow
+from edgekit.ota.server.database import Database
 from edgekit.ota.server.fleet import DeviceState
 from edgekit.ota.server.rollout import Rollout, abort
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    import sqlalchemy as sa
 
     from edgekit.ota.server.rollout import Plan
 
 T = TypeVar("T")
-VERSION = 1
 REMEMBERED_REPORTS = 1000
 REMEMBERED_EVENTS = 100_000
 """So much is kept of what devices say, for a device that floods must not fill the server's disk."""
-_FORGET_REPORTS = """
-DELETE FROM reports WHERE device = ?1
-AND digest IN (SELECT digest FROM reports WHERE device = ?1 ORDER BY at DESC LIMIT -1 OFFSET ?2)
-"""
-_SCHEMA = """
-CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE devices  (id TEXT PRIMARY KEY, state BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE rollouts (seq INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, state BLOB NOT NULL);
-CREATE TABLE reports  (device TEXT, digest BLOB, at REAL NOT NULL, payload BLOB NOT NULL,
-                       PRIMARY KEY (device, digest)) WITHOUT ROWID;
-CREATE TABLE events   (seq INTEGER PRIMARY KEY, at REAL NOT NULL, subject TEXT NOT NULL, text TEXT NOT NULL);
-"""
+_ACTIONS = {"paused": "pause", "running": "resume", "aborted": "abort"}
 
 
 class Event(NamedTuple):
@@ -52,6 +44,14 @@ class Event(NamedTuple):
     text: str
 
 
+class Lease(NamedTuple):
+    """What somebody has until some time, and the number that grows with each holder."""
+
+    holder: str
+    epoch: int
+    until: float
+
+
 class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Devices that may hear what the group is to run, and that wish; for what no rollout has reached yet."""
 
@@ -60,76 +60,110 @@ class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Store:
-    """An open database; safe from several threads and several processes."""
+    """A fleet in an open database; safe from several threads and several processes."""
 
-    def __init__(self, path: Path, name: str = "fleet") -> None:
-        """Open the database, or make it for a fleet of that name.
+    def __init__(
+        self, place: Path | str, name: str = "fleet", *, who: str = "", clock: Callable[[], float] | None = None
+    ) -> None:
+        """Open a file of SQLite or a URL of PostgreSQL, and make the fleet if it is not there.
+
+        A file has one fleet, whose name was given when it was made. ``who`` is the operator in whose name changes are
+        made, for the audit log; empty for the service itself. ``clock`` replaces the database's own.
 
         Raises:
-            ResourceError: the file is no database of edgekit, damaged, or written by a newer edgekit.
+            UsageError: a URL that is none of SQLite or PostgreSQL.
+            ResourceError: it is no database of edgekit, damaged, cannot be reached, or written by a newer edgekit.
         """
-        self.path = path
-        self._lock = threading.RLock()
-        with self._translated():
-            self._db = sqlite3.connect(path, timeout=15, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._migrate(name)
+        self.database = Database(place, clock)
+        self.path = Path(place) if isinstance(place, Path) or "://" not in place else None
+        self.who = who
+        self._sql = queries.of(self.database.kind)
+        self._notes: list[dict[str, Any]] = []
+        try:
+            self._name = self._settle(name)
+        except BaseException:
+            self.database.close()
+            raise
+        self.database.bind(self._name)
 
     @property
     def name(self) -> str:
         """The fleet's name in topics; given once, when the database was made."""
-        return str(self._rows("SELECT value FROM settings WHERE key='name'")[0][0])
+        return self._name
 
     def close(self) -> None:
-        """Close the file; later calls are errors."""
-        with self._lock:
-            self._db.close()
+        """Close the database; later calls are errors."""
+        self.database.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Make all changes inside the block visible at once, or none; other writers wait."""
-        with self._lock, self._translated():
-            outermost = not self._db.in_transaction
-            if outermost:
-                self._db.execute("BEGIN IMMEDIATE")
+        with self.database.lock():
+            is_outermost = not self.database.is_in_transaction
             try:
-                yield
-                if outermost:
-                    self._db.execute("COMMIT")
+                with self.database.transaction(self._write_notes):
+                    yield
             except BaseException:
-                if outermost:
-                    self._db.rollback()
+                if is_outermost:
+                    self._notes.clear()
                 raise
+
+    def now(self) -> float:
+        """Return the time that all who share the database agree on."""
+        return self.database.now()
 
     def devices(self) -> dict[str, DeviceState]:
         """Read every device, by its name."""
-        rows = self._rows("SELECT id, state FROM devices ORDER BY id")
-        return {str(name): self._parse(state, DeviceState) for name, state in rows}
+        return {str(row.id): self._parse(row.state, DeviceState) for row in self._rows(self._sql.devices)}
 
-    def save_devices(self, states: Iterable[DeviceState]) -> None:
-        """Write the devices that changed."""
-        rows = [(s.id, msgspec.json.encode(s)) for s in states]
+    def news(self, since: int) -> tuple[int, dict[str, DeviceState]]:
+        """Read the devices that were written after a stamp, and the stamp to ask with next time; 0: all."""
+        rows = self._rows(self._sql.news, since=since)
+        return max([since, *(row.stamp for row in rows)]), {
+            str(row.id): self._parse(row.state, DeviceState) for row in rows
+        }
+
+    def save_devices(self, states: Iterable[DeviceState]) -> int:
+        """Write the devices that changed; returns their stamp, which is above all before."""
+        states = list(states)
         with self.transaction():
-            self._db.executemany("INSERT OR REPLACE INTO devices VALUES (?, ?)", rows)
+            stamp = int(self._rows(self._sql.stamp)[0][0]) + (1 if states else 0)
+            self._run(
+                self._sql.save_device,
+                [{"id": one.id, "stamp": stamp, "state": msgspec.json.encode(one)} for one in states],
+            )
+        return stamp
 
     def remember(self, device: str, payload: bytes, now: float) -> bool:
         """Keep a report, the last thousand of a device; false when the same bytes came from that device before."""
-        key = hashlib.sha256(payload).digest()
+        return self.remember_all([(device, payload)], now)[0]
+
+    def remember_all(self, reports: Sequence[tuple[str, bytes]], now: float) -> list[bool]:
+        """Keep reports of devices as `remember` does each, in few statements; says of each whether it is new."""
+        keys = [(device, hashlib.sha256(payload).digest()) for device, payload in reports]
+        if not keys:
+            return []
         with self.transaction():
-            row = (device, key, now, payload)
-            is_new = self._db.execute("INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?)", row).rowcount == 1
-            if is_new:
-                self._db.execute(_FORGET_REPORTS, (device, REMEMBERED_REPORTS))
+            found = self._rows(self._sql.known_reports, keys=list(set(keys)))
+            known = {(str(row.device), bytes(row.digest)) for row in found}
+            is_new, rows = [], []
+            for key, (device, payload) in zip(keys, reports, strict=True):
+                is_new.append(key not in known)
+                if key not in known:
+                    known.add(key)
+                    rows.append({"device": device, "digest": key[1], "at": now, "payload": payload})
+            self._run(self._sql.add_report, rows)
+            talkers = sorted({str(row["device"]) for row in rows})
+            self._run(self._sql.forget_reports, [{"of": device, "most": REMEMBERED_REPORTS} for device in talkers])
         return is_new
 
     def reports(self, device: str) -> list[bytes]:
         """Read the reports of one device, oldest first."""
-        return [bytes(row[0]) for row in self._rows("SELECT payload FROM reports WHERE device=? ORDER BY at", device)]
+        return [bytes(row.payload) for row in self._rows(self._sql.reports, of=device)]
 
     def rollouts(self) -> list[Rollout]:
         """Read every rollout in the order they were started."""
-        return [self._parse(row[0], Rollout) for row in self._rows("SELECT state FROM rollouts ORDER BY seq")]
+        return [self._parse(row.state, Rollout) for row in self._rows(self._sql.rollouts)]
 
     def rollout(self, name: str) -> Rollout:
         """Read one rollout.
@@ -155,8 +189,9 @@ class Store:
             self._refuse_going_back(plan)
             self._supersede(plan, name, now)
             rollout = Rollout(id=name, plan=plan)
-            self._db.execute("INSERT INTO rollouts (id, state) VALUES (?, ?)", (name, msgspec.json.encode(rollout)))
+            self._run(self._sql.add_rollout, {"id": name, "state": msgspec.json.encode(rollout)})
             self.note(name, f"started, waves {waves(plan)}", now)
+            self.audit("rollout.start", name, {"plan": msgspec.to_builtins(plan)}, now)
         return rollout
 
     def change(self, name: str, how: Callable[[Rollout], Rollout], now: float) -> Rollout:
@@ -165,35 +200,86 @@ class Store:
             old = self.rollout(name)
             new = how(old)
             if new != old:
-                data = msgspec.json.encode(new)
-                self._db.execute("UPDATE rollouts SET state=? WHERE id=?", (data, name))
+                self._run(self._sql.change_rollout, {"of": name, "now": msgspec.json.encode(new)})
             if new.status != old.status:
                 self.note(name, f"{new.status}{': ' if new.reason else ''}{new.reason}", now)
+            if new != old:
+                action = _ACTIONS.get(new.status, "change") if new.status != old.status else "change"
+                details = {"before": old.status, "after": new.status, "reason": new.reason}
+                self.audit(f"rollout.{action}", name, details, now)
         return new
 
     def groups(self) -> dict[str, Group]:
         """Read every group, by its name."""
-        rows = self._rows("SELECT key, value FROM settings WHERE key LIKE 'group/%' ORDER BY key")
-        return {str(key).removeprefix("group/"): self._parse(str(value).encode(), Group) for key, value in rows}
+        rows = self._rows(self._sql.groups)
+        return {str(row.key).removeprefix("group/"): self._parse(str(row.value).encode(), Group) for row in rows}
 
     def change_group(self, name: str, how: Callable[[Group], Group]) -> Group:
         """Read a group, or begin one, change it and write it, in one transaction."""
         with self.transaction():
-            new = how(self.groups().get(name, Group()))
-            row = (f"group/{name}", msgspec.json.encode(new).decode())
-            self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
+            old = self.groups().get(name, Group())
+            new = how(old)
+            self._run(self._sql.set, {"key": f"group/{name}", "value": msgspec.json.encode(new).decode()})
+            if new != old:
+                self.audit(
+                    "group.change", name, {"before": msgspec.to_builtins(old), "after": msgspec.to_builtins(new)}
+                )
         return new
+
+    def leases(self) -> dict[str, Lease]:
+        """Read who has what, by its name."""
+        return {str(row.name): Lease(row.holder, row.epoch, row.until) for row in self._rows(self._sql.leases)}
+
+    def lease(self, name: str, holder: str, epoch: int, until: float) -> None:
+        """Write who has something; who may have it is `Post`'s business."""
+        self._run(self._sql.set_lease, {"name": name, "holder": holder, "epoch": epoch, "until": until})
+
+    def release(self, name: str) -> None:
+        """Forget who had something."""
+        self._run(self._sql.drop_lease, {"of": name})
 
     def note(self, subject: str, text: str, now: float) -> None:
         """Write a line into the diary."""
         with self.transaction():
-            self._db.execute("INSERT INTO events (at, subject, text) VALUES (?, ?, ?)", (now, subject, text))
-            self._db.execute("DELETE FROM events WHERE seq <= last_insert_rowid() - ?", (REMEMBERED_EVENTS,))
+            # PostgreSQL keeps no NUL in texts, and a device may write one: it must not stop all others.
+            self._notes.append({"at": now, "subject": subject, "text": text.replace("\0", "\N{REPLACEMENT CHARACTER}")})
 
     def events(self, subject: str | None = None, limit: int = 100) -> list[Event]:
         """Read the last lines of the diary, oldest first."""
-        query = "SELECT at, subject, text FROM events WHERE ?1 IS NULL OR subject=?1 ORDER BY seq DESC LIMIT ?2"
-        return [Event(*row) for row in reversed(self._rows(query, subject, limit))]
+        with self.database.lock():
+            self._write_notes()
+            query = self._sql.events if subject is None else self._sql.events_of
+            rows = self._rows(query, limit=limit, **({} if subject is None else {"of": subject}))
+        return [Event(row.at, row.subject, row.text) for row in reversed(rows)]
+
+    def audit(self, action: str, subject: str, details: dict[str, Any] | None = None, now: float | None = None) -> None:
+        """Write into the audit log what the operator did; nothing where the service itself did it."""
+        if not self.who:
+            return
+        with self.transaction():
+            rows = self._rows(self._sql.audit_head)
+            head = Head(rows[0].seq, rows[0].hash) if rows else EMPTY
+            at = self.now() if now is None else now
+            entry = follow(self._name, head, Deed(at, self.who, action, subject, details or {}))
+            self._run(self._sql.add_audit, {**msgspec.structs.asdict(entry)})
+            self._run(self._sql.set_audit_head, {"seq": entry.seq, "hash": entry.hash})
+
+    def audited(self) -> tuple[list[Entry], Head]:
+        """Read the audit log, oldest first, and the head that is kept beside it."""
+        with self.database.lock():
+            entries = [Entry(**row._mapping) for row in self._rows(self._sql.audit)]  # noqa: SLF001  # public, for all its underscore
+            rows = self._rows(self._sql.audit_head)
+        return entries, Head(rows[0].seq, rows[0].hash) if rows else EMPTY
+
+    def _settle(self, name: str) -> str:
+        """Return the fleet's name: the file's own, or the one of many that was asked for; make it if it is new."""
+        with self.database.transaction():
+            known = [str(row[0]) for row in self.database.rows(self._sql.fleets)]
+            if self.database.kind == "sqlite" and known:
+                return known[0]
+            if name not in known:
+                self.database.run(self._sql.add_fleet, {"name": name})
+        return name
 
     def _refuse_going_back(self, plan: Plan) -> None:
         ahead = [
@@ -217,34 +303,29 @@ class Store:
                 )
             self.change(old.id, lambda r: abort(r, f"superseded by {name}"), now)
 
-    def _migrate(self, name: str) -> None:
-        with self.transaction():
-            found = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if found == 0 and not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                for statement in _SCHEMA.split(";"):
-                    self._db.execute(statement)
-                self._db.execute("INSERT INTO settings VALUES ('name', ?)", (name,))
-                self._db.execute(f"PRAGMA user_version={VERSION}")
-            elif found != VERSION:
-                raise ResourceError(f"{self.path} has schema {found}, this edgekit knows {VERSION}", "update edgekit")
+    def _write_notes(self) -> None:
+        """Write the lines of this transaction at once, and forget as many of the oldest as are too many."""
+        notes, self._notes = self._notes, []
+        if not notes:
+            return
+        last = int(self._rows(self._sql.last_event)[0][0])
+        self._run(self._sql.add_event, [{"seq": last + number, **note} for number, note in enumerate(notes, 1)])
+        self._run(self._sql.forget_events, {"until": last + len(notes) - REMEMBERED_EVENTS})
 
-    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        with self._lock, self._translated():
-            return self._db.execute(query, values).fetchall()
+    def _rows(self, statement: sa.Executable, **values: object) -> Sequence[sa.Row[Any]]:
+        return self.database.rows(statement, {"fleet": self._name, **values})
+
+    def _run(self, statement: sa.Executable, values: dict[str, Any] | list[dict[str, Any]]) -> None:
+        mine = {"fleet": self._name}
+        many = [{**mine, **one} for one in values] if isinstance(values, list) else {**mine, **values}
+        self.database.run(statement, many)
 
     def _parse(self, data: object, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(data if isinstance(data, bytes) else b"", type=kind)
         except (msgspec.DecodeError, UsageError, UnicodeDecodeError) as error:
-            raise ResourceError(f"{self.path} holds a damaged {kind.__name__}: {error}", "restore a backup") from error
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            hint = "stop other writers" if "locked" in str(error) else "check the disk, or restore a backup"
-            raise ResourceError(f"{self.path}: {error}", hint) from error
+            told = f"{self.database.label} holds a damaged {kind.__name__}: {error}"
+            raise ResourceError(told, "restore a backup") from error
 
 
 def waves(plan: Plan) -> str:
