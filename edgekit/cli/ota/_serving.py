@@ -56,6 +56,7 @@ class HostServing:
         self.isolation: Isolation | None = None  # the engine runs in this process
         self.on_broken: Callable[[str, str], None] = lambda _bundle, _reason: None
         self.is_shut_in = True  # a model that is tried out reaches nothing of the device
+        self.scratch: Path | None = None  # where it writes: on a disk, where the device has said which
         self.tell: Callable[[str], None] = lambda _: None
         self.host: Host | None = None
         self.server: Running | None = None
@@ -84,7 +85,9 @@ class HostServing:
         from edgekit.runtime import acceptance
 
         self.tell(f"trying out version {release.version}")
-        allowed = acceptance.Allowance(memory_mib=release.limits.max_rss_mib or 0.0, is_shut_in=self.is_shut_in)
+        allowed = acceptance.Allowance(
+            memory_mib=release.limits.max_rss_mib or 0.0, is_shut_in=self.is_shut_in, place=self.scratch
+        )
         try:
             measured = acceptance.try_out(bundle.folder, self._variant(bundle), self.threads, allowed)
         except UsageError as error:
