@@ -248,6 +248,16 @@ class Host:
         pair = self._pair
         return pair.comparison.agreement() if pair else Agreement()
 
+    @property
+    def is_paired(self) -> bool:
+        """Say whether another model computes what is asked, too."""
+        return self._pair is not None
+
+    def settled(self, seconds: float) -> Agreement:
+        """Compare what was answered until now, for at most so many seconds, and return the counts."""
+        pair = self._pair
+        return pair.comparison.settled(seconds) if pair else Agreement()
+
     def end_shadow(self) -> Agreement:
         """Finish the comparison, close the old model, and return how well both agreed."""
         pair = self._take_pair()

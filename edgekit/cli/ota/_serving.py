@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from edgekit.cli.ota import _judging
 from edgekit.durable import MIB
-from edgekit.errors import BundleError, EdgekitError, HealthError, MissingExtra, ResourceError, Unrunnable, UsageError
+from edgekit.errors import BundleError, EdgekitError, HealthError, MissingExtra, Unrunnable, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgekit.bundle import Bundle
     from edgekit.ota import messages
     from edgekit.ota.device.agent import Vitals
-    from edgekit.ota.release import Limits, Release
+    from edgekit.ota.release import Release
     from edgekit.runtime.drift import Alert
     from edgekit.runtime.host import Host
     from edgekit.runtime.isolation import Isolation
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from edgekit.runtime.telemetry import Statistics
     from edgekit.runtime.watch import Watch
 
-POLL_SECONDS = 0.05
 WHILE_LOADING = 3
 """A model takes so many times its file's size while it is loaded: EfficientNet-Lite0 of 18.7 MB 47 MiB, measured."""
-UNITS = {"ms": "ms", "mib": "MiB"}
 SPARE_MIB = 32
 """What has to be left for everybody else on the device."""
 
@@ -64,6 +62,7 @@ class HostServing:
         self._tried = ""  # digest of the candidate; anything else that is activated is a way back
         self._back: Callable[[], Session | TextSession] | None = None  # loads what serves
         self._before = ""  # digest of the model that shadows, ready to come back
+        self._uncompared = _judging.FIRST
         self._counted: Statistics | None = None
         self._stopping = threading.Event()
 
@@ -94,7 +93,7 @@ class HostServing:
             raise Unrunnable(f"the bundle cannot run here: {error.message}", error.hint) from error
         except BundleError as error:  # its bytes were checked: fetching it again would change nothing
             raise HealthError(f"the bundle cannot run here: {error.message}", error.hint) from error
-        _accept(measured, release.limits)
+        _judging.accept(measured, release.limits)
         self._tried = bundle.digest
         return measured
 
@@ -104,7 +103,10 @@ class HostServing:
             self.close()
         elif self.host is None:
             self._begin(self._load(bundle))
+            self._uncompared = _judging.FIRST
         elif (bundle.digest, bundle.variant) == (self.host.digest, self._serves):
+            if not self._before:
+                self._uncompared = _judging.FIRST  # a new release of the very same bundle agrees with it
             return
         elif bundle.digest == self._before:
             self._before = ""
@@ -113,10 +115,10 @@ class HostServing:
             shadow = bundle.digest == self._tried
             before = self.host.digest if shadow else ""
             self.host.swap(self._load(bundle), shadow=shadow)
-            self._before = before
+            self._before, self._uncompared = before, "the old model was busy, failed, or answers in text"
         else:
             gap = self.host.replace(lambda: self._load(bundle), self._back)
-            self._before = ""
+            self._before, self._uncompared = "", "the memory holds one model alone"
             self.tell(f"the memory holds one model alone: requests waited for {gap:.1f} s")
         self._back = functools.partial(self._load, bundle) if bundle else None
         self._serves = bundle.variant if bundle else ""
@@ -127,23 +129,12 @@ class HostServing:
         A device that nobody asks keeps the release on the strength of its try-out: ``requests`` is 0 then, and
         nothing else is reported of the probation.
         """
-        host = self._need_host()
-        limits, start = release.limits, host.statistics()
+        host, limits = self._need_host(), release.limits
         self.tell(
             f"version {release.version} serves on probation: {limits.probation_requests} live requests, "
             f"or {limits.probation_seconds:g} s"
         )
-        deadline = time.monotonic() + limits.probation_seconds
-        while time.monotonic() < deadline and _seen(host, start) < limits.probation_requests:
-            time.sleep(POLL_SECONDS)  # not Event.wait: the handler of a signal would wait for its lock
-            if self._stopping.is_set():
-                raise ResourceError("stopped during the probation", "it goes on after the next start")
-            _refuse_broken(host)
-            if host.statistics().non_finite > start.non_finite:
-                break
-        _refuse_broken(host)
-        figures = _figures(host, start)
-        _judge(figures, limits)
+        figures = _judging.probation(host, limits, self._stopping.is_set, self._uncompared)
         self._before = ""
         host.end_shadow()
         return figures
@@ -227,66 +218,3 @@ def _alert(found: Alert) -> messages.Alert:
     return messages.Alert(
         kind=found.kind, what=found.what[:200], value=found.value, limit=found.limit, since=found.since
     )
-
-
-def _refuse_broken(host: Host) -> None:
-    condition = host.session.condition()
-    if condition is not None and condition.is_broken:
-        told = ", ".join(f"{count} times {how}" for how, count in condition.crashes.items())
-        raise HealthError(f"in its probation the engine crashed too often: {told}")
-
-
-def _seen(host: Host, start: Statistics) -> int:
-    """Count the requests that say something of the model: a caller's mistakes must not dilute its errors."""
-    now = host.statistics()
-    return (now.requests - now.refused) - (start.requests - start.refused)
-
-
-def _figures(host: Host, start: Statistics) -> dict[str, float]:
-    """Return what was measured; what was not is left out, for a 0 would look like a good figure."""
-    requests, now, agreement = _seen(host, start), host.statistics(), host.agreement()
-    figures = {"requests": float(requests)}
-    if requests:
-        figures["error_rate"] = (now.errors - start.errors) / requests
-        figures["non_finite"] = float(now.non_finite - start.non_finite)
-    if requests > now.errors - start.errors:
-        figures["p95_live_ms"] = now.p95_ms
-    if agreement.samples:
-        figures["agreement"] = agreement.share
-    return figures
-
-
-def _accept(measured: Mapping[str, float], limits: Limits) -> None:
-    """Hold the limits that are signed for the try-out."""
-    load_ms = None if limits.max_load_seconds is None else 1000 * limits.max_load_seconds
-    held = {"p95_ms": limits.max_p95_ms, "peak_rss_mib": limits.max_rss_mib, "load_ms": load_ms}
-    for name, limit in held.items():
-        if limit is not None and measured.get(name, 0.0) > limit:
-            what, unit = name.rsplit("_", 1)
-            raise HealthError(
-                f"{what} of the try-out is {measured[name]:.4g} {UNITS[unit]}, limit {limit:g} {UNITS[unit]}",
-                measured=measured,
-            )
-
-
-def _judge(figures: Mapping[str, float], limits: Limits) -> None:
-    broken = [
-        ("non_finite", figures.get("non_finite", 0.0) > 0, "no NaN or infinity"),
-        ("error_rate", figures.get("error_rate", 0.0) > limits.max_error_rate, f"at most {limits.max_error_rate:g}"),
-        (
-            "p95_live_ms",
-            limits.max_p95_ms is not None and figures.get("p95_live_ms", 0.0) > limits.max_p95_ms,
-            f"at most {limits.max_p95_ms} ms",
-        ),
-        (
-            "agreement",
-            limits.min_agreement is not None and figures.get("agreement", 1.0) < limits.min_agreement,
-            f"at least {limits.min_agreement}",
-        ),
-    ]
-    for name, is_broken, wanted in broken:
-        if is_broken:
-            told = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-            raise HealthError(
-                f"in its probation {name} is {figures[name]:.4g}, {wanted} is wanted ({told})", measured=figures
-            )
