@@ -30,6 +30,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Least share of live requests on which old and new model answer alike, as docs/wire.md says for each kind."""
     probation_requests: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 20
     probation_seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
+    shadow_requests: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
+    """So many answers of the old model are compared before the new one gives its first; 0: it answers at once."""
+    shadow_seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
 
 
 class Replaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

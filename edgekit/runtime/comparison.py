@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, HealthError
 from edgekit.runtime.session import Session
+from edgekit.runtime.telemetry import are_finite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +38,7 @@ ALIKE_SHARE = 0.05
 class Agreement:
     """How often the old and the new model answered alike: ``same`` of ``samples``.
 
-    ``skipped`` requests were not compared: the other model was still busy, or ``failed`` on them.
+    ``skipped`` requests were not compared: the other model was still busy, or ``failed`` on them, as by NaN.
     """
 
     samples: int = 0
@@ -92,7 +93,7 @@ class Comparison:
         samples, same, skipped, failed = 0, 0, 1, 1
         try:
             if isinstance(other, Session):
-                samples, same = _same((other, other.run(inputs)), answered, inputs)
+                samples, same = _same((other, _sound(other.run(inputs), inputs)), answered, inputs)
                 skipped = 0
             failed = 0
         except EdgekitError:
@@ -104,6 +105,12 @@ class Comparison:
                 self._same += same
                 self._skipped += skipped
                 self._failed += failed
+
+
+def _sound(outputs: dict[str, Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
+    if not are_finite(outputs.values()) and are_finite(inputs.values()):
+        raise HealthError("the other model answered with NaN or infinity")
+    return outputs
 
 
 def _same(one: Answered, other: Answered, inputs: Mapping[str, Array]) -> tuple[int, int]:

@@ -71,12 +71,13 @@ class Host:
     @property
     def session(self) -> Session | TextSession:
         """The session that serves new requests now; may be replaced at any time, so take it once."""
-        return self._serving.session
+        pair = self._pair
+        return pair.old.session if pair and not pair.share else self._serving.session
 
     @property
     def digest(self) -> str:
         """The digest of the bundle that serves now."""
-        return self._serving.session.digest
+        return self.session.digest
 
     def lease(self) -> Lease:
         """Keep the serving session alive for one request, and count its time or its error: to be used by ``with``.
@@ -177,6 +178,7 @@ class Host:
         With ``shadow`` the old model lives on and computes the live requests too, until `end_shadow` or
         `roll_back`; only the new one's answers are returned. With a ``share`` below 1 only that part of the requests,
         evenly spread, is answered by ``new``; the old model stays and answers the others, and each is computed by both.
+        With 0 the old one serves on, and `split` lets ``new`` take over.
 
         Raises:
             UsageError: the host is closed; ``new`` is closed too, then.
@@ -241,7 +243,7 @@ class Host:
     def sessions(self) -> tuple[Session | TextSession, ...]:
         """What answers requests now: the serving session, and the older one where requests are split."""
         pair = self._pair
-        return (self.session, pair.old.session) if pair and pair.share < 1 else (self.session,)
+        return (self.session, pair.old.session) if pair and 0 < pair.share < 1 else (self.session,)
 
     def agreement(self) -> Agreement:
         """Compare so far; nothing where no shadow runs."""
@@ -327,7 +329,7 @@ class Host:
     def statistics(self, digest: str | None = None) -> Statistics:
         """Return what was counted of one bundle, by default the serving one."""
         with self._lock:
-            digest = self._serving.session.digest if digest is None else digest
+            digest = self.digest if digest is None else digest
             telemetry = self._known.get(digest)
         return telemetry.statistics() if telemetry else Statistics(digest=digest)
 

@@ -71,6 +71,42 @@ def probation(host: Host, limits: Limits, is_stopped: Callable[[], bool], uncomp
     return figures
 
 
+def shadow(
+    host: Host, candidate: Session | TextSession, limits: Limits, is_stopped: Callable[[], bool]
+) -> dict[str, float]:
+    """Watch a candidate compute what the old model answers; judge and return what was measured.
+
+    Raises:
+        HealthError: it fails or disagrees too often, or was compared with nothing although requests came.
+        ResourceError: it is being stopped.
+    """
+    start, deadline = host.statistics(), time.monotonic() + limits.shadow_seconds
+    while time.monotonic() < deadline and _tried(host.agreement()) < limits.shadow_requests:
+        time.sleep(POLL_SECONDS)
+        if is_stopped():
+            raise ResourceError("stopped while the new model ran in the shadow", "it begins anew after the next start")
+        refuse_broken(candidate, "in the shadow")
+    refuse_broken(candidate, "in the shadow")
+    requests = _seen(host, start)
+    found = _compared(host) if requests else host.agreement()
+    figures = {"shadow_requests": float(requests), "shadow_compared": float(found.samples)}
+    if _tried(found):
+        figures["shadow_error_rate"] = found.failed / _tried(found)
+    if found.samples:
+        figures["shadow_agreement"] = found.share
+    if requests:
+        least = 0.0 if limits.min_agreement is None else limits.min_agreement
+        if not figures.get("shadow_error_rate", 0.0) <= limits.max_error_rate:
+            raise _broken(figures, "shadow_error_rate", f"at most {limits.max_error_rate:g}")
+        if not figures.get("shadow_agreement", -math.inf) >= least:
+            raise _broken(figures, "shadow_agreement", f"at least {least:g}", "it was busy, or answers in text")
+    return figures
+
+
+def _tried(found: Agreement) -> int:
+    return found.samples + found.failed
+
+
 def refuse_broken(session: Session | TextSession, when: str) -> None:
     """Raise HealthError where the engine's own process died too often."""
     condition = session.condition()
@@ -127,4 +163,5 @@ def _hold(figures: Mapping[str, float], limits: Limits, uncompared: str) -> None
 def _broken(figures: Mapping[str, float], name: str, wanted: str, why: str = "") -> HealthError:
     found = f"is {figures[name]:.4g}" if name in figures else f"was not measured{why and f' ({why})'}"
     told = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-    return HealthError(f"in its probation {name} {found}, {wanted} is wanted ({told})", measured=figures)
+    when = "in the shadow" if name.startswith("shadow") else "in its probation"
+    return HealthError(f"{when} {name} {found}, {wanted} is wanted ({told})", measured=figures)

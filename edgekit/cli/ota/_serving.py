@@ -34,6 +34,7 @@ WHILE_LOADING = 3
 """A model takes so many times its file's size while it is loaded: EfficientNet-Lite0 of 18.7 MB 47 MiB, measured."""
 SPARE_MIB = 32
 """What has to be left for everybody else on the device."""
+_OLD_LAGS = "the old model was busy, failed, or answers in text"
 
 
 class HostServing:
@@ -63,6 +64,7 @@ class HostServing:
         self._back: Callable[[], Session | TextSession] | None = None  # loads what serves
         self._before = ""  # digest of the model that shadows, ready to come back
         self._uncompared = _judging.FIRST
+        self._waiting = ""  # digest of the candidate that computes what the old model answers
         self._counted: Statistics | None = None
         self._stopping = threading.Event()
 
@@ -83,6 +85,8 @@ class HostServing:
         """Run the golden inputs in a child process; see `Serving`."""
         from edgekit.runtime import acceptance
 
+        if self._waiting:  # it passed, and could not be written down
+            self._give_up_waiting()
         self.tell(f"trying out version {release.version}")
         allowed = acceptance.Allowance(
             memory_mib=release.limits.max_rss_mib or 0.0, is_shut_in=self.is_shut_in, place=self.scratch
@@ -95,15 +99,22 @@ class HostServing:
             raise HealthError(f"the bundle cannot run here: {error.message}", error.hint) from error
         _judging.accept(measured, release.limits)
         self._tried = bundle.digest
-        return measured
+        return (
+            {**measured, **self._in_shadow(bundle, release, measured)} if release.limits.shadow_requests else measured
+        )
 
     def activate(self, bundle: Bundle | None) -> None:
         """Swap without dropping a request; what served before shadows until the probation ends; see `Serving`."""
+        if self._waiting and (bundle is None or bundle.digest != self._waiting):
+            self._give_up_waiting()
         if bundle is None:
             self.close()
         elif self.host is None:
             self._begin(self._load(bundle))
             self._uncompared = _judging.FIRST
+        elif self._waiting:
+            self._before, self._waiting, self._uncompared = self.host.digest, "", _OLD_LAGS
+            self.host.split(1.0)
         elif (bundle.digest, bundle.variant) == (self.host.digest, self._serves):
             if not self._before:
                 self._uncompared = _judging.FIRST  # a new release of the very same bundle agrees with it
@@ -115,7 +126,7 @@ class HostServing:
             shadow = bundle.digest == self._tried
             before = self.host.digest if shadow else ""
             self.host.swap(self._load(bundle), shadow=shadow)
-            self._before, self._uncompared = before, "the old model was busy, failed, or answers in text"
+            self._before, self._uncompared = before, _OLD_LAGS
         else:
             gap = self.host.replace(lambda: self._load(bundle), self._back)
             self._before, self._uncompared = "", "the memory holds one model alone"
@@ -158,6 +169,33 @@ class HostServing:
         apart = rss_mib(condition.pid) if condition is not None and condition.pid is not None else 0.0
         memory = rss_mib() + apart
         return Vitals(requests, max(errors, 0), now.p95_ms, memory, tuple(map(_alert, host.alerts)))
+
+    def _in_shadow(self, bundle: Bundle, release: Release, measured: Mapping[str, float]) -> dict[str, float]:
+        """Let the candidate compute what the old model answers; where it passes it waits there, ready to take over."""
+        host, limits = self.host, release.limits
+        if host is None or (bundle.digest, bundle.variant) == (host.digest, self._serves):
+            return {}  # nothing to be compared with
+        if not self._fits_beside(bundle):
+            raise HealthError("it was to run in the shadow, and the memory holds one model alone", measured=measured)
+        self.tell(
+            f"version {release.version} runs in the shadow, the old one answers: {limits.shadow_requests} live "
+            f"requests, or {limits.shadow_seconds:g} s"
+        )
+        candidate = self._load(bundle)
+        host.swap(candidate, share=0.0)
+        self._waiting = bundle.digest
+        try:
+            return _judging.shadow(host, candidate, limits, self._stopping.is_set)
+        except BaseException as error:
+            self._give_up_waiting()
+            if isinstance(error, HealthError):
+                error.measured = {**measured, **error.measured}
+            raise
+
+    def _give_up_waiting(self) -> None:
+        self._waiting = ""
+        if self.host is not None:
+            self.host.roll_back()
 
     def _fits_beside(self, bundle: Bundle) -> bool:
         """Say whether the memory holds a bundle's model beside the one that serves."""

@@ -317,9 +317,11 @@ def _require_measurable(manifest: Manifest, limits: Limits) -> None:
             f"max_p95_ms cannot be measured in the try-out: {manifest.name} has no golden inputs",
             "export it with data, or publish without that limit",
         )
-    if limits.min_agreement is not None and manifest.task == "text-generation":
+    named = {"min_agreement": limits.min_agreement is not None, "shadow_requests": limits.shadow_requests > 0}
+    if manifest.task == "text-generation" and any(named.values()):
+        name = next(one for one, is_signed in named.items() if is_signed)
         raise UsageError(
-            f"min_agreement cannot be measured: {manifest.name} answers in text, which is not compared",
+            f"{name} cannot be measured: {manifest.name} answers in text, which is not compared",
             "publish without that limit; its golden prompts are compared on every device",
         )
 
