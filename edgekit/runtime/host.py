@@ -214,9 +214,7 @@ class Host:
             self.end_shadow()
             began, old = time.perf_counter(), self._serving
             before, self._again = open_old or self._again, open_new
-            self.unload()
-            with self._left:
-                self._left.wait_for(lambda: old.closed, DRAIN_SECONDS)
+            self._emptied(old)
             try:
                 self._reload()
             except BaseException:  # the lack of memory above all
@@ -225,6 +223,30 @@ class Host:
                     self._reload()
                 raise
         return time.perf_counter() - began
+
+    def aside(self, work: Callable[[], Told], open_old: Again) -> Told:
+        """Close the model, do some work that needs its memory, and open it again by ``open_old``; requests wait.
+
+        Whatever ``work`` raises, the model is opened again; where that fails, each request that comes tries it anew.
+
+        Raises:
+            HealthError: the model does not open again.
+            UsageError: the host is closed.
+        """
+        with self._changing:
+            self.end_shadow()
+            before, self._again = self._again, self._again or open_old
+            self._emptied(self._serving)
+            try:
+                return work()
+            finally:
+                self._reload()
+                self._again = before
+
+    def _emptied(self, old: Serving) -> None:
+        self.unload()
+        with self._left:
+            self._left.wait_for(lambda: old.closed, DRAIN_SECONDS)
 
     def split(self, share: float) -> None:
         """Let the newer of two models answer that part of the requests from now on.

@@ -6,21 +6,19 @@ import numpy as np
 import pytest
 from fakes.bundles import mlp_bundle, null_bundle
 from fakes.fleets import NOW
+from fakes.homes import CLASS, Home
 from fakes.traffic import Traffic, X
 
 from edgekit.cli.ota import _judging
 from edgekit.cli.ota._serving import HostServing
 from edgekit.errors import HealthError, ResourceError, UsageError
-from edgekit.ota.device import slots, trust
-from edgekit.ota.device.fetchers import FolderFetcher
-from edgekit.ota.device.update import Device, recover, update
-from edgekit.ota.messages import Desired, Installed, RolledBack
+from edgekit.ota.device import slots
+from edgekit.ota.device.update import recover
+from edgekit.ota.messages import Installed, RolledBack
 from edgekit.ota.release import Limits, Release
 from edgekit.ota.server import publisher
 from edgekit.runtime import memory
 from edgekit.runtime.backends import Sampling
-
-CLASS = "x86-64"
 
 
 def release_of(made, **limits):
@@ -152,29 +150,6 @@ def test_nobody_signs_a_limit_that_a_bundle_can_never_be_measured_by(tmp_path):
             publisher.publish(fleet, made, now=NOW, limits=limits)
     assert publisher.releases(fleet) == []
     publisher.publish(fleet, tensors, now=NOW, limits=Limits(min_agreement=0.5))
-
-
-class Home:
-    """A fleet of one model, and one device, which is started anew by `start`."""
-
-    def __init__(self, folder):
-        self.fleet, self.state = folder / "fleet", folder / "state"
-        publisher.init(self.fleet, NOW)
-        trust.install_root(self.state, publisher.root(self.fleet))
-
-    def publish(self, made, **limits):
-        defaults = {"probation_requests": 5, "probation_seconds": 30.0}
-        signed = Limits(**{**defaults, **limits})
-        (release,) = publisher.publish(self.fleet, made, now=NOW, model="mlp", limits=signed)
-        return release
-
-    def start(self):
-        serving = HostServing(CLASS, threads=1)
-        return serving, Device("pi-1", CLASS, self.state, serving)
-
-    def update(self, device, release):
-        wish = Desired(deployment=f"d{release.version}", attempt=1, release=release.path, version=release.version)
-        return update(device, wish, FolderFetcher(self.fleet / "repository"), NOW)
 
 
 @pytest.mark.parametrize(("least", "word"), [(0.0, Installed), (0.999, RolledBack)])

@@ -126,7 +126,7 @@ def test_one_that_passed_and_could_not_be_written_down_never_answers(serving, ol
     assert not serving.host.is_paired
     serving.try_out(new, release_of(new, shadow_seconds=0.0))
     other = mlp_bundle(tmp_path / "other", seed=5, version="3")
-    serving.try_out(other, release_of(other))
+    serving.try_out(other, release_of(other, shadow_seconds=0.0))
     assert serving.host.digest == old.digest
     assert not serving.host.is_paired or serving.host._serving.session.digest == other.digest
     serving.activate(other)

@@ -6,13 +6,15 @@ Here the update channel and the runtime meet; neither imports the other.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgekit.cli.ota import _judging
 from edgekit.durable import MIB
-from edgekit.errors import BundleError, EdgekitError, HealthError, MissingExtra, Unrunnable, UsageError
+from edgekit.errors import BundleError, EdgekitError, HealthError, MissingExtra, ResourceError, Unrunnable, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from edgekit.runtime.session import Session, TextSession
     from edgekit.runtime.telemetry import Statistics
     from edgekit.runtime.watch import Watch
+
+log = logging.getLogger(__name__)
 
 WHILE_LOADING = 3
 """A model takes so many times its file's size while it is loaded: EfficientNet-Lite0 of 18.7 MB 47 MiB, measured."""
@@ -64,6 +68,8 @@ class HostServing:
         self._back: Callable[[], Session | TextSession] | None = None  # loads what serves
         self._before = ""  # digest of the model that shadows, ready to come back
         self._uncompared = _judging.FIRST
+        self._cramped = ""  # digest of a candidate that found no room beside what serves
+        self._hopeless: tuple[str, str] = ("", "")  # a candidate that found none with nothing else loaded
         self._waiting = ""  # digest of the candidate that computes what the old model answers
         self._counted: Statistics | None = None
         self._stopping = threading.Event()
@@ -82,26 +88,70 @@ class HostServing:
             self.host = None
 
     def try_out(self, bundle: Bundle, release: Release) -> Mapping[str, float]:
-        """Run the golden inputs in a child process; see `Serving`."""
+        """Run the golden inputs in a child process, beside what serves or in its place, and then in its shadow."""
         from edgekit.runtime import acceptance
 
         if self._waiting:  # it passed, and could not be written down
             self._give_up_waiting()
         self.tell(f"trying out version {release.version}")
-        allowed = acceptance.Allowance(
-            memory_mib=release.limits.max_rss_mib or 0.0, is_shut_in=self.is_shut_in, place=self.scratch
-        )
         try:
-            measured = acceptance.try_out(bundle.folder, self._variant(bundle), self.threads, allowed)
-        except UsageError as error:
-            raise Unrunnable(f"the bundle cannot run here: {error.message}", error.hint) from error
-        except BundleError as error:  # its bytes were checked: fetching it again would change nothing
-            raise HealthError(f"the bundle cannot run here: {error.message}", error.hint) from error
+            measured = self._golden(bundle, release)
+        except acceptance.NoRoom as lack:
+            measured = self._in_its_place(bundle, release, lack)
         _judging.accept(measured, release.limits)
         self._tried = bundle.digest
         return (
             {**measured, **self._in_shadow(bundle, release, measured)} if release.limits.shadow_requests else measured
         )
+
+    def _golden(self, bundle: Bundle, release: Release) -> dict[str, float]:
+        from edgekit.runtime import acceptance
+
+        allowed = acceptance.Allowance(
+            memory_mib=release.limits.max_rss_mib or 0.0, is_shut_in=self.is_shut_in, place=self.scratch
+        )
+        try:
+            return acceptance.try_out(bundle.folder, self._variant(bundle), self.threads, allowed)
+        except UsageError as error:
+            raise Unrunnable(f"the bundle cannot run here: {error.message}", error.hint) from error
+        except BundleError as error:  # its bytes were checked: fetching it again would change nothing
+            raise HealthError(f"the bundle cannot run here: {error.message}", error.hint) from error
+
+    def _in_its_place(self, bundle: Bundle, release: Release, lack: ResourceError) -> dict[str, float]:
+        """Try a bundle out where the serving model lay; requests wait, and then that model answers again.
+
+        Raises:
+            ResourceError: that does not hold it either, or the serving model does not open again: no fault of it.
+        """
+        host, back = self.host, self._back
+        if host is None or back is None or self._hopeless == (bundle.digest, bundle.variant):
+            raise lack
+        told = f"{lack.message}: version {release.version} is tried out in the serving model's place, requests wait"
+        self.tell(told)
+        log.warning("%s", told)
+        began = time.perf_counter()
+        try:
+            measured = host.aside(lambda: self._alone(bundle, release), back)
+        except HealthError as error:
+            if not host.is_loaded:
+                raise ResourceError(f"the model that served does not open again yet: {error.message}") from error
+            error.measured["in_place_seconds"] = time.perf_counter() - began
+            raise
+        finally:
+            seconds = time.perf_counter() - began
+            self.tell(f"requests waited for {seconds:.1f} s")
+        self._cramped = bundle.digest
+        return {**measured, "in_place_seconds": seconds}
+
+    def _alone(self, bundle: Bundle, release: Release) -> dict[str, float]:
+        from edgekit.runtime import acceptance, memory
+
+        memory.give_back()
+        try:
+            return self._golden(bundle, release)
+        except acceptance.NoRoom as error:
+            self._hopeless = (bundle.digest, bundle.variant)  # it would cost a gap each time that it is tried again
+            raise ResourceError(f"{error.message}, with no other model loaded", error.hint) from error
 
     def activate(self, bundle: Bundle | None) -> None:
         """Swap without dropping a request; what served before shadows until the probation ends; see `Serving`."""
@@ -201,6 +251,8 @@ class HostServing:
         """Say whether the memory holds a bundle's model beside the one that serves."""
         from edgekit.runtime import memory
 
+        if bundle.digest == self._cramped:
+            return False
         mine = self._variant(bundle)
         files = {path for one in bundle.manifest.variants if one.name == mine for path in one.files}
         size = sum(entry.size for entry in bundle.manifest.files if entry.path in files)

@@ -52,6 +52,8 @@ class Serving(Protocol):
     def try_out(self, bundle: Bundle, release: Release) -> Mapping[str, float]:
         """Load the candidate (``bundle.variant``) beside what serves, run its golden inputs, return what was measured.
 
+        Where memory does not hold both it may take the other's place meanwhile.
+
         Raises:
             Unrunnable: this device cannot run that variant; the next one in the signed order may run.
             HealthError: it does not load, answers wrongly, or breaks the release's limits.
