@@ -27,9 +27,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_load_seconds: Annotated[float, msgspec.Meta(gt=0)] | None = None
     max_error_rate: float = 0.02
     min_agreement: float | None = None
-    """Least share of live requests on which old and new model agree about the best class."""
+    """Least share of live requests on which old and new model answer alike, as docs/wire.md says for each kind."""
     probation_requests: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 20
     probation_seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
+    shadow_requests: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
+    """So many answers of the old model are compared before the new one gives its first; 0: it answers at once."""
+    shadow_seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
 
 
 class Replaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -13,7 +13,6 @@ import os
 import signal
 import site
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from edgekit.errors import (
     ResourceError,
     Unrunnable,
     UsageError,
+    out_of_memory,
 )
 from edgekit.runtime import arrays, memory
 from edgekit.runtime.backends import Sampling
@@ -94,12 +94,18 @@ def _opened(folder: Path, variant: str | None, threads: int) -> Session | TextSe
 class Allowance:
     """What a try-out may take: ``seconds``, and MiB of memory (0: most of what is free).
 
-    ``is_shut_in``: it reaches no file, no network and no process that it does not need.
+    ``is_shut_in``: it reaches no file, no network and no process that it does not need. ``place``: a folder of its own
+    to write below, on a disk: temporary files lie in memory on many devices.
     """
 
     seconds: float = 120.0
     memory_mib: float = 0.0
     is_shut_in: bool = True
+    place: Path | None = None
+
+
+class NoRoom(ResourceError):
+    """What was tried out found too little free memory: no fault of its release, which signs no limit that low."""
 
 
 def try_out(
@@ -109,29 +115,50 @@ def try_out(
 
     Raises:
         Unrunnable: no engine is installed that takes the file, or the processor lacks an instruction.
-        HealthError: a limit does not hold, the child crashed, or took more time or memory than is allowed.
+        HealthError: a limit does not hold, the child crashed, or took more time, memory or disk than is allowed.
+        NoRoom: it took more memory than was free.
         BundleError, UsageError, ResourceError: as `check` raises them.
     """
-    from edgekit.runtime.sandbox import warden
+    from edgekit.runtime.sandbox import SCRATCH_MIB, warden
 
     allowed = allowed or Allowance()
-    free = max(LEAST_MIB, FREE_SHARE * memory.available_mib())
-    most = allowed.memory_mib or (0.0 if math.isinf(free) else free)
+    available = memory.available_mib()
+    signed, free = allowed.memory_mib or math.inf, max(LEAST_MIB, FREE_SHARE * available)
+    most = 0.0 if math.isinf(min(signed, free)) else min(signed, free)
     # -P: the folder one stands in must not shadow a package of the child.
     command = [sys.executable, "-P", "-m", __name__, str(folder.resolve()), "--threads", str(threads)]
     command += ["--variant", variant] if variant else []
-    with tempfile.TemporaryDirectory(prefix="edgekit-try-") as scratch:
+    with warden.scratch(allowed.place) as scratch:
         if allowed.is_shut_in:
-            command += ["--scratch", scratch, "--seconds", str(allowed.seconds), "--memory", str(most)]
-        ended = warden.run(command, _environment(scratch), seconds=allowed.seconds, memory_mib=most)
+            command += ["--scratch", str(scratch), "--seconds", str(allowed.seconds), "--memory", str(most)]
+        room = warden.Scratch(scratch, SCRATCH_MIB)
+        environment = _environment(str(scratch))
+        ended = warden.run(command, environment, seconds=allowed.seconds, memory_mib=most, scratch=room)
     peak = {"peak_rss_mib": round(ended.peak_mib, 3)} if ended.peak_mib else {}
-    if ended.why == "time":
-        raise HealthError(f"{folder.name} did not finish its golden samples in {allowed.seconds:g} s", measured=peak)
-    if ended.why == "memory":
-        raise HealthError(f"{folder.name} took more memory than the {most:.0f} MiB that it may have", measured=peak)
+    # Below the least that it may have in any case the system may run out, and ends it before all others.
+    ran_out = ended.code == -signal.SIGKILL and not ended.why and ended.peak_mib > FREE_SHARE * available
+    lack = NoRoom(f"{folder.name} needs more than the {most:.0f} MiB of memory that are free", "free some")
+    if free < signed and (ended.why == "memory" or ran_out):
+        raise lack
+    if ended.why == "full":
+        raise ResourceError(f"the disk ran full while {folder.name} was tried out", "free some, and it is tried again")
+    if ended.why:
+        told = {
+            "time": f"did not finish its golden samples in {allowed.seconds:g} s",
+            "memory": f"took more memory than the {most:.0f} MiB that it may have",
+            "disk": f"wrote more than the {SCRATCH_MIB} MiB that it may",
+        }
+        raise HealthError(f"{folder.name} {told[ended.why]}", measured=peak)
     if ended.code < 0:
         raise _crash(folder.name, signal.Signals(-ended.code), peak)
-    return _verdict(ended, peak)
+    try:
+        return _verdict(ended, peak)
+    except HealthError as error:
+        if free < signed and out_of_memory(
+            error
+        ):  # what brakes it is wider than what it may have, and comes first at times
+            raise lack from error
+        raise
 
 
 def _environment(scratch: str) -> dict[str, str]:

@@ -1,15 +1,21 @@
-"""Two models on the same requests: how often both choose alike. Knows no HTTP and not who serves."""
+"""Two models on the same requests: how often both answer alike. Knows no HTTP and not who serves.
+
+What is alike depends on the kind: detectors see the same kind of object best, classifiers have their largest score in
+the same place, vectors point the same way, one number is near the other one. Answers in text are not compared.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, HealthError
 from edgekit.runtime.session import Session
+from edgekit.runtime.telemetry import are_finite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,18 +28,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_PENDING = 8
+ALIKE_COSINE = 0.95
+"""Two vectors with a cosine from here on are alike: rounding an encoder to int8 leaves 0.98 and more."""
+ALIKE_SHARE = 0.05
+"""Two numbers are alike that differ by at most this share of the larger one."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often the old and the new model chose the same class: ``same`` of ``samples``.
+    """How often the old and the new model answered alike: ``same`` of ``samples``.
 
-    ``skipped`` requests were not compared: the other model was still busy, or failed on them.
+    ``skipped`` requests were not compared: the other model was still busy, or ``failed`` on them, as by NaN.
     """
 
     samples: int = 0
     same: int = 0
     skipped: int = 0
+    failed: int = 0
 
     @property
     def share(self) -> float:
@@ -46,7 +57,7 @@ class Comparison:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pending = self._samples = self._same = self._skipped = 0
+        self._pending = self._samples = self._same = self._skipped = self._failed = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shadow")
 
     def compare(self, answered: Answered, other: Session | TextSession, inputs: Mapping[str, Array]) -> None:
@@ -65,7 +76,13 @@ class Comparison:
     def agreement(self) -> Agreement:
         """Return the counts as they stand."""
         with self._lock:
-            return Agreement(self._samples, self._same, self._skipped)
+            return Agreement(self._samples, self._same, self._skipped, self._failed)
+
+    def settled(self, seconds: float) -> Agreement:
+        """Return the counts with all that is queued by now, unless that takes longer than so many seconds."""
+        with contextlib.suppress(RuntimeError, TimeoutError):  # the comparison ended in this moment, or lags
+            self._thread.submit(int).result(seconds)
+        return self.agreement()
 
     def finish(self) -> Agreement:
         """Compare what is queued, and end."""
@@ -73,11 +90,12 @@ class Comparison:
         return self.agreement()
 
     def _compare(self, answered: Answered, other: Session | TextSession, inputs: Mapping[str, Array]) -> None:
-        samples, same, skipped = 0, 0, 1
+        samples, same, skipped, failed = 0, 0, 1, 1
         try:
             if isinstance(other, Session):
-                samples, same = _same((other, other.run(inputs)), answered)
-            skipped = 0
+                samples, same = _same((other, _sound(other.run(inputs), inputs)), answered, inputs)
+                skipped = 0
+            failed = 0
         except EdgekitError:
             log.info("a request was not compared", exc_info=True)
         finally:  # whatever an engine raises: the next is compared
@@ -86,15 +104,29 @@ class Comparison:
                 self._samples += samples
                 self._same += same
                 self._skipped += skipped
+                self._failed += failed
 
 
-def _same(one: Answered, other: Answered) -> tuple[int, int]:
-    """Count the samples, and those on which both answer alike.
+def _sound(outputs: dict[str, Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
+    if not are_finite(outputs.values()) and are_finite(inputs.values()):
+        raise HealthError("the other model answered with NaN or infinity")
+    return outputs
 
-    Detectors do where they see the same kind of object best, each by its own manifest, or both none.
-    """
-    if not all(session.contract.detection for session, _ in (one, other)):
-        return _same_choices(one[1], other[1])
+
+def _same(one: Answered, other: Answered, inputs: Mapping[str, Array]) -> tuple[int, int]:
+    """Count the samples, and those on which both answer alike."""
+    contracts = [session.contract for session, _ in (one, other)]
+    if all(contract.detection for contract in contracts):
+        return _same_objects(one, other)
+    if all(contract.embedding and contract.text for contract in contracts):
+        return _same_directions(*(session.vectors(inputs, outputs) for session, outputs in (one, other)))
+    labelled = contracts[1].postprocess
+    name = labelled.output if labelled else next(iter(other[1]))
+    return _same_choices(one[1].get(name), other[1][name])
+
+
+def _same_objects(one: Answered, other: Answered) -> tuple[int, int]:
+    """Detectors agree where they see the same kind of object best, each by its own manifest, or both none."""
     best = [
         [objects[0].label if objects else None for objects in session.objects(outputs)]
         for session, outputs in (one, other)
@@ -102,11 +134,31 @@ def _same(one: Answered, other: Answered) -> tuple[int, int]:
     return len(best[1]), sum(before == now for before, now in zip(*best, strict=False))
 
 
-def _same_choices(one: Mapping[str, Array], other: Mapping[str, Array]) -> tuple[int, int]:
-    """Count the samples, and those on which both have their largest score in the same place of the first output."""
-    name = next(iter(other))
-    ours, theirs = other[name], one.get(name)
-    if theirs is None or theirs.shape != ours.shape or ours.ndim == 0:
-        return len(ours) if ours.ndim else 1, 0
-    flat = ours.reshape(len(ours), -1), theirs.reshape(len(ours), -1)
-    return len(ours), int((flat[0].argmax(1) == flat[1].argmax(1)).sum())
+def _same_directions(one: Array, other: Array) -> tuple[int, int]:
+    import numpy as np
+
+    if one.shape != other.shape:
+        return len(other), 0
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return len(other), int(((one * other).sum(1) >= ALIKE_COSINE * lengths).sum())
+
+
+def _same_choices(one: Array | None, other: Array) -> tuple[int, int]:
+    """Count the samples, and those on which both have their largest score in the same place.
+
+    One number a sample has but one place: it is compared itself. What is no number agrees with nothing but its like.
+    """
+    import numpy as np
+
+    count = len(other) if other.ndim else 1
+    if one is None or one.shape != other.shape or not other.size:
+        return count, 0
+    ours, theirs = (np.asarray(array, np.float64).reshape(count, -1) for array in (other, one))
+    sound = [np.isfinite(rows).all(1) for rows in (ours, theirs)]
+    if ours.shape[1] > 1:
+        alike = ours.argmax(1) == theirs.argmax(1)
+    else:
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            near = np.abs(ours - theirs) <= ALIKE_SHARE * np.maximum(np.abs(ours), np.abs(theirs))
+        alike = near[:, 0] | ~sound[0]
+    return count, int((alike & (sound[0] == sound[1])).sum())

@@ -71,12 +71,13 @@ class Host:
     @property
     def session(self) -> Session | TextSession:
         """The session that serves new requests now; may be replaced at any time, so take it once."""
-        return self._serving.session
+        pair = self._pair
+        return pair.old.session if pair and not pair.share else self._serving.session
 
     @property
     def digest(self) -> str:
         """The digest of the bundle that serves now."""
-        return self._serving.session.digest
+        return self.session.digest
 
     def lease(self) -> Lease:
         """Keep the serving session alive for one request, and count its time or its error: to be used by ``with``.
@@ -177,6 +178,7 @@ class Host:
         With ``shadow`` the old model lives on and computes the live requests too, until `end_shadow` or
         `roll_back`; only the new one's answers are returned. With a ``share`` below 1 only that part of the requests,
         evenly spread, is answered by ``new``; the old model stays and answers the others, and each is computed by both.
+        With 0 the old one serves on, and `split` lets ``new`` take over.
 
         Raises:
             UsageError: the host is closed; ``new`` is closed too, then.
@@ -212,9 +214,7 @@ class Host:
             self.end_shadow()
             began, old = time.perf_counter(), self._serving
             before, self._again = open_old or self._again, open_new
-            self.unload()
-            with self._left:
-                self._left.wait_for(lambda: old.closed, DRAIN_SECONDS)
+            self._emptied(old)
             try:
                 self._reload()
             except BaseException:  # the lack of memory above all
@@ -223,6 +223,30 @@ class Host:
                     self._reload()
                 raise
         return time.perf_counter() - began
+
+    def aside(self, work: Callable[[], Told], open_old: Again) -> Told:
+        """Close the model, do some work that needs its memory, and open it again by ``open_old``; requests wait.
+
+        Whatever ``work`` raises, the model is opened again; where that fails, each request that comes tries it anew.
+
+        Raises:
+            HealthError: the model does not open again.
+            UsageError: the host is closed.
+        """
+        with self._changing:
+            self.end_shadow()
+            before, self._again = self._again, self._again or open_old
+            self._emptied(self._serving)
+            try:
+                return work()
+            finally:
+                self._reload()
+                self._again = before
+
+    def _emptied(self, old: Serving) -> None:
+        self.unload()
+        with self._left:
+            self._left.wait_for(lambda: old.closed, DRAIN_SECONDS)
 
     def split(self, share: float) -> None:
         """Let the newer of two models answer that part of the requests from now on.
@@ -241,12 +265,22 @@ class Host:
     def sessions(self) -> tuple[Session | TextSession, ...]:
         """What answers requests now: the serving session, and the older one where requests are split."""
         pair = self._pair
-        return (self.session, pair.old.session) if pair and pair.share < 1 else (self.session,)
+        return (self.session, pair.old.session) if pair and 0 < pair.share < 1 else (self.session,)
 
     def agreement(self) -> Agreement:
         """Compare so far; nothing where no shadow runs."""
         pair = self._pair
         return pair.comparison.agreement() if pair else Agreement()
+
+    @property
+    def is_paired(self) -> bool:
+        """Say whether another model computes what is asked, too."""
+        return self._pair is not None
+
+    def settled(self, seconds: float) -> Agreement:
+        """Compare what was answered until now, for at most so many seconds, and return the counts."""
+        pair = self._pair
+        return pair.comparison.settled(seconds) if pair else Agreement()
 
     def end_shadow(self) -> Agreement:
         """Finish the comparison, close the old model, and return how well both agreed."""
@@ -317,7 +351,7 @@ class Host:
     def statistics(self, digest: str | None = None) -> Statistics:
         """Return what was counted of one bundle, by default the serving one."""
         with self._lock:
-            digest = self._serving.session.digest if digest is None else digest
+            digest = self.digest if digest is None else digest
             telemetry = self._known.get(digest)
         return telemetry.statistics() if telemetry else Statistics(digest=digest)
 

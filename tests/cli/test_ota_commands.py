@@ -336,10 +336,12 @@ def test_a_plan_that_makes_no_sense_is_refused_and_nothing_is_started(fleet, tmp
 
 def test_publish_tells_its_releases_and_refuses_what_is_wrong(fleet, tmp_path):
     sealed = mlp_bundle(tmp_path / "b")
-    document = say("publish", fleet, sealed.folder, "--max-p95-ms", 20, "--min-agreement", 0.9, "--model", "digits")
+    limits = ("--max-p95-ms", 20, "--min-agreement", 0.9, "--shadow-requests", 50, "--shadow-seconds", 90)
+    document = say("publish", fleet, sealed.folder, *limits, "--model", "digits")
     (release,) = document["releases"]
     assert (release["model"], release["version"], release["profile"]) == ("digits", 1, "x86-64")
     assert (release["limits"]["max_p95_ms"], release["limits"]["min_agreement"]) == (20.0, 0.9)
+    assert (release["limits"]["shadow_requests"], release["limits"]["shadow_seconds"]) == (50, 90.0)
     assert (
         "is not above the last one"
         in ota("publish", fleet, sealed.folder, "--model", "digits", "--version", 1, code=2).output

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from fakes.bundles import mlp_bundle, mlp_numpy, null_bundle
 from fakes.drifting import ask_many, watched_bundle
+from fakes.traffic import Traffic, X
 
 from edgekit import bundle
 from edgekit.cli.ota import _device
@@ -26,8 +27,6 @@ from edgekit.runtime.decisions import DecisionLog
 from edgekit.runtime.sandbox import warden
 from edgekit.runtime.sketches import HALF
 from edgekit.runtime.watch import Watch
-
-X = np.random.default_rng(5).normal(size=(1, 64)).astype(np.float32)
 
 
 def release_of(bundle, profile="x86-64", **limits):
@@ -52,32 +51,6 @@ def old(tmp_path):
 @pytest.fixture
 def new(tmp_path):
     return mlp_bundle(tmp_path / "new", seed=3, version="2")
-
-
-class Traffic:
-    """Asks the host all the time, and remembers what failed."""
-
-    def __init__(self, serving, inputs=None):
-        self.serving, self.errors, self.answers = serving, [], 0
-        self.inputs = inputs or {"image": X}
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._ask)
-
-    def _ask(self):
-        while not self._end.wait(0.002):
-            try:
-                self.serving.host.run(self.inputs)
-                self.answers += 1
-            except Exception as error:  # noqa: BLE001  # whatever fails is what the test looks for
-                self.errors.append(error)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._end.set()
-        self._thread.join()
 
 
 def test_a_bundle_is_tried_out_takes_over_and_passes_its_probation_while_requests_flow(serving, old, new):

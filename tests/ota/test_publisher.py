@@ -47,7 +47,7 @@ def test_folder_without_a_fleet_says_how_to_make_one(tmp_path, call):
 
 def test_release_is_signed_per_class_and_names_the_bundle(fleet, tmp_path):
     sealed = tiny_bundle(tmp_path / "b")
-    made = publisher.publish(fleet.folder, sealed, now=NOW, limits=Limits(max_p95_ms=50.0))
+    made = publisher.publish(fleet.folder, sealed, now=NOW, limits=Limits(max_load_seconds=50.0))
     assert [(r.model, r.profile, r.version, r.bundle) for r in made] == [
         ("digits", PROFILE, 1, sealed.digest),
         ("digits", OTHER, 1, sealed.digest),
@@ -111,7 +111,7 @@ def test_unknown_class_and_unusable_names_and_limits_are_refused(fleet, tmp_path
     with pytest.raises(UsageError, match="cannot be published"):
         publisher.publish(fleet.folder, sealed, now=NOW, version=10**9)
     with pytest.raises(UsageError, match="limits cannot be published"):
-        publisher.publish(fleet.folder, sealed, now=NOW, limits=Limits(max_p95_ms=float("nan")))
+        publisher.publish(fleet.folder, sealed, now=NOW, limits=Limits(max_load_seconds=float("nan")))
     assert tree(fleet.repository) == before
 
 

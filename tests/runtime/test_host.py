@@ -165,7 +165,7 @@ def test_shadow_that_fails_is_skipped_not_served(load):
     host._serving.session._engine.close()
     host.swap(load(2.0), shadow=True)
     assert host.run(ONE).outputs["scores"][0, 0] == 2.0
-    assert host.end_shadow() == Agreement(skipped=1)
+    assert host.end_shadow() == Agreement(skipped=1, failed=1)
 
 
 def test_roll_back_serves_the_old_model_again_and_closes_the_new_one(load):

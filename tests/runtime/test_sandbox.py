@@ -4,10 +4,12 @@ import logging
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import msgspec
@@ -17,7 +19,7 @@ from fakes import bundles, engine_files, engines
 from fakes.fleets import eventually
 
 from edgekit import bundle
-from edgekit.errors import HealthError, Unrunnable
+from edgekit.errors import HealthError, ResourceError, Unrunnable
 from edgekit.manifest import Golden, Manifest
 from edgekit.runtime import acceptance, memory
 from edgekit.runtime.acceptance import Allowance, try_out
@@ -124,6 +126,57 @@ def test_it_fills_no_disk(tmp_path):
     stopped(tmp_path, code, "File too large")
 
 
+FILLING = {
+    "many files": "n = 0\nwhile True: n += 1; open(f'{t}/{n}', 'wb').write(bytes(1 << 20))",
+    "many empty files": "n = 0\nwhile True: n += 1; open(f'{t}/{n}', 'wb')",
+    "files without a name": "held = []\nwhile True: held += [tempfile.TemporaryFile()]; held[-1].write(bytes(1 << 22))",
+    "folders without an end": "os.chdir(t)\nwhile True: os.mkdir('d'); os.chdir('d')",
+}
+
+
+@pytest.mark.parametrize("code", FILLING.values(), ids=FILLING)
+def test_it_fills_no_disk_by_many_files_either_and_leaves_none_behind(tmp_path, code):
+    place = tmp_path / "state" / "try-out"
+    code = f"import os, tempfile; t = tempfile.gettempdir()\nassert t.startswith({str(place)!r})\n{code}"
+    stopped(tmp_path, code, "bundle wrote more than the 64 MiB that it may", Allowance(60.0, place=place))
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_what_is_seen_by_the_disk_alone_is_ended_before_it_is_full_and_is_no_fault_of_the_release(
+    tmp_path, monkeypatch
+):
+    free = iter([100 << 20, 60 << 20])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=next(free, 15 << 20)))
+    hides = (
+        "import mmap, tempfile, time\n"
+        "with tempfile.TemporaryFile() as f: f.write(bytes(1 << 20)); f.flush(); m = mmap.mmap(f.fileno(), 0)"
+    )
+    with pytest.raises(ResourceError, match="the disk ran full while bundle was tried out"):
+        run(tmp_path, f"{hides}\ntime.sleep(60)")
+
+
+def test_what_a_killed_agents_try_out_left_goes_with_the_next_one(tmp_path):
+    place = tmp_path / "try-out"
+    (place / "edgekit-try-left").mkdir(parents=True)
+    (place / "edgekit-try-left/cache").write_bytes(b"x")
+    (place / "edgekit-try-left/cache").with_name("link").symlink_to(tmp_path)
+    (tmp_path / "mine").write_text("kept")
+    with warden.scratch(place) as scratch:
+        assert list(place.iterdir()) == [scratch]
+    assert not place.exists()
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_it_takes_no_core_for_itself_alone(tmp_path):
+    """As root it would get real time, and nobody else that core any more."""
+    for deed in ("sched_setscheduler(0, os.SCHED_FIFO, p)", "sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))"):
+        stopped(tmp_path, f"import os; p = os.sched_param(1); os.{deed}", "Operation not permitted")
+    number = {"x86_64": 314, "aarch64": 274}[platform.machine()]  # sched_setattr, with the attributes it has
+    reads = "import ctypes; libc = ctypes.CDLL(None, use_errno=True); a = (ctypes.c_char * 48)(48)"
+    sets = f"assert libc.syscall({number}, 0, a, 0) == -1; raise OSError(ctypes.get_errno(), 'sched_setattr')"
+    stopped(tmp_path, f"{reads}\n{sets}", r"\[Errno 1\]")
+
+
 def test_output_without_an_end_fills_no_memory_and_no_disk(tmp_path):
     before = memory.rss_mib()
     stopped(tmp_path, "import os\nwhile True: os.write(1, b'x' * 65536)", "File too large")
@@ -170,6 +223,10 @@ NEVER = {
     "bpf",
     "unshare",
     "setrlimit",
+    "sched_setscheduler",
+    "sched_setparam",
+    "sched_setattr",
+    "ioprio_set",
     "reboot",
 }
 

@@ -146,6 +146,7 @@ def _process(fleet: Fleet, state: Path) -> Iterator[None]:
 @contextmanager
 def _thread(fleet: Fleet, name: str, state: Path) -> Iterator[HostServing]:
     serving = HostServing(CLASS, threads=1)
+    serving.scratch = state / name / "try-out"
     trust.install_root(state / name, publisher.root(fleet.folder))
     device = Device(name=name, profile=CLASS, state=state / name, serving=serving)
     agent = Agent(FLEET, device, Habits(first_pause=0.2, longest_pause=2.0), serving.vitals)

@@ -55,6 +55,19 @@ def options(command: Command) -> Command:
                 show_default=True,
                 help="… but no longer than this.",
             ),
+            click.option(
+                "--shadow-requests",
+                type=click.IntRange(0),
+                default=0,
+                help="Before that, let the new model compute so many live requests that the old one answers …",
+            ),
+            click.option(
+                "--shadow-seconds",
+                type=click.FloatRange(0),
+                default=30.0,
+                show_default=True,
+                help="… but no longer than this.",
+            ),
         )
     ):
         command = add(command)
@@ -65,7 +78,10 @@ def limits(flags: dict[str, Any]) -> Limits:
     """Take the limits out of all flags."""
     from edgekit.ota.release import Limits
 
-    same = ("max_p95_ms", "max_error_rate", "min_agreement", "probation_requests", "probation_seconds")
+    same = (
+        *("max_p95_ms", "max_error_rate", "min_agreement"),
+        *("probation_requests", "probation_seconds", "shadow_requests", "shadow_seconds"),
+    )
     kept = {name: flags.pop(name) for name in same}
     return Limits(max_rss_mib=flags.pop("max_rss"), max_load_seconds=flags.pop("max_load"), **kept)
 

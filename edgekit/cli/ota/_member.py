@@ -46,6 +46,7 @@ def told(flags: dict[str, Any], name: str, state: Path, serving: HostServing, *,
     from edgekit.ota.device.factory import Factory
     from edgekit.ota.device.update import Device
 
+    serving.scratch = state / "try-out"
     serving.is_shut_in = not flags.pop("unsafe_without_sandbox")
     folder, digest = flags.pop("factory"), flags.pop("factory_digest")
     return Device(

@@ -6,11 +6,13 @@ Here the update channel and the runtime meet; neither imports the other.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from edgekit.cli.ota import _judging
 from edgekit.durable import MIB
 from edgekit.errors import BundleError, EdgekitError, HealthError, MissingExtra, ResourceError, Unrunnable, UsageError
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from edgekit.bundle import Bundle
     from edgekit.ota import messages
     from edgekit.ota.device.agent import Vitals
-    from edgekit.ota.release import Limits, Release
+    from edgekit.ota.release import Release
     from edgekit.runtime.drift import Alert
     from edgekit.runtime.host import Host
     from edgekit.runtime.isolation import Isolation
@@ -30,12 +32,13 @@ if TYPE_CHECKING:
     from edgekit.runtime.telemetry import Statistics
     from edgekit.runtime.watch import Watch
 
-POLL_SECONDS = 0.05
+log = logging.getLogger(__name__)
+
 WHILE_LOADING = 3
 """A model takes so many times its file's size while it is loaded: EfficientNet-Lite0 of 18.7 MB 47 MiB, measured."""
-UNITS = {"ms": "ms", "mib": "MiB"}
 SPARE_MIB = 32
 """What has to be left for everybody else on the device."""
+_OLD_LAGS = "the old model was busy, failed, or answers in text"
 
 
 class HostServing:
@@ -56,6 +59,7 @@ class HostServing:
         self.isolation: Isolation | None = None  # the engine runs in this process
         self.on_broken: Callable[[str, str], None] = lambda _bundle, _reason: None
         self.is_shut_in = True  # a model that is tried out reaches nothing of the device
+        self.scratch: Path | None = None  # where it writes: on a disk, where the device has said which
         self.tell: Callable[[str], None] = lambda _: None
         self.host: Host | None = None
         self.server: Running | None = None
@@ -63,6 +67,10 @@ class HostServing:
         self._tried = ""  # digest of the candidate; anything else that is activated is a way back
         self._back: Callable[[], Session | TextSession] | None = None  # loads what serves
         self._before = ""  # digest of the model that shadows, ready to come back
+        self._uncompared = _judging.FIRST
+        self._cramped = ""  # digest of a candidate that found no room beside what serves
+        self._hopeless: tuple[str, str] = ("", "")  # a candidate that found none with nothing else loaded
+        self._waiting = ""  # digest of the candidate that computes what the old model answers
         self._counted: Statistics | None = None
         self._stopping = threading.Event()
 
@@ -80,28 +88,86 @@ class HostServing:
             self.host = None
 
     def try_out(self, bundle: Bundle, release: Release) -> Mapping[str, float]:
-        """Run the golden inputs in a child process; see `Serving`."""
+        """Run the golden inputs in a child process, beside what serves or in its place, and then in its shadow."""
         from edgekit.runtime import acceptance
 
+        if self._waiting:  # it passed, and could not be written down
+            self._give_up_waiting()
         self.tell(f"trying out version {release.version}")
-        allowed = acceptance.Allowance(memory_mib=release.limits.max_rss_mib or 0.0, is_shut_in=self.is_shut_in)
         try:
-            measured = acceptance.try_out(bundle.folder, self._variant(bundle), self.threads, allowed)
+            measured = self._golden(bundle, release)
+        except acceptance.NoRoom as lack:
+            measured = self._in_its_place(bundle, release, lack)
+        _judging.accept(measured, release.limits)
+        self._tried = bundle.digest
+        return (
+            {**measured, **self._in_shadow(bundle, release, measured)} if release.limits.shadow_requests else measured
+        )
+
+    def _golden(self, bundle: Bundle, release: Release) -> dict[str, float]:
+        from edgekit.runtime import acceptance
+
+        allowed = acceptance.Allowance(
+            memory_mib=release.limits.max_rss_mib or 0.0, is_shut_in=self.is_shut_in, place=self.scratch
+        )
+        try:
+            return acceptance.try_out(bundle.folder, self._variant(bundle), self.threads, allowed)
         except UsageError as error:
             raise Unrunnable(f"the bundle cannot run here: {error.message}", error.hint) from error
         except BundleError as error:  # its bytes were checked: fetching it again would change nothing
             raise HealthError(f"the bundle cannot run here: {error.message}", error.hint) from error
-        _accept(measured, release.limits)
-        self._tried = bundle.digest
-        return measured
+
+    def _in_its_place(self, bundle: Bundle, release: Release, lack: ResourceError) -> dict[str, float]:
+        """Try a bundle out where the serving model lay; requests wait, and then that model answers again.
+
+        Raises:
+            ResourceError: that does not hold it either, or the serving model does not open again: no fault of it.
+        """
+        host, back = self.host, self._back
+        if host is None or back is None or self._hopeless == (bundle.digest, bundle.variant):
+            raise lack
+        told = f"{lack.message}: version {release.version} is tried out in the serving model's place, requests wait"
+        self.tell(told)
+        log.warning("%s", told)
+        began = time.perf_counter()
+        try:
+            measured = host.aside(lambda: self._alone(bundle, release), back)
+        except HealthError as error:
+            if not host.is_loaded:
+                raise ResourceError(f"the model that served does not open again yet: {error.message}") from error
+            error.measured["in_place_seconds"] = time.perf_counter() - began
+            raise
+        finally:
+            seconds = time.perf_counter() - began
+            self.tell(f"requests waited for {seconds:.1f} s")
+        self._cramped = bundle.digest
+        return {**measured, "in_place_seconds": seconds}
+
+    def _alone(self, bundle: Bundle, release: Release) -> dict[str, float]:
+        from edgekit.runtime import acceptance, memory
+
+        memory.give_back()
+        try:
+            return self._golden(bundle, release)
+        except acceptance.NoRoom as error:
+            self._hopeless = (bundle.digest, bundle.variant)  # it would cost a gap each time that it is tried again
+            raise ResourceError(f"{error.message}, with no other model loaded", error.hint) from error
 
     def activate(self, bundle: Bundle | None) -> None:
         """Swap without dropping a request; what served before shadows until the probation ends; see `Serving`."""
+        if self._waiting and (bundle is None or bundle.digest != self._waiting):
+            self._give_up_waiting()
         if bundle is None:
             self.close()
         elif self.host is None:
             self._begin(self._load(bundle))
+            self._uncompared = _judging.FIRST
+        elif self._waiting:
+            self._before, self._waiting, self._uncompared = self.host.digest, "", _OLD_LAGS
+            self.host.split(1.0)
         elif (bundle.digest, bundle.variant) == (self.host.digest, self._serves):
+            if not self._before:
+                self._uncompared = _judging.FIRST  # a new release of the very same bundle agrees with it
             return
         elif bundle.digest == self._before:
             self._before = ""
@@ -110,10 +176,10 @@ class HostServing:
             shadow = bundle.digest == self._tried
             before = self.host.digest if shadow else ""
             self.host.swap(self._load(bundle), shadow=shadow)
-            self._before = before
+            self._before, self._uncompared = before, _OLD_LAGS
         else:
             gap = self.host.replace(lambda: self._load(bundle), self._back)
-            self._before = ""
+            self._before, self._uncompared = "", "the memory holds one model alone"
             self.tell(f"the memory holds one model alone: requests waited for {gap:.1f} s")
         self._back = functools.partial(self._load, bundle) if bundle else None
         self._serves = bundle.variant if bundle else ""
@@ -124,23 +190,12 @@ class HostServing:
         A device that nobody asks keeps the release on the strength of its try-out: ``requests`` is 0 then, and
         nothing else is reported of the probation.
         """
-        host = self._need_host()
-        limits, start = release.limits, host.statistics()
+        host, limits = self._need_host(), release.limits
         self.tell(
             f"version {release.version} serves on probation: {limits.probation_requests} live requests, "
             f"or {limits.probation_seconds:g} s"
         )
-        deadline = time.monotonic() + limits.probation_seconds
-        while time.monotonic() < deadline and _seen(host, start) < limits.probation_requests:
-            time.sleep(POLL_SECONDS)  # not Event.wait: the handler of a signal would wait for its lock
-            if self._stopping.is_set():
-                raise ResourceError("stopped during the probation", "it goes on after the next start")
-            _refuse_broken(host)
-            if host.statistics().non_finite > start.non_finite:
-                break
-        _refuse_broken(host)
-        figures = _figures(host, start)
-        _judge(figures, limits)
+        figures = _judging.probation(host, limits, self._stopping.is_set, self._uncompared)
         self._before = ""
         host.end_shadow()
         return figures
@@ -165,10 +220,39 @@ class HostServing:
         memory = rss_mib() + apart
         return Vitals(requests, max(errors, 0), now.p95_ms, memory, tuple(map(_alert, host.alerts)))
 
+    def _in_shadow(self, bundle: Bundle, release: Release, measured: Mapping[str, float]) -> dict[str, float]:
+        """Let the candidate compute what the old model answers; where it passes it waits there, ready to take over."""
+        host, limits = self.host, release.limits
+        if host is None or (bundle.digest, bundle.variant) == (host.digest, self._serves):
+            return {}  # nothing to be compared with
+        if not self._fits_beside(bundle):
+            raise HealthError("it was to run in the shadow, and the memory holds one model alone", measured=measured)
+        self.tell(
+            f"version {release.version} runs in the shadow, the old one answers: {limits.shadow_requests} live "
+            f"requests, or {limits.shadow_seconds:g} s"
+        )
+        candidate = self._load(bundle)
+        host.swap(candidate, share=0.0)
+        self._waiting = bundle.digest
+        try:
+            return _judging.shadow(host, candidate, limits, self._stopping.is_set)
+        except BaseException as error:
+            self._give_up_waiting()
+            if isinstance(error, HealthError):
+                error.measured = {**measured, **error.measured}
+            raise
+
+    def _give_up_waiting(self) -> None:
+        self._waiting = ""
+        if self.host is not None:
+            self.host.roll_back()
+
     def _fits_beside(self, bundle: Bundle) -> bool:
         """Say whether the memory holds a bundle's model beside the one that serves."""
         from edgekit.runtime import memory
 
+        if bundle.digest == self._cramped:
+            return False
         mine = self._variant(bundle)
         files = {path for one in bundle.manifest.variants if one.name == mine for path in one.files}
         size = sum(entry.size for entry in bundle.manifest.files if entry.path in files)
@@ -224,66 +308,3 @@ def _alert(found: Alert) -> messages.Alert:
     return messages.Alert(
         kind=found.kind, what=found.what[:200], value=found.value, limit=found.limit, since=found.since
     )
-
-
-def _refuse_broken(host: Host) -> None:
-    condition = host.session.condition()
-    if condition is not None and condition.is_broken:
-        told = ", ".join(f"{count} times {how}" for how, count in condition.crashes.items())
-        raise HealthError(f"in its probation the engine crashed too often: {told}")
-
-
-def _seen(host: Host, start: Statistics) -> int:
-    """Count the requests that say something of the model: a caller's mistakes must not dilute its errors."""
-    now = host.statistics()
-    return (now.requests - now.refused) - (start.requests - start.refused)
-
-
-def _figures(host: Host, start: Statistics) -> dict[str, float]:
-    """Return what was measured; what was not is left out, for a 0 would look like a good figure."""
-    requests, now, agreement = _seen(host, start), host.statistics(), host.agreement()
-    figures = {"requests": float(requests)}
-    if requests:
-        figures["error_rate"] = (now.errors - start.errors) / requests
-        figures["non_finite"] = float(now.non_finite - start.non_finite)
-    if requests > now.errors - start.errors:
-        figures["p95_live_ms"] = now.p95_ms
-    if agreement.samples:
-        figures["agreement"] = agreement.share
-    return figures
-
-
-def _accept(measured: Mapping[str, float], limits: Limits) -> None:
-    """Hold the limits that are signed for the try-out."""
-    load_ms = None if limits.max_load_seconds is None else 1000 * limits.max_load_seconds
-    held = {"p95_ms": limits.max_p95_ms, "peak_rss_mib": limits.max_rss_mib, "load_ms": load_ms}
-    for name, limit in held.items():
-        if limit is not None and measured.get(name, 0.0) > limit:
-            what, unit = name.rsplit("_", 1)
-            raise HealthError(
-                f"{what} of the try-out is {measured[name]:.4g} {UNITS[unit]}, limit {limit:g} {UNITS[unit]}",
-                measured=measured,
-            )
-
-
-def _judge(figures: Mapping[str, float], limits: Limits) -> None:
-    broken = [
-        ("non_finite", figures.get("non_finite", 0.0) > 0, "no NaN or infinity"),
-        ("error_rate", figures.get("error_rate", 0.0) > limits.max_error_rate, f"at most {limits.max_error_rate:g}"),
-        (
-            "p95_live_ms",
-            limits.max_p95_ms is not None and figures.get("p95_live_ms", 0.0) > limits.max_p95_ms,
-            f"at most {limits.max_p95_ms} ms",
-        ),
-        (
-            "agreement",
-            limits.min_agreement is not None and figures.get("agreement", 1.0) < limits.min_agreement,
-            f"at least {limits.min_agreement}",
-        ),
-    ]
-    for name, is_broken, wanted in broken:
-        if is_broken:
-            told = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-            raise HealthError(
-                f"in its probation {name} is {figures[name]:.4g}, {wanted} is wanted ({told})", measured=figures
-            )

@@ -53,6 +53,8 @@ class Serving(Protocol):
     def try_out(self, bundle: Bundle, release: Release) -> Mapping[str, float]:
         """Load the candidate (``bundle.variant``) beside what serves, run its golden inputs, return what was measured.
 
+        Where memory does not hold both it may take the other's place meanwhile.
+
         Raises:
             Unrunnable: this device cannot run that variant; the next one in the signed order may run.
             HealthError: it does not load, answers wrongly, or breaks the release's limits.
@@ -259,6 +261,7 @@ def _brought_up(device: Device, state: State) -> Outcome | None:
     try:
         if state.trial is not None:
             state = _one_more_start(device, state)
+            _serve_the_one_before(device, state)
         _serve_current(device, state)
     except (BundleError, HealthError) as error:
         if state.current is None or (state.previous is None and wish is None):
@@ -272,6 +275,19 @@ def _brought_up(device: Device, state: State) -> Outcome | None:
     if wish is None or state.current is None:
         return None
     return _on_probation(device, wish, state.current, {})
+
+
+def _serve_the_one_before(device: Device, state: State) -> None:
+    """Begin with the old model where the release says how often both must agree, and try the new one out again."""
+    release, before = state.current, state.previous
+    if release is None or before is None or release.limits.min_agreement is None:
+        return
+    try:
+        device.serving.activate(slots.open_bundle(device.state, before, state.variant_of(before)))
+    except (BundleError, HealthError) as error:
+        log.warning("%s cannot be compared with any more: %s", before.path, error)
+        return
+    device.serving.try_out(slots.open_bundle(device.state, release, state.variant_of(release)), release)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tuf.api.metadata import Metadata, Root, Targets  # type: ignore[attr-defined]  # re-exported without __all__
 
     from edgekit.bundle import Bundle
-    from edgekit.manifest import FileEntry
+    from edgekit.manifest import FileEntry, Manifest
     from edgekit.ota.deltas.listing import Delta
     from edgekit.ota.server.keys import Unlock
     from edgekit.progress import Progress
@@ -132,10 +132,12 @@ def publish(  # noqa: PLR0913  # each is a decision of the operator and named at
 
     Raises:
         KeyAway: a key that has to sign cannot be reached.
-        UsageError: no fleet there, a version not above the last, an unverified variant, or nothing to publish.
+        UsageError: no fleet there, a version not above the last, an unverified variant, nothing to publish, or a limit
+            that a bundle of this kind can never be measured by.
         UnknownName: the bundle has no variant of that name.
         BundleError: a file of the bundle changed since it was opened.
     """
+    _require_measurable(bundle.manifest, limits or Limits())
     with metadata.sole_writer(folder):
         draft = Draft.of(Custody(folder, unlock), now)
         catalogue.migrate(draft)
@@ -309,6 +311,22 @@ def _release(draft: Release, profile: str, chosen: tuple[str, ...]) -> Release:
     if not same:
         raise UsageError(f"these limits cannot be published: {release.limits}", "give finite numbers")
     return release
+
+
+def _require_measurable(manifest: Manifest, limits: Limits) -> None:
+    golden = manifest.golden
+    if limits.max_p95_ms is not None and not (golden.prompts or (golden.inputs and golden.outputs)):
+        raise UsageError(
+            f"max_p95_ms cannot be measured in the try-out: {manifest.name} has no golden inputs",
+            "export it with data, or publish without that limit",
+        )
+    named = {"min_agreement": limits.min_agreement is not None, "shadow_requests": limits.shadow_requests > 0}
+    if manifest.task == "text-generation" and any(named.values()):
+        name = next(one for one, is_signed in named.items() if is_signed)
+        raise UsageError(
+            f"{name} cannot be measured: {manifest.name} answers in text, which is not compared",
+            "publish without that limit; its golden prompts are compared on every device",
+        )
 
 
 def _needed(bundle: Bundle, variants: Sequence[str]) -> list[FileEntry]:

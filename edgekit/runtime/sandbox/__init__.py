@@ -22,6 +22,8 @@ MIB = 1 << 20
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 FILE_MIB = 16
 """No file that the process writes may grow longer: its output among them."""
+SCRATCH_MIB = 64
+"""So much may all its files take together: engines keep notes and small caches there, no models."""
 OPEN_FILES = 512
 DEVICES = ("nvidia*", "nvhost*", "nvmap", "dri", "kgsl*", "mali*", "apex*")
 """What an accelerator is reached through; anything else in /dev but `HARMLESS` is out of reach."""

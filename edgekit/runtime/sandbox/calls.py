@@ -1,7 +1,8 @@
 """Refuses the system calls that opening and running a model never needs, by a seccomp filter. There is no way back.
 
 No new process or program, no socket, no signal to or look into another process, no memory that no limit counts, no
-change of modes, owners, limits, mounts, keys, or of the machine. Threads are what engines are made of, and stay.
+change of modes, owners, limits, priorities, mounts, keys, or of the machine. Threads are what engines are made of, and
+stay.
 https://docs.kernel.org/userspace-api/seccomp_filter.html: the numbers are of linux/filter.h, seccomp.h and audit.h.
 """
 
@@ -62,6 +63,8 @@ NUMBERS = {
                 249,
                 250,
             ),  # limits, priorities, namespaces, mounts, bpf, keys
+            *(142, 144, 314, 251),  # the scheduler's classes and parameters: real time takes a core from everybody
+            *(172, 173),  # iopl, ioperm: the machine's ports, for root
             *(
                 169,
                 170,
@@ -93,6 +96,7 @@ NUMBERS = {
             *(52, 53, 54, 55, 88),
             *(5, 6, 7, 14, 15, 16),
             *(164, 140, 97, 268, 40, 39, 51, 41, 280, 217, 218, 219),
+            *(118, 119, 274, 30),
             *(142, 161, 162, 170, 112, 171, 266, 224, 105, 273, 106, 104),
         ),
         clone=220,
