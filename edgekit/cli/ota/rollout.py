@@ -87,13 +87,13 @@ def list_(terminal: Terminal, *, fleet: Path) -> None:
 def show(terminal: Terminal, *, fleet: Path, rollout: str) -> None:
     """Show one rollout: whom it reached, how they answered, and its diary."""
     from edgekit.cli.ota._fleet import open_store, plain
-    from edgekit.ota.server.store import waves
+    from edgekit.ota.server.plan import told
 
     store = open_store(fleet)
     found, events = store.rollout(rollout), store.events(rollout)
     store.close()
     why = f": {found.reason}" if found.reason else ""
-    terminal.say(f"{found.id} is {found.status}{why}; waves {waves(found.plan)}, wave {found.wave + 1} now")
+    terminal.say(f"{found.id} is {found.status}{why}; waves {told(found.plan)}, wave {found.wave + 1} now")
     rows = [(d, a.profile, a.wave + 1, a.attempt, a.outcome) for d, a in found.assigned.items()]
     terminal.table(("device", "class", "wave", "attempt", "answer"), rows)
     for event in events:

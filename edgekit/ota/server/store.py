@@ -17,13 +17,14 @@ import msgspec
 from edgekit.errors import ResourceError, UnknownName, UsageError
 from edgekit.ota.messages import Desired, Identifier
 from edgekit.ota.server.fleet import DeviceState
-from edgekit.ota.server.rollout import Rollout, abort
+from edgekit.ota.server.plan import told
+from edgekit.ota.server.rollout import Rollout, abort, begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from edgekit.ota.server.rollout import Plan
+    from edgekit.ota.server.plan import Plan
 
 T = TypeVar("T")
 VERSION = 1
@@ -142,8 +143,10 @@ class Store:
             raise UnknownName("rollout", name, known)
         return known[name]
 
-    def start(self, plan: Plan, now: float) -> Rollout:
+    def start(self, plan: Plan, now: float, how: Callable[[Rollout], Rollout] = lambda new: new) -> Rollout:
         """Begin a rollout; running ones of the same model end, because its newest release is what they should run.
+
+        ``how`` changes it before it is written: one that is proposed ends no other until it is approved (`supersede`).
 
         Raises:
             UsageError: a rollout of the same release is still under way, or devices run a newer version already.
@@ -153,10 +156,11 @@ class Store:
             first = f"{plan.model[:40]}-v{plan.version}"
             name = next(n for i in range(1, len(taken) + 2) if (n := first if i == 1 else f"{first}-{i}") not in taken)
             self._refuse_going_back(plan)
-            self._supersede(plan, name, now)
-            rollout = Rollout(id=name, plan=plan)
+            rollout = how(begin(name, plan, self.rollouts(), self.settings("released/")))
+            if rollout.status != "proposed":
+                self.supersede(plan, name, now)
             self._db.execute("INSERT INTO rollouts (id, state) VALUES (?, ?)", (name, msgspec.json.encode(rollout)))
-            self.note(name, f"started, waves {waves(plan)}", now)
+            self.note(name, f"{'proposed' if rollout.status == 'proposed' else 'started'}, waves {told(plan)}", now)
         return rollout
 
     def change(self, name: str, how: Callable[[Rollout], Rollout], now: float) -> Rollout:
@@ -184,6 +188,20 @@ class Store:
             self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
         return new
 
+    def settings(self, prefix: str) -> dict[str, str]:
+        """Read the settings whose keys begin with ``prefix``, by what follows it; as ``tags/`` by device."""
+        rows = self._rows("SELECT key, value FROM settings WHERE substr(key, 1, length(?1)) = ?1 ORDER BY key", prefix)
+        return {str(key).removeprefix(prefix): str(value) for key, value in rows}
+
+    def change_setting(self, key: str, how: Callable[[str], str]) -> str:
+        """Read a setting (empty where there is none), change it and write it, in one transaction; empty takes it away."""
+        with self.transaction():
+            new = how(self.settings(key).get("", ""))
+            self._db.execute("DELETE FROM settings WHERE key=?", (key,))
+            if new:
+                self._db.execute("INSERT INTO settings VALUES (?, ?)", (key, new))
+        return new
+
     def note(self, subject: str, text: str, now: float) -> None:
         """Write a line into the diary."""
         with self.transaction():
@@ -207,9 +225,14 @@ class Store:
                 "publish the old bundle as a new version: edgekit ota publish FLEET BUNDLE",
             )
 
-    def _supersede(self, plan: Plan, name: str, now: float) -> None:
+    def supersede(self, plan: Plan, name: str, now: float) -> None:
+        """End the other rollouts of a model that are under way.
+
+        Raises:
+            UsageError: one of them is of the same release.
+        """
         for old in self.rollouts():
-            if old.plan.model != plan.model or old.status in ("done", "aborted"):
+            if old.id == name or old.status == "proposed" or old.plan.model != plan.model or old.status in ("done", "aborted"):
                 continue
             if old.plan.version == plan.version and old.status != "halted":
                 raise UsageError(
@@ -246,7 +269,3 @@ class Store:
             hint = "stop other writers" if "locked" in str(error) else "check the disk, or restore a backup"
             raise ResourceError(f"{self.path}: {error}", hint) from error
 
-
-def waves(plan: Plan) -> str:
-    """Say a plan's waves as a person writes them: ``20%,100%``."""
-    return ",".join(f"{share:.4g}%" for share in (100 * w for w in plan.waves))
