@@ -22,7 +22,7 @@ OF_95_PERCENT = 1.6449
 def e_value(hits: int, tries: int, believed: float, rise: float) -> float:
     """Return the e-value of ``hits`` among ``tries`` against a share of at most ``believed``.
 
-    Half of the wealth is bet on a share that is higher by ``rise``, the other half evenly on all above that.
+    Half of the wealth is bet on a share that is higher by ``rise``, the other half evenly on all from half of that rise on.
     """
     logs = [
         math.log(weight) + hits * math.log(share / believed) + (tries - hits) * math.log((1 - share) / (1 - believed))
@@ -34,9 +34,9 @@ def e_value(hits: int, tries: int, believed: float, rise: float) -> float:
 
 @lru_cache(maxsize=256)
 def _bets(believed: float, rise: float) -> tuple[tuple[float, float], ...]:
-    first = min(HIGHEST, believed + rise)
-    step = (HIGHEST - first) / POINTS
-    return ((first, 0.5), *((first + step * (i + 0.5), 0.5 / POINTS) for i in range(POINTS)))
+    first, low = min(HIGHEST, believed + rise), min(HIGHEST, believed + rise / 2)
+    step = (HIGHEST - low) / POINTS
+    return ((first, 0.5), *((low + step * (i + 0.5), 0.5 / POINTS) for i in range(POINTS)))
 
 
 def upper_bound(hits: int, tries: int) -> float:

@@ -106,32 +106,37 @@ class Verdict(NamedTuple):
 
 
 class Controls:
-    """The devices that were not reached: what changed on them without the release."""
+    """The devices that do not run the release yet: what changed on them without it."""
 
     def __init__(self, devices: Iterable[DeviceState], judging: Judging, taken: set[str]) -> None:
         self._by_class: dict[str, list[DeviceState]] = defaultdict(list)
         self._taken = set(taken)
+        self._free: dict[str, list[DeviceState]] = {}
         for device in devices:
             if device.online and device.record is not None and device.record.reports >= judging.reports:
                 self._by_class[device.profile].append(device)
-        self._shifts: dict[str, tuple[float, float]] = {}
+        self._shifts: dict[str, tuple[float, float] | None] = {}
 
-    def shift(self, profile: str) -> tuple[float, float]:
-        """Return by how much the log of the p95 and the share of errors changed of late on one class."""
+    def shift(self, profile: str) -> tuple[float, float] | None:
+        """Return by how much the log of the p95 and the share of errors changed of late on one class.
+
+        Where few of the class are left it is that of all classes; None: few are left at all, and the release cannot be told
+        from the time of day.
+        """
         if profile not in self._shifts:
             mine = self._by_class[profile]
-            self._shifts[profile] = _shift(mine) if len(mine) >= FEW_CONTROLS else (0.0, 0.0)
+            if len(mine) < FEW_CONTROLS:
+                mine = [device for devices in self._by_class.values() for device in devices]
+            self._shifts[profile] = _shift(mine) if len(mine) >= FEW_CONTROLS else None
         return self._shifts[profile]
 
     def partner(self, profile: str) -> DeviceState | None:
         """Return a device of a class that is nobody's partner yet, and is one from now on."""
-        mine = self._by_class[profile]
-        while mine:
-            device = mine.pop()
-            if device.id not in self._taken:
-                self._taken.add(device.id)
-                return device
-        return None
+        free = self._free.setdefault(profile, [d for d in self._by_class[profile] if d.id not in self._taken])
+        if not free:
+            return None
+        self._taken.add(free[-1].id)
+        return free.pop()
 
 
 def is_ready(device: DeviceState, judging: Judging) -> bool:
@@ -148,9 +153,10 @@ def read(device: DeviceState, controls: Controls, judging: Judging) -> Reading:
     if partner is not None and bool(partner.alerts) != bool(device.alerts):
         drifting = bool(device.alerts)
     whom = partner.id if partner else ""
-    if after is None or before is None or before.reports < judging.reports:
+    shift = controls.shift(device.profile)
+    if after is None or before is None or before.reports < judging.reports or shift is None:
         return Reading(drifting=drifting, partner=whom)
-    slowed, erred = controls.shift(device.profile)
+    slowed, erred = shift
     log_ratio = after.log_p95 - before.log_p95 - slowed
     believed = min(1.0, before.error_rate + max(0.0, erred) + judging.errors / 2)
     return Reading(
@@ -168,10 +174,11 @@ def judge(
     witnesses: Sequence[Witness], judging: Judging, baseline: Mapping[str, Tally], *, waived: Sequence[Test] = ()
 ) -> Verdict | None:
     """Return the first test that says stop, or None. ``baseline``: how many devices of each class failed in the past."""
+    counted = _counted(witnesses)
     for test in judging.tests:
         if test in waived:
             continue
-        tallies = _tallies(test, witnesses)
+        tallies = counted[test]
         beliefs = _beliefs(test, tallies, judging, baseline)
         rise = judging.failures if test == "failures" else CLEAR
         values = {one: e_value(*tally, beliefs[one], rise) for one, tally in tallies.items()}
@@ -218,26 +225,25 @@ def chance_to_find(devices: int, judging: Judging, baseline: Mapping[str, Tally]
     return power(devices, min(1.0, share + judging.failures), share, judging.failures, bound=judging.bound)
 
 
-def _tallies(test: Test, witnesses: Sequence[Witness]) -> dict[str, Tally]:
-    """Count by class, and all together where there are several classes."""
-    found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for one in witnesses:
-        said = _said(test, one)
-        if said is not None:
-            found[one.profile][0] += said
-            found[one.profile][1] += 1
-    tallies = {profile: Tally(*counts) for profile, counts in found.items()}
+def _counted(witnesses: Sequence[Witness]) -> dict[Test, dict[str, Tally]]:
+    """Count each test by class, and all classes together where there are several; one pass, for fleets are large."""
+    found: dict[Test, dict[str, list[int]]] = {test: defaultdict(lambda: [0, 0]) for test in TESTS}
+    failures, errors, latency, drift = (found[test] for test in TESTS)
+    for profile, failed, counts, reading in witnesses:
+        if counts:
+            failures[profile][failed] += 1
+        if reading is not None:
+            for tally, said in ((errors, reading.erring), (latency, reading.slower), (drift, reading.drifting)):
+                if said is not None:
+                    tally[profile][said] += 1
+    return {test: _with_sum(tallies) for test, tallies in found.items()}
+
+
+def _with_sum(counts: Mapping[str, Sequence[int]]) -> dict[str, Tally]:
+    tallies = {profile: Tally(yes, no + yes) for profile, (no, yes) in counts.items()}
     if len(tallies) > 1:
         tallies[ALL] = Tally(sum(t.hits for t in tallies.values()), sum(t.tries for t in tallies.values()))
     return tallies
-
-
-def _said(test: Test, one: Witness) -> bool | None:
-    if test == "failures":
-        return one.failed if one.counts else None
-    if one.reading is None:
-        return None
-    return {"errors": one.reading.erring, "latency": one.reading.slower, "drift": one.reading.drifting}[test]
 
 
 def _figures(test: Test, witnesses: Sequence[Witness], profile: str) -> str:

@@ -268,8 +268,9 @@ def _observe(rollout: Rollout, fleet: Mapping[str, DeviceState]) -> Rollout:
     news: dict[str, Assignment] = {}
     for device, assignment in rollout.assigned.items():
         state = fleet.get(device)
-        same = state is not None and (state.deployment, state.attempt) == (rollout.id, assignment.attempt)
-        if state is not None and same and state.outcome != assignment.outcome:
+        if state is None or state.outcome == assignment.outcome:
+            continue
+        if (state.deployment, state.attempt) == (rollout.id, assignment.attempt):
             news[device] = replace(assignment, outcome=state.outcome)
     news.update(_readings(rollout, fleet, news))
     return replace(rollout, assigned={**rollout.assigned, **news}) if news else rollout
@@ -284,16 +285,23 @@ def _readings(
         return {}
     ready = []
     for device, known in rollout.assigned.items():
-        if known.reading is None and device in fleet and judging.is_ready(fleet[device], how):
+        if known.reading is None:
             assignment = news.get(device, known)
-            if assignment.outcome == "installed":
+            if assignment.outcome == "installed" and device in fleet and judging.is_ready(fleet[device], how):
                 ready.append((device, assignment))
     if not ready:
         return {}
     taken = {a.reading.partner for a in rollout.assigned.values() if a.reading is not None}
-    others = (one for one in targets(rollout.plan, fleet) if one.id not in rollout.assigned and not is_there(one, rollout.plan))
+    # Whoever does not run it yet is held against it, in the order of their lots: no device chooses its partner.
+    others = [one for one in targets(rollout.plan, fleet) if not is_there(one, rollout.plan)]
+    others = [one for one in others if _is_untouched(rollout.assigned.get(one.id))]
+    others.sort(key=lambda one: lot(one.id, rollout.id))
     controls = judging.Controls(others, how, taken)
     return {d: replace(a, reading=judging.read(fleet[d], controls, how)) for d, a in ready}
+
+
+def _is_untouched(assignment: Assignment | None) -> bool:
+    return assignment is None or (assignment.attempt == 1 and assignment.outcome in ("none", "pending"))
 
 
 def _halts(rollout: Rollout, fleet: Mapping[str, DeviceState]) -> Rollout | None:

@@ -130,8 +130,10 @@ class _World:
             what(when)
             happened = True
         plan = self.scenario.plan
-        patient = 5 * TICK if not (plan.rate or plan.in_flight) else TICK
-        if happened and now - self._looked >= patient or now - self._looked >= 10 * TICK:
+        # What has no pace has time: the tail of a rollout, that waits for who is switched off, is long.
+        lasted = (now - self.scenario.start) / 50
+        patient = TICK if plan.rate or plan.in_flight else min(0.5 * HOUR, max(5 * TICK, lasted))
+        if now - self._looked >= (patient if happened else max(patient, 10 * TICK)):
             self._looked = now
             return True
         return False
@@ -164,7 +166,7 @@ class _World:
                 self.faults[name] = fault
         for _ in range(PAST_REPORTS):
             self._report(name, start)
-        self.at(start + random.uniform(0, 4 * fleet.health), lambda at: self._health(name, at))
+        self.at(start + random.uniform(0, 4 * fleet.health), lambda at: self._health(name, 1, at))
         if fleet.offline:
             if random.random() < fleet.offline:
                 self._leave(name, start)
@@ -220,16 +222,21 @@ class _World:
         state = fold(state, msgspec.convert({**head, "bundle": BUNDLES[version]}, Installed), now)
         self.states[name] = state
         self._slow[name] = self.random.gauss(0, self.scenario.fleet.noise)
+        self.at(now + self.random.uniform(0, self.scenario.fleet.health), lambda at: self._health(name, version, at))
         self.hurt.update([name] if version == 2 and fault and (fault.latency or fault.errors or fault.drift) else [])
         if version == 2 and fault is not None and self.random.random() < fault.drift:
             self._alerting.add(name)
 
-    def _health(self, name: str, now: float) -> None:
-        if self.states[name].online:
+    def _health(self, name: str, version: int, now: float) -> None:
+        # Who has borne witness reports no more here, and who was not reached less often than a device does: it saves time.
+        state, judging = self.states[name], self.scenario.plan.judging
+        told = state.record.reports if version > 1 and state.record and state.record.bundle == state.bundle else 0
+        if judging is None or state.version != version or told > judging.reports:
+            return
+        if state.online:
             self._report(name, now)
-        # Who was not reached reports less often here than a device does: that is all that control needs, and saves time.
-        often = 1 if self.states[name].version == 2 else 4
-        self.at(now + often * self.scenario.fleet.health, lambda at: self._health(name, at))
+        often = 1 if version > 1 else 4
+        self.at(now + often * self.scenario.fleet.health, lambda at: self._health(name, version, at))
 
     def _report(self, name: str, now: float) -> None:
         random, fleet, state = self.random, self.scenario.fleet, self.states[name]
