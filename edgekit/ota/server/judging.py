@@ -187,7 +187,9 @@ def judge(
             figures = _figures(test, witnesses, worst)
             odds = f"evidence {fmean(values.values()):.3g}, bound {judging.bound:.3g} (alpha {judging.alpha:g})"
             tally, whose = tallies[worst], f" {worst}" if worst else ""
-            return Verdict(test, _WHY[test].format(tally=tally, whose=whose, believed=beliefs[worst], figures=figures) + odds)
+            return Verdict(
+                test, _WHY[test].format(tally=tally, whose=whose, believed=beliefs[worst], figures=figures) + odds
+            )
     return None
 
 

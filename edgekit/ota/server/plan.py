@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -13,6 +13,9 @@ from edgekit.ota.messages import MAX_SPREAD
 from edgekit.ota.server import filters
 from edgekit.ota.server.judging import Judging
 from edgekit.ota.server.pacing import Window
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Share = float
 Amount = int | Share
@@ -106,3 +109,30 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 def told(plan: Plan) -> str:
     """Say a plan's waves as a person writes them: ``20%,100%``."""
     return ",".join(str(wave) if isinstance(wave, int) else f"{100 * wave:.4g}%" for wave in plan.waves)
+
+
+def amount(text: str | float) -> Amount:
+    """Read a count as ``10``, or a share as ``20%`` or ``0.2``.
+
+    Raises:
+        UsageError: neither.
+    """
+    if not isinstance(text, str):
+        return text
+    number = text.strip()
+    try:
+        if number.endswith("%"):
+            return float(number[:-1]) / 100
+        return int(number) if number.isdecimal() else float(number)
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no share, and no count", "write it as 20%, 0.2 or 10") from error
+
+
+def amounts(texts: Sequence[str | float]) -> tuple[Amount, ...]:
+    """Read waves; a last one of ``1`` is the whole fleet, not one device.
+
+    Raises:
+        UsageError: one is neither a count nor a share.
+    """
+    found = [amount(text) for text in texts]
+    return (*found[:-1], 1.0 if found[-1] == 1 else found[-1]) if found else ()

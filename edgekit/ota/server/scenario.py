@@ -11,7 +11,7 @@ from edgekit.errors import UsageError
 from edgekit.ota.server import filters
 from edgekit.ota.server.judging import Judging
 from edgekit.ota.server.pacing import Window, zone_named
-from edgekit.ota.server.plan import Amount, Plan
+from edgekit.ota.server.plan import Plan, amount, amounts
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 MAX_DEVICES = 1_000_000
@@ -49,10 +49,14 @@ class Fleet(_Table, frozen=True, kw_only=True):
     """
 
     devices: Annotated[int, msgspec.Meta(ge=1, le=MAX_DEVICES)] = 10_000
-    classes: dict[str, float] = msgspec.field(default_factory=lambda: {"raspberry-pi-5": 0.5, "jetson-orin": 0.3, "android-arm64": 0.2})
+    classes: dict[str, float] = msgspec.field(
+        default_factory=lambda: {"raspberry-pi-5": 0.5, "jetson-orin": 0.3, "android-arm64": 0.2}
+    )
     regions: dict[str, float] = msgspec.field(default_factory=lambda: {"eu": 0.5, "us": 0.3, "ap": 0.2})
     runtimes: dict[str, float] = msgspec.field(default_factory=lambda: {"0.1.0": 0.8, "0.2.0": 0.2})
-    zones: dict[str, str] = msgspec.field(default_factory=lambda: {"eu": "Europe/Berlin", "us": "America/New_York", "ap": "Asia/Tokyo"})
+    zones: dict[str, str] = msgspec.field(
+        default_factory=lambda: {"eu": "Europe/Berlin", "us": "America/New_York", "ap": "Asia/Tokyo"}
+    )
     offline: Share = 0.2
     away: Annotated[float, msgspec.Meta(gt=0)] = 14_400.0
     flaky: Share = 0.0
@@ -124,7 +128,7 @@ def plan_of(scenario: Scenario) -> Plan:
     roll_back, most = told.pop("roll_back"), told.pop("max_failures")
     if most is None:
         most = 1.0 if scenario.plan.judging else 0
-    waves = tuple(amount(one) for one in told.pop("waves"))
+    waves = amounts(told.pop("waves"))
     return Plan(
         model="model",
         version=2,
@@ -134,20 +138,3 @@ def plan_of(scenario: Scenario) -> Plan:
         back=3 if roll_back else 0,
         **told,
     )
-
-
-def amount(told: str | float) -> Amount:
-    """Read a count as ``10`` or a share as ``20%`` or ``0.2``.
-
-    Raises:
-        UsageError: neither.
-    """
-    if not isinstance(told, str):
-        return told
-    text = told.strip()
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return int(text) if text.isdigit() else float(text)
-    except ValueError as error:
-        raise UsageError(f"{told!r} is neither a count nor a share", "write it as 10 or 20%") from error

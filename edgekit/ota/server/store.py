@@ -232,7 +232,12 @@ class Store:
             UsageError: one of them is of the same release.
         """
         for old in self.rollouts():
-            if old.id == name or old.status == "proposed" or old.plan.model != plan.model or old.status in ("done", "aborted"):
+            if (
+                old.id == name
+                or old.status == "proposed"
+                or old.plan.model != plan.model
+                or old.status in ("done", "aborted")
+            ):
                 continue
             if old.plan.version == plan.version and old.status != "halted":
                 raise UsageError(
@@ -268,4 +273,3 @@ class Store:
         except sqlite3.Error as error:
             hint = "stop other writers" if "locked" in str(error) else "check the disk, or restore a backup"
             raise ResourceError(f"{self.path}: {error}", hint) from error
-
