@@ -117,7 +117,7 @@ def _judging(alpha: str | None, detect: tuple[str, ...]) -> Judging | None:
         if detect:
             raise UsageError("--detect without --alpha", "say how surely: --alpha 5%")
         return None
-    least = {}
+    least: dict[str, Any] = {}
     for one in detect:
         what, _, rise = one.partition("=")
         if what not in ("failures", "errors", "latency"):

@@ -37,7 +37,7 @@ def start(terminal: Terminal, *, fleet: Path, model: str, version: int | None, b
     bundle. What would have happened says `edgekit ota simulate`.
     """
     from edgekit.cli.ota._fleet import open_store
-    from edgekit.ota.server import rollout as rollouts
+    from edgekit.ota.server.turns import targets
 
     number, profiles = published(fleet, model, version)
     if flags["roll_back"]:
@@ -55,7 +55,7 @@ def start(terminal: Terminal, *, fleet: Path, model: str, version: int | None, b
         terminal.say(f"next: edgekit ota status {fleet} --watch")
     if rollout.boxed:
         terminal.say(f"{len(rollout.boxed)} devices sit out, they failed again and again: {', '.join(rollout.boxed)}")
-    _tell_power(terminal, rollout, rollouts.targets(plan, devices))
+    _tell_power(terminal, rollout, targets(plan, devices))
     terminal.result({"rollout": msgspec.to_builtins(rollout)})
 
 

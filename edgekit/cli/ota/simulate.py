@@ -51,7 +51,7 @@ def COMMAND(terminal: Terminal, *, plan: Path, seed: int, seeds: int, devices: i
         terminal.table(("seed", "status", "by", "wave", "hours", "reached", "hurt"), rows)
         halted = sum(s.status in ("halted", "aborted") for s in stories)
         terminal.say(
-            f"{halted} of {seeds} halted; hurt in the mean: {sum(s.hurt for s in stories) / seeds:.1f} devices"
+            f"{halted} of {seeds} halted; {sum(s.hurt for s in stories) / seeds:.1f} devices hurt in the mean"
         )
     terminal.result({"stories": [msgspec.to_builtins(s) for s in stories], "seed": seed})
 
@@ -63,8 +63,8 @@ def _tell(terminal: Terminal, known: Scenario, story: simulation.Story) -> None:
     why = f": {story.reason}" if story.reason else ""
     terminal.say(f"{story.status} after {story.hours:.1f} h{why}")
     terminal.say(
-        f"reached {story.reached} of {story.devices} devices, installed on {story.installed}, failed on {story.failed}, "
-        f"hurt {story.hurt}, taken back {story.back}"
+        f"reached {story.reached} of {story.devices} devices, installed on {story.installed}, "
+        f"failed on {story.failed}, hurt {story.hurt}, taken back {story.back}"
     )
     opened = ", ".join(f"{i + 1} after {hours:.1f} h" for i, hours in enumerate(story.opened))
     terminal.say(f"waves {told(plan_of(known))}; opened: {opened}")

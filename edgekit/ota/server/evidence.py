@@ -1,11 +1,11 @@
 """How much a row of yes and no speaks against a share that was believed. Mathematics only.
 
-The e-value of a row is the wealth of somebody who bets on each answer at odds that are fair where the share is the believed
-one: a mixture of likelihood ratios (Robbins 1970, "Statistical Methods Related to the Law of the Iterated Logarithm";
-Howard, Ramdas, McAuliffe and Sekhon 2021, "Time-uniform, nonparametric, nonasymptotic confidence sequences"). Where the
-share is the believed one or less, that wealth is a supermartingale, so it ever comes to 1/alpha with a probability of at
-most alpha, however often one looks (Ville 1939). The mean of e-values is one again, whatever their dependence (Vovk and
-Wang 2021, "E-values: calibration, combination and applications").
+The e-value of a row is the wealth of somebody who bets on each answer at odds that are fair where the share is the
+believed one: a mixture of likelihood ratios (Robbins 1970, "Statistical Methods Related to the Law of the Iterated
+Logarithm"; Howard, Ramdas, McAuliffe and Sekhon 2021, "Time-uniform, nonparametric, nonasymptotic confidence
+sequences"). Where the share is the believed one or less, that wealth is a supermartingale, so it ever comes to
+1/alpha with a probability of at most alpha, however often one looks (Ville 1939). The mean of e-values is one again,
+whatever their dependence (Vovk and Wang 2021, "E-values: calibration, combination and applications").
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ OF_95_PERCENT = 1.6449
 def e_value(hits: int, tries: int, believed: float, rise: float) -> float:
     """Return the e-value of ``hits`` among ``tries`` against a share of at most ``believed``.
 
-    Half of the wealth is bet on a share that is higher by ``rise``, the other half evenly on all from half of that rise on.
+    Half of the wealth is bet on a share that is higher by ``rise``, the other half evenly on all from half of that
+    rise on.
     """
     logs = [
         math.log(weight) + hits * math.log(share / believed) + (tries - hits) * math.log((1 - share) / (1 - believed))

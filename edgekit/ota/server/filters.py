@@ -1,8 +1,8 @@
 """Which devices a rollout is for: a small language over what is known of a device. Does no I/O.
 
 ``class = raspberry-pi-5 and tag.region in (eu, us) and not group = lab and fact.runtime ~ 0.1.*``. Fields are
-``class``, ``id``, ``group``, ``model``, ``version``, ``tag.KEY`` and ``fact.KEY``; what a device lacks is empty. Facts are
-what the device says of itself: a filter that must hold against a device that lies asks for tags and groups.
+``class``, ``id``, ``group``, ``model``, ``version``, ``tag.KEY`` and ``fact.KEY``; what a device lacks is empty.
+Facts are what the device says of itself: a filter that must hold against a device that lies asks for tags and groups.
 """
 
 from __future__ import annotations
@@ -190,10 +190,11 @@ class _Reader:
         return _misread(self._text, self._token.at, why)
 
     def _take(self, text: str) -> bool:
-        if self._token.kind != "quoted" and self._token.text == text:
-            self._next += 1
-            return True
-        return False
+        token = self._token
+        if token.kind == "quoted" or token.text != text:
+            return False
+        self._next += 1
+        return True
 
     def _either(self) -> Filter:
         parts = [self._all()]
@@ -226,12 +227,14 @@ class _Reader:
         return self._compare()
 
     def _compare(self) -> Filter:
-        field = self._token.text
-        if self._token.kind != "word" or not _FIELD.match(field):
+        first = self._token
+        field = first.text
+        if first.kind != "word" or not _FIELD.match(field):
             raise self._wrong(f"a field is expected: {', '.join(FIELDS)}, tag.KEY or fact.KEY")
         self._next += 1
-        operator = self._token.text
-        if operator not in ("=", "!=", "~", "!~", *_ORDERS, "in") or self._token.kind == "quoted":
+        second = self._token
+        operator = second.text
+        if operator not in ("=", "!=", "~", "!~", *_ORDERS, "in") or second.kind == "quoted":
             raise self._wrong("an operator is expected: = != ~ !~ < <= > >= in")
         if operator in _ORDERS and field != "version":
             raise self._wrong(f"{operator} compares versions only")
@@ -251,9 +254,10 @@ class _Reader:
 
     def _one_value(self, operator: str) -> str:
         token = self._token
-        if token.kind not in ("word", "quoted") or (token.kind == "word" and token.text in WORDS):
+        is_bare = token.kind == "word"
+        if (is_bare and token.text in WORDS) or token.kind in ("sign", "end"):
             raise self._wrong('a value is expected; write words of the language and signs in "quotes"')
-        value = token.text if token.kind == "word" else re.sub(r"\\(.)", r"\1", token.text[1:-1])
+        value = token.text if is_bare else re.sub(r"\\(.)", r"\1", token.text[1:-1])
         if operator in _ORDERS and not re.fullmatch(r"[0-9]{1,9}", value):
             raise self._wrong("a version is expected: a whole number")
         self._next += 1

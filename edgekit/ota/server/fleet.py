@@ -59,8 +59,9 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ``boots`` its starts before the present one. ``wish`` is what it was last told to run (JSON, empty: nothing), under
     the number ``revision``; ``met`` is the highest such number that it has seen, ``groups`` whose wishes it obeys, too.
 
-    ``tags`` and ``members`` (groups) are what the operator says of it, ``facts`` what it says of itself. ``record`` is how
-    the bundle that serves has done, ``before`` how the one before it did, ``heard`` the last report that is in there.
+    ``tags`` and ``members`` (groups) are what the operator says of it, ``facts`` what it says of itself. ``record``
+    is how the bundle that serves has done, ``before`` how the one before it did, ``heard`` the last report that is in
+    there.
     """
 
     id: Identifier

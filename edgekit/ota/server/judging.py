@@ -1,9 +1,10 @@
-"""Whether a release does worse than what ran before: on installs, errors, latency and drift. Does no I/O, reads no clock.
+"""Whether a release does worse than what ran before: on installs, errors, latency and drift. Does no I/O, reads no
+clock.
 
 Each device is one witness and speaks once, whatever it reports, for its reports are not independent of each other. Four
-tests share ``alpha`` evenly (Bonferroni); within a test the hardware classes and their sum share it by the mean of their
-e-values. A test is a coin: the share of devices that failed against the fleet's own past, and the share of devices that
-are slower, err more, or raise alerts against one half. `evidence` says why one may look at it at any time.
+tests share ``alpha`` evenly (Bonferroni); within a test the hardware classes and their sum share it by the mean of
+their e-values. A test is a coin: the share of devices that failed against the fleet's own past, and the share of
+devices that are slower, err more, or raise alerts against one half. `evidence` says why one may look at it at any time.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ ALL = ""
 class Judging(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How surely, and what counts as worse.
 
-    ``alpha``: the probability that a release which is no worse is halted by any of the ``tests``. The least regressions that
-    are to be found: ``failures``, a rise of the share of devices that fail; ``errors``, of the share of requests that
-    fail; ``latency``, of the p95 as a part of it. Half of that is allowed for. ``floor``: the share of devices of which it is believed that
-    they fail anyway, where the fleet's past does not say more. A device is judged after ``reports`` health reports.
+    ``alpha``: the probability that a release which is no worse is halted by any of the ``tests``. The least
+    regressions that are to be found: ``failures``, a rise of the share of devices that fail; ``errors``, of the share
+    of requests that fail; ``latency``, of the p95 as a part of it. Half of that is allowed for. ``floor``: the share
+    of devices of which it is believed that they fail anyway, where the fleet's past does not say more. A device is
+    judged after ``reports`` health reports.
     """
 
     alpha: float = 0.05
@@ -76,9 +78,9 @@ class Tally(NamedTuple):
 class Reading(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one device bore witness to, once. None: it cannot say.
 
-    ``ratio`` is its p95 over that before, ``error_rise`` that of the share of errors; both without what changed elsewhere in
-    the fleet at the time. ``partner`` is the device, not reached yet, whose alerts its own are held against: ``drifting`` is
-    true where it alone has some, false where that one alone has.
+    ``ratio`` is its p95 over that before, ``error_rise`` that of the share of errors; both without what changed
+    elsewhere in the fleet at the time. ``partner`` is the device, not reached yet, whose alerts its own are held
+    against: ``drifting`` is true where it alone has some, false where that one alone has.
     """
 
     ratio: float | None = None
@@ -120,8 +122,8 @@ class Controls:
     def shift(self, profile: str) -> tuple[float, float] | None:
         """Return by how much the log of the p95 and the share of errors changed of late on one class.
 
-        Where few of the class are left it is that of all classes; None: few are left at all, and the release cannot be told
-        from the time of day.
+        Where few of the class are left it is that of all classes; None: few are left at all, and the release cannot
+        be told from the time of day.
         """
         if profile not in self._shifts:
             mine = self._by_class[profile]
@@ -163,7 +165,7 @@ def read(device: DeviceState, controls: Controls, judging: Judging) -> Reading:
         ratio=round(math.exp(log_ratio), 4),
         error_rise=round(after.errors / after.requests - before.error_rate - max(0.0, erred), 5),
         slower=log_ratio > math.log1p(judging.latency / 2),
-        # The median of a binomial is at most the mean rounded up: above that a device is by a chance of at most one half.
+        # The median of a binomial is at most the mean rounded up: a chance of at most one half to be above.
         erring=after.errors > math.ceil(after.requests * believed),
         drifting=drifting,
         partner=whom,
@@ -173,7 +175,7 @@ def read(device: DeviceState, controls: Controls, judging: Judging) -> Reading:
 def judge(
     witnesses: Sequence[Witness], judging: Judging, baseline: Mapping[str, Tally], *, waived: Sequence[Test] = ()
 ) -> Verdict | None:
-    """Return the first test that says stop, or None. ``baseline``: how many devices of each class failed in the past."""
+    """Return the first test that says stop, or None. ``baseline``: how many devices of each class failed before."""
     counted = _counted(witnesses)
     for test in judging.tests:
         if test in waived:

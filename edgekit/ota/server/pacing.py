@@ -1,6 +1,7 @@
 """How many devices may be asked now, and whether it is a device's time. Does no I/O but for reading time zones.
 
-The rate is a sliding window over when devices were asked, so that a step which is repeated after a kill asks nobody more.
+The rate is a sliding window over when devices were asked, so that a step which is repeated after a kill asks nobody
+more.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ FAILURES = ("rolled-back", "refused")
 def boxed(rollouts: Sequence[Rollout], penalty: int, released: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """Name the devices that failed in ``penalty`` of the last five rollouts that reached them; 0: nobody is.
 
-    ``rollouts`` are in the order they were started. One that was halted speaks of the release, not of its devices, and does
-    not count. ``released``: up to which rollout a device's failures are forgiven.
+    ``rollouts`` are in the order they were started. One that was halted speaks of the release, not of its devices,
+    and does not count. ``released``: up to which rollout a device's failures are forgiven.
     """
     if not penalty:
         return ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -34,9 +35,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     ``rate`` is how many devices are asked in a minute, ``growth`` times that after each ``growth_after`` that have
     installed; ``in_flight`` how many are at it at once; 0: no limit. A device that has not answered for ``patience``
-    seconds holds up neither a slot nor a wave; 0: it does for ever. ``window``: when devices are asked, by their own clock.
-    Devices that failed in ``penalty`` of their last rollouts are skipped; 0: none is. ``back``: the version that the
-    reached devices go to after a halt: the old bundle, published anew, as versions only rise; 0: they stay.
+    seconds holds up neither a slot nor a wave; 0: it does for ever. ``window``: when devices are asked, by their own
+    clock. Devices that failed in ``penalty`` of their last rollouts are skipped; 0: none is. ``back``: the version
+    that the reached devices go to after a halt: the old bundle, published anew, as versions only rise; 0: they stay.
     """
 
     model: Name
@@ -89,7 +90,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def _require_waves(self) -> None:
         counts = [wave for wave in self.waves if isinstance(wave, int)]
         shares = [wave for wave in self.waves if isinstance(wave, float)]
-        rises = all(0 < low < high for part in (counts, shares) for low, high in zip(part, part[1:], strict=False))
+        rises = all(0 < low < high for part in (counts, shares) for low, high in pairwise(part))
         begins = all(part[0] > 0 for part in (counts, shares) if part)
         if not rises or not begins or not shares or shares[-1] != 1.0 or self.waves != (*counts, *shares):
             raise UsageError(

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from edgekit.ota.messages import Health
 
 REMEMBERED = 48
-"""From so many reports on the older half counts for half, so that a record tells of the last days and not of last year."""
+"""From so many reports on the older ones count for half: a record tells of the last days, not of last year."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``reports`` in which there were requests, those, how many failed, and the mean of the logarithms of the p95 (ms)."""
+    """``reports`` with requests in them, those, how many failed, and the mean of the logarithms of the p95 (ms)."""
 
     bundle: Digest
     reports: int = 0

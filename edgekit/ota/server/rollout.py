@@ -52,8 +52,8 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A plan on its way. ``settled`` is when the present wave was first seen to have answered.
 
-    ``baseline`` is how many devices of each class failed before it began, and of how many; ``boxed`` are skipped. ``halted_by``
-    names what halted it; a test that did and was resumed after is ``waived``.
+    ``baseline`` is how many devices of each class failed before it began, and of how many; ``boxed`` are skipped.
+    ``halted_by`` names what halted it; a test that did and was resumed after is ``waived``.
     """
 
     id: Identifier
@@ -77,7 +77,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 @dataclass(frozen=True)
 class Step:
-    """What to do now: whom to ask, the rollout to remember before anyone is asked, and a way back to start where it halted."""
+    """What to do now: whom to ask, the rollout to remember before that, and the way back to start where it halted."""
 
     assign: list[str]
     rollout: Rollout
@@ -217,7 +217,8 @@ def release(rollout: Rollout, devices: Iterable[str]) -> Rollout:
 def back(rollout: Rollout, version: int = 0) -> Plan:
     """Return the plan that takes what runs the release to a version that holds the old bundle, all at once.
 
-    No device ever goes down in version, so that the way back is signed like every other: the old bundle, published anew.
+    No device ever goes down in version, so that the way back is signed like every other: the old bundle, published
+    anew.
 
     Raises:
         UsageError: that version is not above the release's.
@@ -370,7 +371,7 @@ def _open(rollout: Rollout, fleet: Mapping[str, DeviceState], now: float) -> Rol
 
 
 def _settled(rollout: Rollout, fleet: Mapping[str, DeviceState], turns: Turns, now: float) -> bool:
-    if turns.due or any(is_busy(a, fleet.get(d), rollout.plan, now) for d, a in rollout.assigned.items()):
+    if turns.due or any(is_busy(rollout, a, fleet.get(d), now) for d, a in rollout.assigned.items()):
         return False
     if not rollout.assigned and not targets(rollout.plan, fleet):
         return False

@@ -42,10 +42,11 @@ class Wishes(_Table, frozen=True, kw_only=True):
 class Fleet(_Table, frozen=True, kw_only=True):
     """Who is there. Classes, regions and runtimes by their weights; ``zones``: the time zone of a region.
 
-    ``offline``: the share that is switched off at a time, each for ``away`` seconds in the mean. ``flaky``: the share of
-    updates that fail for no fault of the release; ``past`` such answers are known. A device's p95 varies by ``noise`` from one time to another, the whole
-    fleet's by ``swing`` over the day. ``error_rate`` of ``requests`` a report fail, ``alerting`` devices raise alerts anyway.
-    A health report comes each ``health`` seconds, an update takes ``install`` seconds in the mean.
+    ``offline``: the share that is switched off at a time, each for ``away`` seconds in the mean. ``flaky``: the share
+    of updates that fail for no fault of the release; ``past`` such answers are known. A device's p95 varies by
+    ``noise`` from one time to another, the whole fleet's by ``swing`` over the day. ``error_rate`` of ``requests`` a
+    report fail, ``alerting`` devices raise alerts anyway. A health report comes each ``health`` seconds, an update
+    takes ``install`` seconds in the mean.
     """
 
     devices: Annotated[int, msgspec.Meta(ge=1, le=MAX_DEVICES)] = 10_000
@@ -73,8 +74,8 @@ class Fleet(_Table, frozen=True, kw_only=True):
 class Fault(_Table, frozen=True, kw_only=True):
     """What is wrong with the release, on the devices that the filter ``where`` names.
 
-    ``failures``: the share that rolls back. ``latency``: the rise of the p95 as a part of it; ``errors``: of the share of
-    requests that fail; ``drift``: the share that raises alerts.
+    ``failures``: the share that rolls back. ``latency``: the rise of the p95 as a part of it; ``errors``: of the
+    share of requests that fail; ``drift``: the share that raises alerts.
     """
 
     where: str = ""

@@ -21,9 +21,9 @@ from edgekit.ota import messages
 from edgekit.ota.messages import BlockRequest, Chosen, Desired, Drift, Health, Hello, Report
 from edgekit.ota.server import publisher, repository
 from edgekit.ota.server.fleet import DeviceState, expect, fold, model_of, tell
-from edgekit.ota.server.labels import labelled
 from edgekit.ota.server.inbox import Inbox
 from edgekit.ota.server.keys import CLOSED
+from edgekit.ota.server.labels import labelled
 from edgekit.ota.server.rollout import advance, live, wanted
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Plays a rollout over a fleet that is made up: the same code that decides for a real one, and a clock moved by hand.
 
-Does no I/O and reads no clock; the same seed gives the same story. What a device does is drawn here; what the server makes of
-it are `fold`, `expect` and `advance`.
+Does no I/O and reads no clock; the same seed gives the same story. What a device does is drawn here; what the server
+makes of it are `fold`, `expect` and `advance`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Story(msgspec.Struct, frozen=True):
 def play(
     scenario: Scenario, seed: int = 0, watch: Callable[[Rollout, dict[str, DeviceState], float], None] | None = None
 ) -> Story:
-    """Play a scenario to its end: done, halted, or out of hours. ``watch`` is shown each step's rollout, fleet and time."""
+    """Play a scenario until it is done, halted, or out of hours. ``watch`` sees each step's rollout, fleet and time."""
     world = _World(scenario, Random(seed))  # noqa: S311  # draws a story, protects nothing
     plan = plan_of(scenario)
     known = {one: Tally(round(scenario.fleet.flaky * scenario.fleet.past * w), round(scenario.fleet.past * w))
@@ -228,7 +228,7 @@ class _World:
             self._alerting.add(name)
 
     def _health(self, name: str, version: int, now: float) -> None:
-        # Who has borne witness reports no more here, and who was not reached less often than a device does: it saves time.
+        # It saves time that who has borne witness reports no more here, and who was not reached less often.
         state, judging = self.states[name], self.scenario.plan.judging
         told = state.record.reports if version > 1 and state.record and state.record.bundle == state.bundle else 0
         if judging is None or state.version != version or told > judging.reports:

@@ -194,7 +194,7 @@ class Store:
         return {str(key).removeprefix(prefix): str(value) for key, value in rows}
 
     def change_setting(self, key: str, how: Callable[[str], str]) -> str:
-        """Read a setting (empty where there is none), change it and write it, in one transaction; empty takes it away."""
+        """Read a setting (empty: there is none), change it and write it, in one transaction."""
         with self.transaction():
             new = how(self.settings(key).get("", ""))
             self._db.execute("DELETE FROM settings WHERE key=?", (key,))

@@ -1,7 +1,7 @@
 """How the devices of a wave are spread over what a fleet is made of. Values in, values out.
 
-A stratum is a hardware class and what its devices have under the plan's fields (a region, a runtime's version): each that
-has devices is in the canary, for the fault that only one of them shows is else met in the last wave.
+A stratum is a hardware class and what its devices have under the plan's fields (a region, a runtime's version): each
+that has devices is in the canary, for the fault that only one of them shows is else met in the last wave.
 """
 
 from __future__ import annotations

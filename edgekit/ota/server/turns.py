@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Turns:
-    """Whom to ask now, with their strata. ``short``: how many the wave lacks after that; ``due``: how many of those will be asked.
+    """Whom to ask now, with their strata. ``short``: how many the wave lacks after that; ``due``: how many of those
+    will be asked.
 
     The others are switched off: they count neither for nor against.
     """
@@ -48,11 +49,14 @@ def is_there(device: DeviceState, plan: Plan) -> bool:
     return device.model == plan.model and device.version >= plan.version
 
 
-def is_busy(assignment: Assignment, device: DeviceState | None, plan: Plan, now: float) -> bool:
-    """Say whether a device is at it: asked, online, not waiting by its own policy, and not beyond the plan's patience."""
-    if assignment.outcome != "pending" or device is None or not device.online or device.reason:
+def is_busy(rollout: Rollout, assignment: Assignment, device: DeviceState | None, now: float) -> bool:
+    """Say whether a device is at it: asked, online, not held by its own policy, and not beyond the plan's patience."""
+    if assignment.outcome != "pending" or device is None or not device.online:
         return False
-    return not plan.patience or now - assignment.at < plan.patience
+    if device.reason and (device.deployment, device.attempt) == (rollout.id, assignment.attempt):
+        return False  # a reason that it gave for another attempt says nothing of this one
+    patience = rollout.plan.patience
+    return not patience or now - assignment.at < patience
 
 
 def choose(rollout: Rollout, fleet: Mapping[str, DeviceState], now: float) -> Turns:
@@ -98,7 +102,7 @@ def _by_stratum(
 
 
 def _queue(rollout: Rollout, devices: Sequence[DeviceState], now: float) -> list[tuple[bytes, DeviceState]]:
-    """Order those that may be asked by lot, those that are online first: a canary that is switched off tells nothing."""
+    """Order those that may be asked by lot, those online first: a canary that is switched off tells nothing."""
     may = [(not d.online, lot(d.id, rollout.id), d) for d in devices if _may(d, rollout.plan, now)]
     return [(lots, device) for _, lots, device in sorted(may, key=lambda one: one[:2])]
 
@@ -117,7 +121,7 @@ def _slots(rollout: Rollout, fleet: Mapping[str, DeviceState], now: float) -> in
     if not (plan.rate or plan.in_flight):
         return pacing.UNLIMITED
     asked = [a.at for a in rollout.assigned.values()]
-    busy = sum(is_busy(a, fleet.get(d), plan, now) for d, a in rollout.assigned.items())
+    busy = sum(is_busy(rollout, a, fleet.get(d), now) for d, a in rollout.assigned.items())
     return pacing.room(plan, asked, busy, rollout.count("installed"), now=now)
 
 
