@@ -33,7 +33,7 @@ PI = DeviceState(
         "tag.region = us or tag.region = eu and class = raspberry-pi-5",
         "not (tag.region = us or class = jetson)",
         "not not class = raspberry-pi-5",
-        r'''tag.shop = "12 \"north\" \\ 'x'" ''',
+        r"""tag.shop = "12 \"north\" \\ 'x'" """,
         'model = "cat"',
         "fact.runtime !~ 0.2.*",
         "tag.region in(eu,us)",
