@@ -225,7 +225,7 @@ def back(rollout: Rollout, version: int = 0) -> Plan:
     """
     old = replace(rollout.plan, back=version) if version else rollout.plan
     plan = Plan(model=old.model, version=max(old.back, 1), profiles=old.profiles, waves=(1.0,), max_failures=1.0)
-    return replace(plan, where=f"version = {old.version}", spread=spread(len(rollout.assigned)))
+    return replace(plan, where=f"version = {old.version}", spread=old.spread)
 
 
 def wanted(device: str, rollouts: Sequence[Rollout]) -> Rollout | None:
