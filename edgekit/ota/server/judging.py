@@ -184,10 +184,11 @@ def judge(
         beliefs = _beliefs(test, tallies, judging, baseline)
         rise = judging.failures if test == "failures" else CLEAR
         values = {one: e_value(*tally, beliefs[one], rise) for one, tally in tallies.items()}
-        if values and fmean(values.values()) >= judging.bound:
+        evidence = _joined(values)
+        if evidence >= judging.bound:
             worst = max(values, key=lambda one: (values[one], one))
             figures = _figures(test, witnesses, worst)
-            odds = f"evidence {fmean(values.values()):.3g}, bound {judging.bound:.3g} (alpha {judging.alpha:g})"
+            odds = f"evidence {evidence:.3g}, bound {judging.bound:.3g} (alpha {judging.alpha:g})"
             tally, whose = tallies[worst], f" {worst}" if worst else ""
             return Verdict(
                 test, _WHY[test].format(tally=tally, whose=whose, believed=beliefs[worst], figures=figures) + odds
@@ -211,6 +212,14 @@ def believed(profile: str, judging: Judging, baseline: Mapping[str, Tally]) -> f
     if known.tries < FEW:
         return judging.floor
     return min(HALF, max(judging.floor, upper_bound(*known)))
+
+
+def _joined(values: Mapping[str, float]) -> float:
+    """Join the e-values of a test: half on all classes together, half on each by itself; a mean, so one again."""
+    single = [value for one, value in values.items() if one != ALL]
+    if not single:
+        return 0.0
+    return (values[ALL] + fmean(single)) / 2 if ALL in values else single[0]
 
 
 def _beliefs(
