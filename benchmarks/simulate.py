@@ -1,9 +1,9 @@
 """How often a rollout halts that should not, how often one that should, and how many devices are hurt until then.
 
-Played by the code of `edgekit ota simulate` over seeded fleets of 2,000 devices, a fifth of them switched off, with waves
-of 5 %, 25 % and 100 %, each watched for an hour. The peer is a policy, not a product: the same waves over the same fleets, halted
-when a tenth of all reached devices has failed, whatever their class, as AWS IoT Jobs (abort criteria) and hawkBit
-(error threshold of a group) are set up in their own examples; it sees failed installs only, as they do.
+Played by the code of `edgekit ota simulate` over seeded fleets of 2,000 devices, a fifth of them switched off, with
+waves of 5 %, 25 % and 100 %, each watched for an hour. The peer is a policy, not a product: the same waves over the
+same fleets, halted when a tenth of all reached devices has failed, whatever their class: the kind of threshold that
+AWS IoT Jobs (abort criteria) and hawkBit (error threshold) offer. It sees failed installs only, as they do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The statistics that halt a rollout: never more false alarms than stated, and regressions found with the stated power."""
+"""The statistics that halt a rollout: no more false alarms than stated, regressions found with the stated power."""
 
 import math
 from random import Random
@@ -57,7 +57,7 @@ def test_looking_after_every_device_it_is_wrong_at_most_as_often_as_stated(share
 
 
 def test_the_power_that_is_stated_is_the_power_that_is_played():
-    random, caught = Random(1), 0
+    random, caught = Random(1), 0  # noqa: S311  # the same each time, protects nothing
     for _ in range(2000):
         hits = 0
         for tries in range(1, 101):
@@ -66,7 +66,8 @@ def test_the_power_that_is_stated_is_the_power_that_is_played():
                 caught += 1
                 break
     assert caught / 2000 == pytest.approx(power(100, 0.12, 0.02, 0.05, bound=80), abs=0.03)
-    assert chance_to_find(1000, HOW, {}) > 0.95 > 0.5 > chance_to_find(20, HOW, {})
+    assert chance_to_find(1000, HOW, {}) > 0.95
+    assert chance_to_find(20, HOW, {}) < 0.5
 
 
 def test_a_slowdown_of_the_stated_size_is_found_by_a_hundred_devices_of_ten_percent_noise():
@@ -79,7 +80,7 @@ def test_a_slowdown_of_the_stated_size_is_found_by_a_hundred_devices_of_ten_perc
 
 def witnesses(profile, failed, passed, **reading):
     told = Reading(**reading) if reading else None
-    return [Witness(profile, i < failed, True, told) for i in range(failed + passed)]
+    return [Witness(profile, failed=i < failed, counts=True, reading=told) for i in range(failed + passed)]
 
 
 def test_a_bad_class_is_not_hidden_by_good_ones_and_the_verdict_says_the_numbers():

@@ -1,4 +1,6 @@
-"""Stories of whole rollouts, told with the simulation: the same code that decides for a real fleet, the clock moved by hand."""
+"""Stories of whole rollouts, told with the simulation: the code that decides for a real fleet, a clock moved by hand."""
+
+import contextlib
 
 import msgspec
 import pytest
@@ -277,41 +279,51 @@ VERBS = st.sampled_from(
 )
 
 
+class Hands:
+    """An operator, devices and a server that do what they are told, one thing at a time."""
+
+    def __init__(self, plan, random):
+        self.fleet, self.rollout, self.random = fleet_of(12), Rollout(id="cat-v2", plan=plan), random
+        self.asked, self.now = [], 0.0
+
+    def do(self, verb):
+        self.now += self.random.choice([0.0, 1.0, 50.0])
+        if verb in ("pause", "resume", "retry", "promote"):
+            with contextlib.suppress(UsageError):
+                self.rollout = getattr(rollouts, verb)(self.rollout)
+        elif verb == "kill":  # the step was made, and nothing of it was written
+            assert advance(self.rollout, self.fleet, self.now) == advance(self.rollout, self.fleet, self.now)
+        elif verb == "step":
+            self.step()
+        elif verb in ("on", "off"):
+            self.change(self.random.choice(sorted(self.fleet)), online=verb == "on")
+        elif pending := sorted(d for d, s in self.fleet.items() if s.outcome == "pending"):
+            fails = verb == "fail"
+            outcome = {"outcome": "rolled-back" if fails else "installed", "version": 1 if fails else 2}
+            self.change(self.random.choice(pending), **outcome)
+
+    def change(self, name, **fields):
+        self.fleet[name] = msgspec.structs.replace(self.fleet[name], **fields)
+
+    def step(self):
+        step = advance(self.rollout, self.fleet, self.now)
+        self.rollout = msgspec.json.decode(msgspec.json.encode(step.rollout), type=Rollout)
+        after = advance(self.rollout, self.fleet, self.now)
+        assert after.assign == [], "written, and killed before anybody was asked"
+        for name, mine in self.rollout.assigned.items():  # as the service does: from what is written, not from the step
+            if mine.outcome != "none":
+                before = self.fleet[name]
+                self.fleet[name] = expect(before, self.rollout.id, mine.attempt, PLAN.release("pi"))
+                if self.fleet[name] != before:
+                    self.asked.append((name, mine.attempt))
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(VERBS, max_size=40), st.randoms(use_true_random=False), st.booleans())
-def test_whatever_the_operator_and_the_devices_do_and_whenever_it_is_killed_each_attempt_is_asked_once(
-    verbs, random, paced
-):
-    plan = msgspec.structs.replace(PLAN, in_flight=3 if paced else 0, patience=100.0)
-    fleet, rollout, asked, now = fleet_of(12), Rollout(id="cat-v2", plan=plan), [], 0.0
+def test_whatever_is_done_and_whenever_it_is_killed_each_attempt_is_asked_once(verbs, random, paced):
+    hands = Hands(msgspec.structs.replace(PLAN, in_flight=3 if paced else 0, patience=100.0), random)
     for verb in [*verbs, *["step"] * 3]:
-        now += random.choice([0.0, 1.0, 50.0])
-        pending = sorted(d for d, s in fleet.items() if s.outcome == "pending")
-        if verb in ("pause", "resume", "retry", "promote"):
-            try:
-                rollout = getattr(rollouts, verb)(rollout)
-            except UsageError:
-                continue
-        elif verb == "kill":  # the step was made, and nothing of it was written
-            assert advance(rollout, fleet, now) == advance(rollout, fleet, now)
-        elif verb == "step":
-            step = advance(rollout, fleet, now)
-            rollout = msgspec.json.decode(msgspec.json.encode(step.rollout), type=Rollout)
-            assert advance(rollout, fleet, now).assign == [], "written, and killed before anybody was asked"
-            for name, mine in rollout.assigned.items():  # as the service does: from what is written, not from the step
-                if mine.outcome != "none":
-                    before, fleet[name] = fleet[name], expect(fleet[name], rollout.id, mine.attempt, PLAN.release("pi"))
-                    if fleet[name] != before:
-                        asked.append((name, mine.attempt))
-        elif verb in ("on", "off"):
-            name = random.choice(sorted(fleet))
-            fleet[name] = msgspec.structs.replace(fleet[name], online=verb == "on")
-        elif pending:
-            fails = verb == "fail"
-            name = random.choice(pending)
-            fleet[name] = msgspec.structs.replace(
-                fleet[name], outcome="rolled-back" if fails else "installed", version=1 if fails else 2
-            )
-    assert len(asked) == len(set(asked))
-    for name, attempt in asked:
-        assert attempt == 1 or (name, attempt - 1) in asked
+        hands.do(verb)
+    assert len(hands.asked) == len(set(hands.asked))
+    for name, attempt in hands.asked:
+        assert attempt == 1 or (name, attempt - 1) in hands.asked

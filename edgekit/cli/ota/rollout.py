@@ -30,7 +30,7 @@ _NAME = click.argument("rollout")
 @click.argument("version", required=False, type=click.IntRange(1))
 @_planning.options
 @_planning.BY_NAME
-def start(terminal: Terminal, *, fleet: Path, model: str, version: int | None, by: str | None, **flags: Any) -> None:  # noqa: ANN401  # flags
+def start(terminal: Terminal, *, fleet: Path, model: str, version: int | None, by: str | None, **flags: Any) -> None:  # noqa: ANN401  # click hands the flags on
     """Bring VERSION (by default the newest) of MODEL to the fleet.
 
     With --roll-back name VERSION: a halt then takes the devices that run it to that newer version, which holds the old

@@ -50,9 +50,7 @@ def COMMAND(terminal: Terminal, *, plan: Path, seed: int, seeds: int, devices: i
         ]
         terminal.table(("seed", "status", "by", "wave", "hours", "reached", "hurt"), rows)
         halted = sum(s.status in ("halted", "aborted") for s in stories)
-        terminal.say(
-            f"{halted} of {seeds} halted; {sum(s.hurt for s in stories) / seeds:.1f} devices hurt in the mean"
-        )
+        terminal.say(f"{halted} of {seeds} halted; {sum(s.hurt for s in stories) / seeds:.1f} devices hurt in the mean")
     terminal.result({"stories": [msgspec.to_builtins(s) for s in stories], "seed": seed})
 
 
