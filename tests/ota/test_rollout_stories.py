@@ -1,4 +1,4 @@
-"""Stories of whole rollouts, told with the simulation: the code that decides for a real fleet, a clock moved by hand."""
+"""Stories of whole rollouts, told with the simulation: the code that decides for a real fleet, a clock set by hand."""
 
 import contextlib
 
