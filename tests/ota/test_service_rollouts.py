@@ -26,8 +26,15 @@ def test_a_device_that_is_tagged_while_the_server_runs_is_reached_and_one_that_c
     world.add("pi-1", "pi-2", "pi-3")
     tag(world, "pi-1", '{"region":"eu"}')
     liar = world.devices["pi-3"]
-    liar.say("hello", Hello(device="pi-3", profile="pi", boot="b1", online=True, groups={"beta": 1},
-                            release="models/cat/pi/1.json", version=1, facts={"region": "eu"}), retain=True)  # fmt: skip
+    head = {
+        "device": "pi-3",
+        "profile": "pi",
+        "boot": "b1",
+        "online": True,
+        "release": "models/cat/pi/1.json",
+        "version": 1,
+    }
+    liar.say("hello", Hello(**head, groups={"beta": 1}, facts={"region": "eu"}), retain=True)
     plan = msgspec.structs.replace(PLAN, waves=(1.0,), where="tag.region = eu or group = beta")
     rollout = world.store.start(plan, world.now)
     world.settle()
