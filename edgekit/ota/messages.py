@@ -16,11 +16,13 @@ MAX_MESSAGE_BYTES = 64 << 10
 MAX_BLOCK_BYTES = 256 << 10
 MAX_ALERTS = 16
 MAX_GROUPS = 16
+MAX_FACTS = 32
 MAX_SPREAD = 86_400.0
 PREFIX = "edgekit/v1"
 
 Identifier = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=2000)]
+Fact = Annotated[str, msgspec.Meta(max_length=200)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 TargetPath = Annotated[
@@ -59,6 +61,7 @@ class Hello(_Message, frozen=True, kw_only=True, tag="hello"):
     """Retained, device to server: who I am and what I run. The will of the connection is the same, offline.
 
     ``revision`` is the highest that was met on the device's own topic, ``groups`` are those it obeys, each with its.
+    ``facts`` are what it says of itself beside its class, as the version of its runtime; an old device says none.
     """
 
     device: Identifier
@@ -71,6 +74,7 @@ class Hello(_Message, frozen=True, kw_only=True, tag="hello"):
     agent: Text = ""
     revision: Count = 0
     groups: Annotated[dict[Identifier, Count], msgspec.Meta(max_length=MAX_GROUPS)] = {}
+    facts: Annotated[dict[Identifier, Fact], msgspec.Meta(max_length=MAX_FACTS)] = {}
 
 
 class Installed(_Message, frozen=True, kw_only=True, tag="installed"):
@@ -127,7 +131,10 @@ class Waiting(_Message, frozen=True, kw_only=True, tag="waiting"):
 
 
 class Health(_Message, frozen=True, kw_only=True, tag="health"):
-    """How the served model did since the last report; ``dropped`` reports were lost for want of room so far."""
+    """How the served model did since the last report; ``dropped`` reports were lost for want of room so far.
+
+    ``number`` rises by one with each report of a ``boot``, so that the server counts each once; 0: an old device.
+    """
 
     device: Identifier
     bundle: Digest
@@ -136,6 +143,8 @@ class Health(_Message, frozen=True, kw_only=True, tag="health"):
     p95_ms: float
     rss_mib: float = 0.0
     dropped: Count = 0
+    boot: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    number: Count = 0
 
 
 class Alert(_Message, frozen=True, kw_only=True):

@@ -457,12 +457,14 @@ def test_an_agent_without_a_root_or_without_a_source_is_told_what_it_needs(fleet
 
 
 def test_shares_and_limits_are_read_as_people_write_them():
-    from edgekit.cli.ota._fleet import ago, limit, share
+    from edgekit.cli.ota._fleet import ago
+    from edgekit.ota.server.plan import amount, amounts
 
-    assert [share(t) for t in ("20%", "0.2", " 100% ")] == [0.2, 0.2, 1.0]
-    assert [(limit(t), type(limit(t))) for t in ("2", "10%")] == [(2, int), (0.1, float)]
+    assert [amount(t) for t in ("20%", "0.2", " 100% ")] == [0.2, 0.2, 1.0]
+    assert [(amount(t), type(amount(t))) for t in ("2", "10%")] == [(2, int), (0.1, float)]
+    assert [(one, type(one)) for one in amounts(("1", "50%", "1"))] == [(1, int), (0.5, float), (1.0, float)]
     with pytest.raises(UsageError):
-        share("a lot")
+        amount("a lot")
     assert [ago(time.time() - s) for s in (1.2, 300, 400_000)] == ["1 s", "5 min", "5 d"]
 
 

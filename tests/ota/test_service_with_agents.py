@@ -123,3 +123,24 @@ def test_a_device_that_was_off_catches_up_when_it_comes_back(lab):
     assert lab.ended(name).reason == "3 installed"
     newest = publisher.releases(lab.fleet.folder)[-1]
     assert [digest for digest in serving.activated if digest] == [newest.bundle]
+
+
+def test_after_a_halt_the_reached_devices_go_back_by_a_signed_release_of_which_they_fetch_nothing(lab):
+    good = lab.fleet.publish(1)
+    assert lab.ended(lab.roll_out(good)).status == "done"
+    bad, anew = lab.fleet.publish(2), lab.fleet.publish(1)
+    assert (anew.bundle, anew.version) == (good.bundle, 3)
+    lab.agents["pi-2"][1].disliked = {bad.bundle}
+    plan = Plan(model=bad.model, version=2, profiles=(PROFILE,), waves=(1.0,), back=3)
+    name = lab.store.start(plan, NOW.timestamp()).id
+    back = eventually(lambda: next((r for r in lab.store.rollouts() if r.plan.version == 3), None), 60.0)
+    eventually(lambda: [lab.agents[n][1].activated[-1] for n in lab.agents] == [good.bundle] * 3, 60.0)
+    halted = lab.store.rollout(name)
+    assert halted.status == "aborted"
+    assert "it had halted: 1 of 3 reached devices failed (1 rolled-back)" in halted.reason
+    devices = eventually(
+        lambda: (d := lab.store.devices()) and all(d[n].version == 3 for n in ("pi-1", "pi-3")) and d, 60.0
+    )
+    assert devices["pi-2"].version == 1
+    assert [devices[n].measured["downloaded_bytes"] for n in ("pi-1", "pi-3")] == [0.0, 0.0]
+    assert sorted(lab.store.rollout(back.id).assigned) == ["pi-1", "pi-3"]

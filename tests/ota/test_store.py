@@ -242,3 +242,13 @@ def test_a_kill_at_any_moment_leaves_whole_transactions_only(place, delay):
     store.close()
     assert set(devices) == set(assigned)
     assert {f"pi-{n}" for n in range(told + 1)} <= set(devices)
+
+
+def test_a_setting_is_changed_where_it_stands_and_taken_away_by_nothing(store):
+    assert store.change_setting("tags/pi-1", lambda old: old + "a") == "a"
+    assert store.change_setting("tags/pi-10", lambda _: "z") == "z"
+    assert store.change_setting("tags/pi-1", lambda old: old + "b") == "ab"
+    assert store.settings("tags/") == {"pi-1": "ab", "pi-10": "z"}
+    store.change_setting("tags/pi-1", lambda _: "")
+    assert store.settings("tags/") == {"pi-10": "z"}
+    assert store.name == "home"

@@ -26,7 +26,7 @@ from edgekit.ota.device.agent import Agent, Habits
 from edgekit.ota.device.update import Device
 from edgekit.ota.server import publisher
 from edgekit.ota.server.broker import embedded
-from edgekit.ota.server.rollout import Plan
+from edgekit.ota.server.plan import Plan
 from edgekit.ota.server.service import DATABASE, Service
 from edgekit.ota.server.store import Store
 

@@ -115,31 +115,6 @@ def tls(flags: dict[str, Any], broker: str | None) -> Tls | None:
     return told
 
 
-def share(text: str) -> float:
-    """Read ``20%`` or ``0.2``.
-
-    Raises:
-        UsageError: neither.
-    """
-    try:
-        number = text.strip()
-        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
-    except ValueError as error:
-        raise UsageError(f"{text!r} is no share", "write it as 20% or 0.2") from error
-
-
-def limit(text: str) -> int | float:
-    """Read a count of devices as ``2``, or a share of them as ``10%``.
-
-    Raises:
-        UsageError: neither.
-    """
-    try:
-        return int(text)
-    except ValueError:
-        return share(text)
-
-
 def now() -> datetime:
     """Return the time, with its zone."""
     return datetime.now(UTC)

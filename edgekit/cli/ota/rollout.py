@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from edgekit.cli._terminal import Terminal, command
-from edgekit.cli.ota import _fleet
+from edgekit.cli.ota import _fleet, _planning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from edgekit.ota.server.fleet import DeviceState
     from edgekit.ota.server.rollout import Rollout
 
 COMMAND = click.Group(name="rollout", help="Bring a release to the fleet in waves that halt themselves.")
@@ -27,41 +28,74 @@ _NAME = click.argument("rollout")
 @_FLEET
 @click.argument("model")
 @click.argument("version", required=False, type=click.IntRange(1))
-@click.option("--waves", default="20%,100%", show_default=True, help="Cumulative shares of each hardware class.")
-@click.option("--max-failures", default="0", show_default=True, help="Halt above this count, or share as 10%.")
-@click.option("--dwell", default=0.0, show_default=True, help="Watch each wave so many seconds before the next.")
-@click.option("--spread", type=float, help="Let downloads begin over so many seconds. [default: 10 devices a second]")
-def start(  # noqa: PLR0913  # one parameter an option
-    terminal: Terminal,
-    *,
-    fleet: Path,
-    model: str,
-    version: int | None,
-    waves: str,
-    max_failures: str,
-    dwell: float,
-    spread: float | None,
-) -> None:
-    """Bring VERSION (by default the newest) of MODEL to the fleet."""
-    from edgekit.cli.ota._fleet import limit, open_store, share
-    from edgekit.ota.server import rollout as rollouts
+@_planning.options
+@_planning.BY_NAME
+def start(terminal: Terminal, *, fleet: Path, model: str, version: int | None, by: str | None, **flags: Any) -> None:  # noqa: ANN401  # click hands the flags on
+    """Bring VERSION (by default the newest) of MODEL to the fleet.
+
+    With --roll-back name VERSION: a halt then takes the devices that run it to that newer version, which holds the old
+    bundle. What would have happened says `edgekit ota simulate`.
+    """
+    from edgekit.cli.ota._fleet import open_store
+    from edgekit.ota.server.turns import targets
 
     number, profiles = published(fleet, model, version)
+    if flags["roll_back"]:
+        _require_other_bundle(fleet, model, number, flags["roll_back"])
     with closing(open_store(fleet)) as store:
-        reached = sum(device.profile in profiles for device in store.devices().values())
-        plan = rollouts.Plan(
-            model=model,
-            version=number,
-            profiles=profiles,
-            waves=tuple(share(part) for part in waves.split(",")),
-            max_failures=limit(max_failures),
-            dwell=dwell,
-            spread=rollouts.spread(reached) if spread is None else spread,
-        )
-        rollout = store.start(plan, time.time())
-    terminal.say(f"started {rollout.id} for {', '.join(profiles)}; a running `edgekit ota server` picks it up")
-    terminal.say(f"next: edgekit ota status {fleet} --watch")
+        devices = store.devices()
+        plan = _planning.plan(flags, (model, number, profiles), devices)
+        name, needs_two = _planning.user(by), store.settings("approval").get("") == "two"
+        rollout = store.start(plan, time.time(), lambda new: _from(new, name, needs_two=needs_two))
+    if rollout.status == "proposed":
+        terminal.say(f"proposed {rollout.id} for {', '.join(profiles)}; it waits for approval by somebody else")
+        terminal.say(f"next: edgekit ota rollout approve {fleet} {rollout.id} --as NAME")
+    else:
+        terminal.say(f"started {rollout.id} for {', '.join(profiles)}; a running `edgekit ota server` picks it up")
+        terminal.say(f"next: edgekit ota status {fleet} --watch")
+    if rollout.boxed:
+        terminal.say(f"{len(rollout.boxed)} devices sit out, they failed again and again: {', '.join(rollout.boxed)}")
+    _tell_power(terminal, rollout, targets(plan, devices))
     terminal.result({"rollout": msgspec.to_builtins(rollout)})
+
+
+def _from(new: Rollout, name: str, *, needs_two: bool) -> Rollout:
+    from edgekit.ota.server.rollout import propose
+
+    return propose(new, name) if needs_two else msgspec.structs.replace(new, started_by=name)
+
+
+def _tell_power(terminal: Terminal, rollout: Rollout, targets: Sequence[DeviceState]) -> None:
+    """Say before it begins what the first wave can find: a small canary proves little, whatever alpha is."""
+    from edgekit.ota.server.judging import chance_to_find
+    from edgekit.ota.server.strata import quotas, stratum_of
+
+    how = rollout.plan.judging
+    if how is None or not targets:
+        return
+    sizes: dict[tuple[str, ...], int] = {}
+    for device in targets:
+        one = stratum_of(device, rollout.plan)
+        sizes[one] = sizes.get(one, 0) + 1
+    canary = sum(quotas(rollout.plan.waves[0], sizes).values())
+    chance = chance_to_find(canary, how, rollout.baseline)
+    terminal.say(
+        f"a canary of {canary} devices finds a rise of failures by {how.failures:.1%} of devices "
+        f"with a probability of {chance:.0%}; later waves find more"
+    )
+
+
+def _require_other_bundle(fleet: Path, model: str, version: int, back: int) -> None:
+    from edgekit.errors import UsageError
+    from edgekit.ota.server import publisher
+
+    published(fleet, model, back)
+    bundles = {r.version: r.bundle for r in publisher.releases(fleet) if r.model == model}
+    if bundles[version] == bundles[back]:
+        raise UsageError(
+            f"version {back} of {model} is the very bundle of version {version}",
+            "publish the old bundle anew: edgekit ota publish FLEET OLD-BUNDLE",
+        )
 
 
 @command(name="list")
@@ -88,13 +122,13 @@ def list_(terminal: Terminal, *, fleet: Path) -> None:
 def show(terminal: Terminal, *, fleet: Path, rollout: str) -> None:
     """Show one rollout: whom it reached, how they answered, and its diary."""
     from edgekit.cli.ota._fleet import open_store, plain
-    from edgekit.ota.server.store import waves
+    from edgekit.ota.server.plan import told
 
     store = open_store(fleet)
     found, events = store.rollout(rollout), store.events(rollout)
     store.close()
     why = f": {found.reason}" if found.reason else ""
-    terminal.say(f"{found.id} is {found.status}{why}; waves {waves(found.plan)}, wave {found.wave + 1} now")
+    terminal.say(f"{found.id} is {found.status}{why}; waves {told(found.plan)}, wave {found.wave + 1} now")
     rows = [(d, a.profile, a.wave + 1, a.attempt, a.outcome) for d, a in found.assigned.items()]
     terminal.table(("device", "class", "wave", "attempt", "answer"), rows)
     for event in events:
@@ -132,6 +166,82 @@ def abort(terminal: Terminal, *, fleet: Path, rollout: str) -> None:
     _change(terminal, fleet, rollout, rollouts.abort)
 
 
+@command(name="retry-failed")
+@_FLEET
+@_NAME
+def retry_failed(terminal: Terminal, *, fleet: Path, rollout: str) -> None:
+    """Ask the devices that failed once more, as a new attempt; a rollout that is done runs again."""
+    from edgekit.ota.server import rollout as rollouts
+
+    _change(terminal, fleet, rollout, rollouts.retry)
+
+
+@command(name="promote")
+@_FLEET
+@_NAME
+@click.argument("wave", required=False, type=click.IntRange(1))
+def promote(terminal: Terminal, *, fleet: Path, rollout: str, wave: int | None) -> None:
+    """Open WAVE (by default the next) by hand, without waiting for the one before; halting goes on."""
+    from edgekit.ota.server import rollout as rollouts
+
+    _change(terminal, fleet, rollout, lambda one: rollouts.promote(one, wave - 1 if wave else None))
+
+
+@command(name="approve")
+@_FLEET
+@_NAME
+@_planning.BY_NAME
+def approve(terminal: Terminal, *, fleet: Path, rollout: str, by: str | None) -> None:
+    """Let a proposed rollout begin; somebody else has to than who proposed it."""
+    from edgekit.cli.ota._fleet import open_store
+    from edgekit.ota.server import rollout as rollouts
+
+    with closing(open_store(fleet)) as store, store.transaction():
+        changed = store.change(rollout, lambda one: rollouts.approve(one, _planning.user(by)), time.time())
+        store.supersede(changed.plan, changed.id, time.time())
+        store.note(changed.id, f"approved by {changed.approved_by}", time.time())
+    terminal.say(f"{changed.id} is {changed.status}, approved by {changed.approved_by}")
+    terminal.result({"rollout": msgspec.to_builtins(changed)})
+
+
+@command(name="require-approval")
+@_FLEET
+@click.argument("people", type=click.Choice(["one", "two"]))
+def require_approval(terminal: Terminal, *, fleet: Path, people: str) -> None:
+    """Let rollouts of this fleet begin by the word of one person, or of two.
+
+    It keeps an honest operator from a slip. Whoever can write the fleet's folder can undo it.
+    """
+    from edgekit.cli.ota._fleet import open_store
+
+    with closing(open_store(fleet)) as store:
+        store.change_setting("approval", lambda _: people if people == "two" else "")
+        store.note("fleet", f"rollouts begin by the word of {people}", time.time())
+    terminal.say(f"rollouts begin by the word of {people}")
+    terminal.result({"approval": people})
+
+
+@command(name="roll-back")
+@_FLEET
+@_NAME
+@click.argument("version", type=click.IntRange(1))
+def roll_back(terminal: Terminal, *, fleet: Path, rollout: str, version: int) -> None:
+    """Take the devices that run what ROLLOUT brought to VERSION, the old bundle published anew, all at once.
+
+    The rollout ends, where it has not yet.
+    """
+    from edgekit.cli.ota._fleet import open_store
+    from edgekit.ota.server import rollout as rollouts
+
+    with closing(open_store(fleet)) as store:
+        plan = rollouts.back(store.rollout(rollout), version)
+        published(fleet, plan.model, version)
+        _require_other_bundle(fleet, plan.model, store.rollout(rollout).plan.version, version)
+        started = store.start(plan, time.time())
+    terminal.say(f"started {started.id}: whoever runs {plan.where.replace(' =', '')} goes to {version}")
+    terminal.result({"rollout": msgspec.to_builtins(started)})
+
+
 def _change(terminal: Terminal, fleet: Path, name: str, how: Callable[[Rollout], Rollout]) -> None:
     from edgekit.cli.ota._fleet import open_store
 
@@ -162,5 +272,6 @@ def published(fleet: Path, model: str, version: int | None) -> tuple[int, tuple[
     return number, profiles
 
 
-for _command in (start, list_, show, pause, resume, abort):
+_COMMANDS = (start, list_, show, pause, resume, abort, retry_failed, promote, approve, require_approval, roll_back)
+for _command in _COMMANDS:
     COMMAND.add_command(_command)

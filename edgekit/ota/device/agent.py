@@ -17,7 +17,7 @@ import edgekit
 from edgekit.errors import EdgekitError, MessageError, TransferError, UsageError, from_os
 from edgekit.ota import messages
 from edgekit.ota.channel import Will
-from edgekit.ota.device import clock, slots
+from edgekit.ota.device import clock, facts, slots
 from edgekit.ota.device.courier import Courier
 from edgekit.ota.device.fetchers import ChannelFetcher, Patience
 from edgekit.ota.device.gate import Held
@@ -128,6 +128,7 @@ class Agent:
         self._habits = habits or Habits()
         self._vitals = vitals
         self._boot = secrets.token_hex(8)
+        self._told = 0  # how many health reports of this boot
         self._alerted = False  # since this boot, or before it and not told yet
         self._channel: Channel | None = None
         self._outbox: Outbox | None = None
@@ -421,6 +422,7 @@ class Agent:
         self._alerted = self._alerted or bool(vitals.alerts)
         if self._alerted:
             self._report(Drift(device=self._device.name, bundle=current.bundle, alerts=vitals.alerts[:MAX_ALERTS]))
+        self._told += 1
         self._report(
             Health(
                 device=self._device.name,
@@ -430,6 +432,8 @@ class Agent:
                 p95_ms=vitals.p95_ms,
                 rss_mib=vitals.rss_mib,
                 dropped=0 if self._outbox is None else self._outbox.dropped,  # one that is empty is false
+                boot=self._boot,
+                number=self._told,
             )
         )
 
@@ -452,6 +456,7 @@ class Agent:
             agent=f"edgekit {edgekit.__version__}",
             revision=revisions.pop(OWN),
             groups=revisions,
+            facts=facts.gather(),
         )
 
     @property

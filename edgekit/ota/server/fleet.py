@@ -28,9 +28,10 @@ from edgekit.ota.messages import (
     RolledBack,
     Waiting,
 )
+from edgekit.ota.server.records import Record, added
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 Outcome = Literal["none", "pending", "failed", "installed", "rolled-back", "refused"]
 
@@ -57,6 +58,10 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ``alerts`` are what it last said is not as it was, ``dropped`` how many of its reports had no room on the way,
     ``boots`` its starts before the present one. ``wish`` is what it was last told to run (JSON, empty: nothing), under
     the number ``revision``; ``met`` is the highest such number that it has seen, ``groups`` whose wishes it obeys, too.
+
+    ``tags`` and ``members`` (groups) are what the operator says of it, ``facts`` what it says of itself. ``record``
+    is how the bundle that serves has done, ``before`` how the one before it did, ``heard`` the last report that is in
+    there.
     """
 
     id: Identifier
@@ -84,6 +89,12 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     revision: int = 0
     met: int = 0
     groups: dict[str, int] = {}
+    tags: dict[str, str] = {}
+    members: tuple[str, ...] = ()
+    facts: dict[str, str] = {}
+    record: Record | None = None
+    before: Record | None = None
+    heard: tuple[str, int] = ("", 0)
 
 
 def fold(state: DeviceState, report: Report, now: float) -> DeviceState:
@@ -95,8 +106,7 @@ def fold(state: DeviceState, report: Report, now: float) -> DeviceState:
     if isinstance(report, Hello):
         return _hello(state, report)
     if isinstance(report, Health):
-        figures = {name: getattr(report, name) for name in ("requests", "errors", "p95_ms", "dropped")}
-        return replace(state, **figures)
+        return _health(state, report)
     if isinstance(report, Drift):
         return replace(state, alerts=report.alerts)
     if isinstance(report, Chosen):
@@ -128,6 +138,13 @@ def tell(state: DeviceState, wish: str, now: float) -> DeviceState:
     return replace(state, wish=wish, revision=max(int(now * 1000), own + 1, met + 1))
 
 
+def label(state: DeviceState, tags: Mapping[str, str], members: tuple[str, ...]) -> DeviceState:
+    """Return the device as the operator has labelled it: tags and groups come from no report."""
+    if state.tags == tags and state.members == members:
+        return state
+    return replace(state, tags=dict(tags), members=members)
+
+
 def next_revision(met: Iterable[int], now: float) -> int:
     """Return a revision above all that devices say they have met; what is too far in the future is a lie, or forged."""
     believed = [one for one in met if one / 1000 < now + AHEAD_SECONDS]
@@ -155,8 +172,24 @@ def _hello(state: DeviceState, hello: Hello) -> DeviceState:
     )
     if not hello.online:
         return state  # a will was written when the connection began: what it says of versions may be old
-    state = replace(state, met=hello.revision, groups=hello.groups)
+    state = replace(state, met=hello.revision, groups=hello.groups, facts=hello.facts)
     return replace(state, model=model_of(hello.release), version=hello.version, bundle=hello.bundle)
+
+
+def _health(state: DeviceState, health: Health) -> DeviceState:
+    figures = ("requests", "errors", "p95_ms", "dropped")
+    told = {name: getattr(health, name) for name in figures}
+    # One that came twice counts once: by its number, or (old devices have none) because it says the very same again.
+    boot, number = state.heard
+    known = health.boot == boot and health.number <= number
+    same = not health.number and all(getattr(state, name) == told[name] for name in figures)
+    if known if health.number else same:
+        return replace(state, **told) if not health.number else state
+    record, before = state.record, state.before
+    if record is None or record.bundle != health.bundle:
+        record, before = Record(bundle=health.bundle), record
+    heard = (health.boot, health.number) if health.number else state.heard
+    return replace(state, **told, record=added(record, health), before=before, heard=heard)
 
 
 def _answer(state: DeviceState, report: Installed | RolledBack | Refused | Failed | Waiting) -> DeviceState:

@@ -81,6 +81,15 @@ class Queries:
         .where(SETTINGS.c.fleet == _FLEET, SETTINGS.c.key.like("group/%"))
         .order_by(SETTINGS.c.key)
     )
+    settings: Select = (
+        sa.select(SETTINGS.c.key, SETTINGS.c.value)
+        .where(
+            SETTINGS.c.fleet == _FLEET,
+            sa.func.substr(SETTINGS.c.key, 1, sa.bindparam("length")) == sa.bindparam("prefix"),
+        )
+        .order_by(SETTINGS.c.key)
+    )
+    unset: sa.Delete = sa.delete(SETTINGS).where(SETTINGS.c.fleet == _FLEET, SETTINGS.c.key == _OF)
     last_event: Select = sa.select(sa.func.coalesce(sa.func.max(EVENTS.c.seq), 0)).where(EVENTS.c.fleet == _FLEET)
     add_event: sa.Insert = sa.insert(EVENTS)
     forget_events: sa.Delete = sa.delete(EVENTS).where(EVENTS.c.fleet == _FLEET, EVENTS.c.seq <= sa.bindparam("until"))

@@ -6,78 +6,55 @@ and leaves nobody out.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from msgspec.structs import replace
 
 from edgekit.errors import UsageError
-from edgekit.manifest import Name
-from edgekit.ota.messages import MAX_SPREAD, Identifier
+from edgekit.ota.messages import Identifier
+from edgekit.ota.server import judging, penalties
 from edgekit.ota.server.fleet import DeviceState, Outcome
+from edgekit.ota.server.judging import Reading, Tally, Test
+from edgekit.ota.server.plan import Plan
+from edgekit.ota.server.strata import Stratum
+from edgekit.ota.server.turns import choose, is_busy, is_there, lot, targets
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-Status = Literal["running", "paused", "halted", "done", "aborted"]
+    from edgekit.ota.server.turns import Turns
+
+Status = Literal["proposed", "running", "paused", "halted", "done", "aborted"]
 FAILURES: tuple[Outcome, ...] = ("rolled-back", "refused")
 ANSWERS: tuple[Outcome, ...] = ("installed", *FAILURES)
 STARTS_PER_SECOND = 10
 """So many downloads begin in a second, if nobody says otherwise."""
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which release, to which hardware classes, in which waves.
-
-    ``waves`` are cumulative shares of each class (stratified: every class is in the canary). ``max_failures`` is a
-    count over the rollout, or a share of the reached devices of any one class. ``dwell`` is how many seconds a wave
-    that has answered is watched before the next one opens; ``spread`` the seconds over which downloads begin.
-    """
-
-    model: Name
-    version: Annotated[int, msgspec.Meta(ge=1)]
-    profiles: tuple[str, ...]
-    waves: tuple[float, ...] = (0.2, 1.0)
-    max_failures: int | float = 0
-    dwell: float = 0.0
-    spread: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse waves and limits that make no sense."""
-        rising = all(0.0 < low < high for low, high in zip(self.waves, self.waves[1:], strict=False))
-        if not self.waves or not rising or not 0.0 < self.waves[0] <= self.waves[-1] == 1.0:
-            raise UsageError(f"waves {self.waves} are no plan", "let them rise and end at 100%, as 20%,100%")
-        most = 1.0 if isinstance(self.max_failures, float) else math.inf
-        if not 0 <= self.max_failures <= most or not 0 <= self.dwell < math.inf:
-            raise UsageError(
-                f"max_failures {self.max_failures} and dwell {self.dwell} s are no limits",
-                "give a count as 2 or a share as 10%, and seconds from 0",
-            )
-        if not 0 <= self.spread <= MAX_SPREAD:
-            raise UsageError(f"downloads cannot begin over {self.spread} s", f"give 0 to {MAX_SPREAD:g} seconds")
-        if not self.profiles:
-            raise UsageError("the plan reaches no hardware class", "publish the release for at least one")
-
-    def release(self, profile: str) -> str:
-        """Return the target path of the release for one hardware class."""
-        return f"models/{self.model}/{profile}/{self.version}.json"
-
-
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One device that was asked: in which wave, which attempt, and how it answered so far."""
+    """One device that was asked: in which wave, which attempt, when, and how it answered so far.
+
+    An outcome of none: it is to be asked again, and has not been yet. ``reading``: what it bears witness to.
+    """
 
     wave: int
     profile: str
     attempt: int = 1
     outcome: Outcome = "pending"
+    at: float = 0.0
+    stratum: Stratum = ()
+    reading: Reading | None = None
 
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A plan on its way. ``settled`` is when the present wave was first seen to have answered."""
+    """A plan on its way. ``settled`` is when the present wave was first seen to have answered.
+
+    ``baseline`` is how many devices of each class failed before it began, and of how many; ``boxed`` are skipped.
+    ``halted_by`` names what halted it; a test that did and was resumed after is ``waived``.
+    """
 
     id: Identifier
     plan: Plan
@@ -86,6 +63,12 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     assigned: dict[str, Assignment] = {}
     settled: float | None = None
     reason: str = ""
+    baseline: dict[str, Tally] = {}
+    boxed: tuple[str, ...] = ()
+    halted_by: str = ""
+    waived: tuple[Test, ...] = ()
+    started_by: str = ""
+    approved_by: str = ""
 
     def count(self, *outcomes: str) -> int:
         """Count the devices that answered so."""
@@ -94,27 +77,42 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 @dataclass(frozen=True)
 class Step:
-    """What to do now: whom to ask, and the rollout to remember before anyone is asked."""
+    """What to do now: whom to ask, the rollout to remember before that, and the way back to start where it halted."""
 
     assign: list[str]
     rollout: Rollout
+    back: Plan | None = None
+
+
+def begin(name: str, plan: Plan, before: Sequence[Rollout], released: Mapping[str, str] | None = None) -> Rollout:
+    """Return a new rollout, judged by what is known of those before it: of each class, how many devices failed."""
+    tallies: Counter[str] = Counter()
+    hits: Counter[str] = Counter()
+    for rollout in before:
+        if rollout.status == "done" and not rollout.halted_by:  # a bad release is no baseline
+            for one in rollout.assigned.values():
+                tallies[one.profile] += one.outcome in ANSWERS
+                hits[one.profile] += one.outcome in FAILURES
+    baseline = {profile: Tally(hits[profile], tries) for profile, tries in sorted(tallies.items()) if tries}
+    return Rollout(id=name, plan=plan, baseline=baseline, boxed=penalties.boxed(before, plan.penalty, released))
 
 
 def advance(rollout: Rollout, fleet: Mapping[str, DeviceState], now: float) -> Step:
     """Take in the answers, then halt, open waves, or finish.
 
     The next wave opens when every reached device that is online has answered, more than half of the wave's devices
-    did, the failures are within the limit, and the wave was watched for the plan's dwell time. An offline device
-    counts neither for nor against. A rollout that is done still serves devices that join later.
+    did, the failures are within the limit, no test says stop, and the wave was watched for the plan's dwell time. An
+    offline device counts neither for nor against. A rollout that is done still serves devices that join later.
     """
     rollout = _observe(rollout, fleet)
     if rollout.status not in ("running", "done"):
         return Step([], rollout)
-    why = _halts(rollout) if rollout.status == "running" else ""
-    if why:
-        return Step([], replace(rollout, status="halted", reason=why))
-    opened = _open(_fill(rollout, fleet), fleet, now)
-    return Step([device for device in opened.assigned if device not in rollout.assigned], opened)
+    halted = _halts(rollout, fleet) if rollout.status == "running" else None
+    if halted is not None:
+        return Step([], halted, back(halted) if rollout.plan.back else None)
+    opened = _open(rollout, fleet, now)
+    before = rollout.assigned
+    return Step([d for d, a in opened.assigned.items() if a.outcome == "pending" and _is_new(a, before.get(d))], opened)
 
 
 def pause(rollout: Rollout) -> Rollout:
@@ -128,15 +126,16 @@ def pause(rollout: Rollout) -> Rollout:
 
 
 def resume(rollout: Rollout) -> Rollout:
-    """Go on. After a halt the devices that failed are asked once more, as a new attempt.
+    """Go on. After a halt the devices that failed are asked once more, and a test that halted it says no more.
 
     Raises:
-        UsageError: the rollout is done or aborted.
+        UsageError: the rollout is done, aborted, or nobody has approved it yet.
     """
     _need(rollout, "resume", ("running", "paused", "halted"))
     if rollout.status == "halted":
-        again = {d: _retry(a) if a.outcome in FAILURES else a for d, a in rollout.assigned.items()}
-        rollout = replace(rollout, assigned=again)
+        rollout = _again(rollout, FAILURES)
+        tests = [test for test in judging.TESTS if test == rollout.halted_by != "failures"]
+        rollout = replace(rollout, waived=tuple(dict.fromkeys((*rollout.waived, *tests))))
     return replace(rollout, status="running", settled=None, reason="")
 
 
@@ -146,8 +145,87 @@ def abort(rollout: Rollout, reason: str = "aborted by the operator") -> Rollout:
     Raises:
         UsageError: the rollout is done.
     """
-    _need(rollout, "abort", ("running", "paused", "halted", "aborted"))
-    return rollout if rollout.status == "aborted" else replace(rollout, status="aborted", reason=reason)
+    _need(rollout, "abort", ("proposed", "running", "paused", "halted", "aborted"))
+    if rollout.status == "aborted":
+        return rollout
+    had = f"; it had halted: {rollout.reason}" if rollout.status == "halted" else ""
+    return replace(rollout, status="aborted", reason=reason + had)
+
+
+def retry(rollout: Rollout) -> Rollout:
+    """Ask the devices that failed once more, as a new attempt; one that is done runs again.
+
+    Raises:
+        UsageError: the rollout is aborted, halted (resume it) or nobody has approved it yet.
+    """
+    _need(rollout, "retry the failed of", ("running", "paused", "done"))
+    again = _again(rollout, (*FAILURES, "failed"))
+    if again == rollout or rollout.status != "done":
+        return again
+    return replace(again, status="running", reason="")
+
+
+def promote(rollout: Rollout, wave: int | None = None) -> Rollout:
+    """Open a wave by hand, counted from 0, by default the next; one that is open already stays so.
+
+    Raises:
+        UsageError: there is no such wave, or the rollout is neither running nor paused.
+    """
+    _need(rollout, "promote", ("running", "paused"))
+    to = rollout.wave + 1 if wave is None else wave
+    if not 0 <= to < len(rollout.plan.waves):
+        raise UsageError(
+            f"rollout {rollout.id} has no wave {to + 1}, it has {len(rollout.plan.waves)}", "wave 1 is the canary"
+        )
+    return rollout if to <= rollout.wave else replace(rollout, wave=to, settled=None)
+
+
+def propose(rollout: Rollout, by: str) -> Rollout:
+    """Return a rollout that waits for somebody else's approval.
+
+    Raises:
+        UsageError: nobody is named.
+    """
+    if not by:
+        raise UsageError("a proposal needs a name", "say who you are with --as NAME")
+    return replace(rollout, status="proposed", started_by=by, reason="waits for approval by somebody else")
+
+
+def approve(rollout: Rollout, by: str) -> Rollout:
+    """Let a proposed rollout begin; approved twice by the same person it is approved once.
+
+    Raises:
+        UsageError: nobody is named, or who proposed it, or it is past that.
+    """
+    if by and rollout.approved_by == by:
+        return rollout
+    _need(rollout, "approve", ("proposed",))
+    if not by or by == rollout.started_by:
+        raise UsageError(
+            f"rollout {rollout.id} was proposed by {rollout.started_by}: somebody else has to approve it",
+            "give another name with --as NAME",
+        )
+    return replace(rollout, status="running", approved_by=by, reason="")
+
+
+def release(rollout: Rollout, devices: Iterable[str]) -> Rollout:
+    """Let devices out of the penalty box; a rollout that goes on reaches them from now on."""
+    left = set(rollout.boxed).difference(devices)
+    return rollout if len(left) == len(rollout.boxed) else replace(rollout, boxed=tuple(sorted(left)))
+
+
+def back(rollout: Rollout, version: int = 0) -> Plan:
+    """Return the plan that takes what runs the release to a version that holds the old bundle, all at once.
+
+    No device ever goes down in version, so that the way back is signed like every other: the old bundle, published
+    anew.
+
+    Raises:
+        UsageError: that version is not above the release's.
+    """
+    old = replace(rollout.plan, back=version) if version else rollout.plan
+    plan = Plan(model=old.model, version=max(old.back, 1), profiles=old.profiles, waves=(1.0,), max_failures=1.0)
+    return replace(plan, where=f"version = {old.version}", spread=old.spread)
 
 
 def wanted(device: str, rollouts: Sequence[Rollout]) -> Rollout | None:
@@ -158,19 +236,22 @@ def wanted(device: str, rollouts: Sequence[Rollout]) -> Rollout | None:
     for rollout in reversed(rollouts):
         assignment = rollout.assigned.get(device)
         stands = rollout.status in ("running", "paused", "done")
-        if assignment and (stands or assignment.outcome == "installed"):
+        if assignment and assignment.outcome != "none" and (stands or assignment.outcome == "installed"):
             return rollout
     return None
 
 
 def live(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """List those that still have something to decide: all but, of each model, the ones an other done one replaced."""
+    """List those that still have something to decide: all but, of each model, the ones an other done one replaced.
+
+    One with a filter replaces none: whom it leaves out still needs the one before.
+    """
     replaced: set[str] = set()
     kept: list[Rollout] = []
     for rollout in reversed(rollouts):
         if rollout.status != "done" or rollout.plan.model not in replaced:
             kept.append(rollout)
-        if rollout.status == "done":
+        if rollout.status == "done" and not rollout.plan.where:
             replaced.add(rollout.plan.model)
     return kept[::-1]
 
@@ -180,22 +261,68 @@ def spread(devices: int) -> float:
     return min(3600.0, round(devices / STARTS_PER_SECOND, 1))
 
 
-def lot(device: str, rollout_id: str) -> bytes:
-    """Draw a device's place in the queue: the same for ever in one rollout, another in the next."""
-    return hashlib.sha256(f"{rollout_id}\0{device}".encode()).digest()
+def _is_new(now: Assignment, before: Assignment | None) -> bool:
+    return before is None or (before.outcome == "none" and now.at >= before.at)
 
 
 def _observe(rollout: Rollout, fleet: Mapping[str, DeviceState]) -> Rollout:
-    news = {}
+    news: dict[str, Assignment] = {}
     for device, assignment in rollout.assigned.items():
         state = fleet.get(device)
-        same = state is not None and (state.deployment, state.attempt) == (rollout.id, assignment.attempt)
-        if state is not None and same and state.outcome != assignment.outcome:
+        if state is None or state.outcome == assignment.outcome:
+            continue
+        if (state.deployment, state.attempt) == (rollout.id, assignment.attempt):
             news[device] = replace(assignment, outcome=state.outcome)
+    news.update(_readings(rollout, fleet, news))
     return replace(rollout, assigned={**rollout.assigned, **news}) if news else rollout
 
 
-def _halts(rollout: Rollout) -> str:
+def _readings(
+    rollout: Rollout, fleet: Mapping[str, DeviceState], news: Mapping[str, Assignment]
+) -> dict[str, Assignment]:
+    """Let each device that has installed the release, and has reported enough since, bear witness once."""
+    how = rollout.plan.judging
+    if how is None or rollout.status != "running":
+        return {}
+    ready = []
+    for device, known in rollout.assigned.items():
+        if known.reading is None:
+            assignment = news.get(device, known)
+            if assignment.outcome == "installed" and device in fleet and judging.is_ready(fleet[device], how):
+                ready.append((device, assignment))
+    if not ready:
+        return {}
+    taken = {a.reading.partner for a in rollout.assigned.values() if a.reading is not None}
+    # Whoever does not run it yet is held against it, in the order of their lots: no device chooses its partner.
+    others = [one for one in targets(rollout.plan, fleet) if not is_there(one, rollout.plan)]
+    others = [one for one in others if _is_untouched(rollout.assigned.get(one.id))]
+    others.sort(key=lambda one: lot(one.id, rollout.id))
+    controls = judging.Controls(others, how, taken)
+    return {d: replace(a, reading=judging.read(fleet[d], controls, how)) for d, a in ready}
+
+
+def _is_untouched(assignment: Assignment | None) -> bool:
+    return assignment is None or (assignment.attempt == 1 and assignment.outcome in ("none", "pending"))
+
+
+def _halts(rollout: Rollout, fleet: Mapping[str, DeviceState]) -> Rollout | None:
+    by, why = "limit", _over_limit(rollout)
+    how = rollout.plan.judging
+    if not why and how is not None:
+        witnesses = [_witness(a, fleet.get(d)) for d, a in rollout.assigned.items()]
+        verdict = judging.judge(witnesses, how, rollout.baseline, waived=rollout.waived)
+        if verdict is not None:
+            by, why = verdict.test, f"{verdict.why}, in wave {rollout.wave + 1}"
+    return replace(rollout, status="halted", reason=why, halted_by=by) if why else None
+
+
+def _witness(one: Assignment, device: DeviceState | None) -> judging.Witness:
+    # Who is still at it counts as not failed, for failures answer sooner; who is offline does not count at all.
+    is_at_it = one.outcome in ("pending", "failed") and device is not None and device.online
+    return judging.Witness(one.profile, one.outcome in FAILURES, one.outcome in ANSWERS or is_at_it, one.reading)
+
+
+def _over_limit(rollout: Rollout) -> str:
     limit = rollout.plan.max_failures
     if isinstance(limit, int):
         failed = rollout.count(*FAILURES)
@@ -215,56 +342,44 @@ def _why(rollout: Rollout, failed: int, reached: int, limit: str, *, profile: st
     return f"{failed} of {reached} {of} failed ({split}), limit {limit}, in wave {rollout.wave + 1}"
 
 
-def _targets(rollout: Rollout, fleet: Mapping[str, DeviceState]) -> list[DeviceState]:
-    plan = rollout.plan
-    return [d for d in fleet.values() if d.profile in plan.profiles and d.model in ("", plan.model)]
-
-
-def _there(device: DeviceState, plan: Plan) -> bool:
-    return device.model == plan.model and device.version >= plan.version
-
-
-def _fill(rollout: Rollout, fleet: Mapping[str, DeviceState]) -> Rollout:
-    """Ask as many devices of each class as the present wave reaches."""
-    plan, added = rollout.plan, dict(rollout.assigned)
-    waiting: dict[str, list[DeviceState]] = {}
-    for device in _targets(rollout, fleet):
-        if device.id not in added and not _there(device, plan):
-            waiting.setdefault(device.profile, []).append(device)
-    for profile, devices in sorted(waiting.items()):
-        have = sum(a.profile == profile for a in rollout.assigned.values())
-        room = math.ceil(plan.waves[rollout.wave] * (have + len(devices)) - 1e-9) - have
-        # Those that are online first: a canary that is switched off tells nothing.
-        queue = sorted(devices, key=lambda d: (not d.online, lot(d.id, rollout.id)))
-        added.update({d.id: Assignment(wave=rollout.wave, profile=profile) for d in queue[: max(room, 0)]})
-    return replace(rollout, assigned=added) if len(added) > len(rollout.assigned) else rollout
+def _fill(rollout: Rollout, turns: Turns, now: float) -> Rollout:
+    if not turns.chosen:
+        return rollout
+    added = dict(rollout.assigned)
+    for device, stratum in turns.chosen:
+        before = added.get(device.id)
+        if before is None:
+            added[device.id] = Assignment(wave=rollout.wave, profile=device.profile, at=now, stratum=stratum)
+        else:
+            added[device.id] = replace(before, outcome="pending", at=now)
+    return replace(rollout, assigned=added)
 
 
 def _open(rollout: Rollout, fleet: Mapping[str, DeviceState], now: float) -> Rollout:
-    """Open wave after wave as long as each has answered and was watched long enough."""
-    while rollout.status == "running" and _settled(rollout, fleet):
+    """Ask whom the wave reaches; open wave after wave as long as each has answered and was watched long enough."""
+    while True:
+        turns = choose(rollout, fleet, now)
+        rollout = _fill(rollout, turns, now)
+        if rollout.status != "running" or not _settled(rollout, fleet, turns, now):
+            return replace(rollout, settled=None)
         since = now if rollout.settled is None else rollout.settled
         if now - since < rollout.plan.dwell:
             return replace(rollout, settled=since)
-        rollout = _next(rollout, fleet)
-    return replace(rollout, settled=None)
+        if rollout.wave + 1 == len(rollout.plan.waves):
+            return replace(rollout, status="done", settled=None, reason=_tally(rollout.assigned.values()))
+        rollout = replace(rollout, wave=rollout.wave + 1, settled=None)
 
 
-def _settled(rollout: Rollout, fleet: Mapping[str, DeviceState]) -> bool:
-    known = ((a, fleet[d]) for d, a in rollout.assigned.items() if d in fleet)
-    if any(a.outcome == "pending" and one.online and not one.reason for a, one in known):  # else it waits by policy
+def _settled(rollout: Rollout, fleet: Mapping[str, DeviceState], turns: Turns, now: float) -> bool:
+    if turns.due or any(is_busy(rollout, a, fleet.get(d), now) for d, a in rollout.assigned.items()):
+        return False
+    if not rollout.assigned and not targets(rollout.plan, fleet):
         return False
     if rollout.wave + 1 == len(rollout.plan.waves):
-        return rollout.count(*ANSWERS) == len(rollout.assigned) and bool(_targets(rollout, fleet))
+        return rollout.count(*ANSWERS) == len(rollout.assigned) and not turns.short
     wave = [a for a in rollout.assigned.values() if a.wave == rollout.wave]
     answered = sum(a.outcome in ANSWERS for a in wave)
-    return bool(_targets(rollout, fleet)) and (answered * 2 > len(wave) or not wave)
-
-
-def _next(rollout: Rollout, fleet: Mapping[str, DeviceState]) -> Rollout:
-    if rollout.wave + 1 < len(rollout.plan.waves):
-        return _fill(replace(rollout, wave=rollout.wave + 1, settled=None), fleet)
-    return replace(rollout, status="done", settled=None, reason=_tally(rollout.assigned.values()))
+    return answered * 2 > len(wave) + turns.short or not (wave or turns.short)
 
 
 def _tally(assignments: Iterable[Assignment]) -> str:
@@ -272,8 +387,14 @@ def _tally(assignments: Iterable[Assignment]) -> str:
     return ", ".join(f"{counts[k]} {k}" for k in ANSWERS if counts[k]) or "every device had it already"
 
 
-def _retry(assignment: Assignment) -> Assignment:
-    return replace(assignment, attempt=assignment.attempt + 1, outcome="pending")
+def _again(rollout: Rollout, outcomes: Sequence[str]) -> Rollout:
+    """Let devices that answered so be asked once more, when it is their turn."""
+    news = {
+        device: replace(one, attempt=one.attempt + 1, outcome="none", reading=None)
+        for device, one in rollout.assigned.items()
+        if one.outcome in outcomes
+    }
+    return replace(rollout, assigned={**rollout.assigned, **news}) if news else rollout
 
 
 def _need(rollout: Rollout, verb: str, statuses: tuple[Status, ...]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgekit.errors import EdgekitError, MessageError, ResourceError, TransferError
+from edgekit.errors import EdgekitError, MessageError, ResourceError, TransferError, UsageError
 from edgekit.ota import messages
 from edgekit.ota.messages import (
     BlockRequest,
@@ -34,6 +34,7 @@ from edgekit.ota.server import publisher, repository, whereabouts
 from edgekit.ota.server.fleet import DeviceState, expect, fold, model_of, tell
 from edgekit.ota.server.inbox import Inbox
 from edgekit.ota.server.keys import CLOSED
+from edgekit.ota.server.labels import labelled
 from edgekit.ota.server.rollout import advance, live, wanted
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from edgekit.ota.channel import Arrival, Back, Channel
     from edgekit.ota.server.keys import Unlock
+    from edgekit.ota.server.plan import Plan
     from edgekit.ota.server.post import Post
     from edgekit.ota.server.rollout import Rollout
     from edgekit.ota.server.store import Group, Store
@@ -293,7 +295,8 @@ class Service:
             self.store.note(new.id, f"{kind}: {what} has passed", now)
 
     def _advance(self, changed: dict[str, DeviceState], groups: Mapping[str, Group], now: float) -> None:
-        fleet = {**self.fleet, **changed}
+        fleet = labelled({**self.fleet, **changed}, self.store.settings("tags/"), groups)
+        changed.update((name, one) for name, one in fleet.items() if one is not self.fleet.get(name))
         for rollout in live(self.store.rollouts()):
             self._advance_one(rollout, fleet, now)
         rollouts = self.store.rollouts()
@@ -308,6 +311,15 @@ class Service:
             wave = f"wave {step.rollout.wave + 1} of {len(rollout.plan.waves)}"
             self.store.note(rollout.id, f"{wave} reaches {', '.join(step.assign)}", now)
         self.store.change(rollout.id, lambda _: step.rollout, now)
+        if step.back is not None:
+            self._take_back(step.rollout.id, step.back, now)
+
+    def _take_back(self, halted: str, plan: Plan, now: float) -> None:
+        try:
+            back = self.store.start(plan, now)
+            self.store.note(halted, f"{back.id} takes the reached devices to version {plan.version}", now)
+        except UsageError as error:  # the halt stands all the same
+            self.store.note(halted, f"the reached devices were not taken back: {error.message}", now)
 
     def _publish(self, groups: Mapping[str, Group]) -> None:
         if self._forgotten:
@@ -362,7 +374,8 @@ def _asked(state: DeviceState, rollouts: Sequence[Rollout], groups: Mapping[str,
         release = f"models/{model_of(wish.release)}/{state.profile}/{wish.version}.json"
         return expect(state, wish.deployment, wish.attempt, release)
     for rollout in reversed(rollouts):
-        if assignment := rollout.assigned.get(state.id):
+        assignment = rollout.assigned.get(state.id)
+        if assignment and assignment.outcome != "none":
             return expect(state, rollout.id, assignment.attempt, rollout.plan.release(assignment.profile))
     return state
 

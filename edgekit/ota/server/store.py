@@ -20,14 +20,15 @@ from edgekit.ota.server import queries
 from edgekit.ota.server.audit import EMPTY, Deed, Entry, Head, follow
 from edgekit.ota.server.database import Database
 from edgekit.ota.server.fleet import DeviceState
-from edgekit.ota.server.rollout import Rollout, abort
+from edgekit.ota.server.plan import told
+from edgekit.ota.server.rollout import Rollout, abort, begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import sqlalchemy as sa
 
-    from edgekit.ota.server.rollout import Plan
+    from edgekit.ota.server.plan import Plan
 
 T = TypeVar("T")
 REMEMBERED_REPORTS = 1000
@@ -176,8 +177,10 @@ class Store:
             raise UnknownName("rollout", name, known)
         return known[name]
 
-    def start(self, plan: Plan, now: float) -> Rollout:
+    def start(self, plan: Plan, now: float, how: Callable[[Rollout], Rollout] = lambda new: new) -> Rollout:
         """Begin a rollout; running ones of the same model end, because its newest release is what they should run.
+
+        ``how`` changes it before it is written: one that is proposed ends no other until it is approved (`supersede`).
 
         Raises:
             UsageError: a rollout of the same release is still under way, or devices run a newer version already.
@@ -187,11 +190,18 @@ class Store:
             first = f"{plan.model[:40]}-v{plan.version}"
             name = next(n for i in range(1, len(taken) + 2) if (n := first if i == 1 else f"{first}-{i}") not in taken)
             self._refuse_going_back(plan)
-            self._supersede(plan, name, now)
-            rollout = Rollout(id=name, plan=plan)
+            rollout = how(begin(name, plan, self.rollouts(), self.settings("released/")))
+            if rollout.status != "proposed":
+                self.supersede(plan, name, now)
             self._run(self._sql.add_rollout, {"id": name, "state": msgspec.json.encode(rollout)})
-            self.note(name, f"started, waves {waves(plan)}", now)
-            self.audit("rollout.start", name, {"plan": msgspec.to_builtins(plan)}, now)
+            verb = "proposed" if rollout.status == "proposed" else "started"
+            self.note(name, f"{verb}, waves {told(plan)}", now)
+            self.audit(
+                "rollout.propose" if rollout.status == "proposed" else "rollout.start",
+                name,
+                {"plan": msgspec.to_builtins(plan)},
+                now,
+            )
         return rollout
 
     def change(self, name: str, how: Callable[[Rollout], Rollout], now: float) -> Rollout:
@@ -237,6 +247,23 @@ class Store:
     def release(self, name: str) -> None:
         """Forget who had something."""
         self._run(self._sql.drop_lease, {"of": name})
+
+    def settings(self, prefix: str) -> dict[str, str]:
+        """Read the settings whose keys begin with ``prefix``, by what follows it; as ``tags/`` by device."""
+        rows = self._rows(self._sql.settings, prefix=prefix, length=len(prefix))
+        return {str(row.key).removeprefix(prefix): str(row.value) for row in rows}
+
+    def change_setting(self, key: str, how: Callable[[str], str]) -> str:
+        """Read a setting (empty: there is none), change it and write it, in one transaction."""
+        with self.transaction():
+            old = self.settings(key).get("", "")
+            new = how(old)
+            self._run(self._sql.unset, {"of": key})
+            if new:
+                self._run(self._sql.set, {"key": key, "value": new})
+            if new != old:
+                self.audit("setting.change", key, {"before": old, "after": new})
+        return new
 
     def note(self, subject: str, text: str, now: float) -> None:
         """Write a line into the diary."""
@@ -293,9 +320,19 @@ class Store:
                 "publish the old bundle as a new version: edgekit ota publish FLEET BUNDLE",
             )
 
-    def _supersede(self, plan: Plan, name: str, now: float) -> None:
+    def supersede(self, plan: Plan, name: str, now: float) -> None:
+        """End the other rollouts of a model that are under way.
+
+        Raises:
+            UsageError: one of them is of the same release.
+        """
         for old in self.rollouts():
-            if old.plan.model != plan.model or old.status in ("done", "aborted"):
+            if (
+                old.id == name
+                or old.status == "proposed"
+                or old.plan.model != plan.model
+                or old.status in ("done", "aborted")
+            ):
                 continue
             if old.plan.version == plan.version and old.status != "halted":
                 raise UsageError(
@@ -326,8 +363,3 @@ class Store:
         except (msgspec.DecodeError, UsageError, UnicodeDecodeError) as error:
             told = f"{self.database.label} holds a damaged {kind.__name__}: {error}"
             raise ResourceError(told, "restore a backup") from error
-
-
-def waves(plan: Plan) -> str:
-    """Say a plan's waves as a person writes them: ``20%,100%``."""
-    return ",".join(f"{share:.4g}%" for share in (100 * w for w in plan.waves))
