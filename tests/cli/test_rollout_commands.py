@@ -76,7 +76,7 @@ def test_what_is_no_tag_is_refused(fleet, bad):
 def test_a_plan_with_everything_is_kept_as_it_was_told(fleet):
     words = (
         "--waves 1,2,50%,1 --alpha 5% --detect latency=20% --rate 10 --growth 2 --in-flight 5 --patience 600 "
-        "--window 22:00-05:00 --zone Europe/Berlin --penalty 3 --roll-back 3 --as ann"
+        "--window 22:00-05:00 --zone Europe/Berlin --penalty 3 --roll-back 3 --by ann"
     )
     rollout = say("rollout", "start", fleet, "digits", 2, *words.split(), "--where", "class = raspberry-pi-5")[
         "rollout"
@@ -129,14 +129,14 @@ def test_a_way_back_to_the_very_same_bundle_is_refused(fleet):
 def test_where_two_are_required_somebody_else_approves_and_only_then_the_running_one_ends(fleet):
     ota("rollout", "start", fleet, "digits", 1)
     ota("rollout", "require-approval", fleet, "two")
-    told = ota("rollout", "start", fleet, "digits", 2, "--as", "ann")
+    told = ota("rollout", "start", fleet, "digits", 2, "--by", "ann")
     assert "waits for approval" in told.output
     status = lambda: [r["status"] for r in say("rollout", "list", fleet)["rollouts"]]  # noqa: E731  # short
     assert status() == ["running", "proposed"]
-    assert "somebody else" in ota("rollout", "approve", fleet, "digits-v2", "--as", "ann", code=2).output
+    assert "somebody else" in ota("rollout", "approve", fleet, "digits-v2", "--by", "ann", code=2).output
     assert status() == ["running", "proposed"]
-    ota("rollout", "approve", fleet, "digits-v2", "--as", "ben")
-    ota("rollout", "approve", fleet, "digits-v2", "--as", "ben")
+    ota("rollout", "approve", fleet, "digits-v2", "--by", "ben")
+    ota("rollout", "approve", fleet, "digits-v2", "--by", "ben")
     assert status() == ["aborted", "running"]
     assert say("rollout", "show", fleet, "digits-v2")["rollout"]["approved_by"] == "ben"
     ota("rollout", "require-approval", fleet, "one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
     Command = TypeVar("Command", bound=Callable[..., Any])
 
-BY_NAME = click.option("--as", "by", help="Who you are. [default: the user of this machine]")
 _FLAGS = (
     click.option(
         "--waves", default="20%,100%", show_default=True, help="Cumulative shares of each stratum, or counts."
@@ -99,14 +97,6 @@ def plan(flags: Mapping[str, Any], release: tuple[str, int, tuple[str, ...]], fl
     from msgspec.structs import replace
 
     return replace(made, spread=rollout.spread(len(targets(made, fleet))))
-
-
-def user(by: str | None) -> str:
-    """Return who acts: the name that was given, else the user of this machine."""
-    try:
-        return by or getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
-        return ""
 
 
 def _judging(alpha: str | None, detect: tuple[str, ...]) -> Judging | None:

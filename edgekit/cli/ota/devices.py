@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from edgekit.cli._terminal import Terminal, command
+from edgekit.cli.ota import _fleet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from edgekit.ota.server.fleet import DeviceState
     from edgekit.ota.server.store import Store
 
 COMMAND = click.Group(name="devices", help="Look at devices, tag them, let them out of the penalty box.")
-_FLEET = click.argument("fleet", type=click.Path(path_type=Path))
+_FLEET = _fleet.folder
 
 
 @command(name="list")

@@ -29,8 +29,7 @@ _NAME = click.argument("rollout")
 @click.argument("model")
 @click.argument("version", required=False, type=click.IntRange(1))
 @_planning.options
-@_planning.BY_NAME
-def start(terminal: Terminal, *, fleet: Path, model: str, version: int | None, by: str | None, **flags: Any) -> None:  # noqa: ANN401  # click hands the flags on
+def start(terminal: Terminal, *, fleet: Path, model: str, version: int | None, **flags: Any) -> None:  # noqa: ANN401  # click hands the flags on
     """Bring VERSION (by default the newest) of MODEL to the fleet.
 
     With --roll-back name VERSION: a halt then takes the devices that run it to that newer version, which holds the old
@@ -45,11 +44,11 @@ def start(terminal: Terminal, *, fleet: Path, model: str, version: int | None, b
     with closing(open_store(fleet)) as store:
         devices = store.devices()
         plan = _planning.plan(flags, (model, number, profiles), devices)
-        name, needs_two = _planning.user(by), store.settings("approval").get("") == "two"
+        name, needs_two = _fleet.operator(), store.settings("approval").get("") == "two"
         rollout = store.start(plan, time.time(), lambda new: _from(new, name, needs_two=needs_two))
     if rollout.status == "proposed":
         terminal.say(f"proposed {rollout.id} for {', '.join(profiles)}; it waits for approval by somebody else")
-        terminal.say(f"next: edgekit ota rollout approve {fleet} {rollout.id} --as NAME")
+        terminal.say(f"next: edgekit ota rollout approve {fleet} {rollout.id} --by NAME")
     else:
         terminal.say(f"started {rollout.id} for {', '.join(profiles)}; a running `edgekit ota server` picks it up")
         terminal.say(f"next: edgekit ota status {fleet} --watch")
@@ -190,14 +189,13 @@ def promote(terminal: Terminal, *, fleet: Path, rollout: str, wave: int | None) 
 @command(name="approve")
 @_FLEET
 @_NAME
-@_planning.BY_NAME
-def approve(terminal: Terminal, *, fleet: Path, rollout: str, by: str | None) -> None:
+def approve(terminal: Terminal, *, fleet: Path, rollout: str) -> None:
     """Let a proposed rollout begin; somebody else has to than who proposed it."""
     from edgekit.cli.ota._fleet import open_store
     from edgekit.ota.server import rollout as rollouts
 
     with closing(open_store(fleet)) as store, store.transaction():
-        changed = store.change(rollout, lambda one: rollouts.approve(one, _planning.user(by)), time.time())
+        changed = store.change(rollout, lambda one: rollouts.approve(one, _fleet.operator()), time.time())
         store.supersede(changed.plan, changed.id, time.time())
         store.note(changed.id, f"approved by {changed.approved_by}", time.time())
     terminal.say(f"{changed.id} is {changed.status}, approved by {changed.approved_by}")

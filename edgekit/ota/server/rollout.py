@@ -187,7 +187,7 @@ def propose(rollout: Rollout, by: str) -> Rollout:
         UsageError: nobody is named.
     """
     if not by:
-        raise UsageError("a proposal needs a name", "say who you are with --as NAME")
+        raise UsageError("a proposal needs a name", "say who you are with --by NAME")
     return replace(rollout, status="proposed", started_by=by, reason="waits for approval by somebody else")
 
 
@@ -203,7 +203,7 @@ def approve(rollout: Rollout, by: str) -> Rollout:
     if not by or by == rollout.started_by:
         raise UsageError(
             f"rollout {rollout.id} was proposed by {rollout.started_by}: somebody else has to approve it",
-            "give another name with --as NAME",
+            "give another name with --by NAME",
         )
     return replace(rollout, status="running", approved_by=by, reason="")
 
