@@ -13,11 +13,10 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import edgekit
 from edgekit.errors import EdgekitError, MessageError, TransferError, UsageError, from_os
 from edgekit.ota import messages
 from edgekit.ota.channel import Will
-from edgekit.ota.device import clock, facts, slots
+from edgekit.ota.device import clock, slots, words
 from edgekit.ota.device.courier import Courier
 from edgekit.ota.device.fetchers import ChannelFetcher, Patience
 from edgekit.ota.device.gate import Held
@@ -29,7 +28,6 @@ from edgekit.ota.device.wishes import OWN, Wishes
 from edgekit.ota.messages import (
     MAX_ALERTS,
     MAX_GROUPS,
-    Chosen,
     Desired,
     Drift,
     Failed,
@@ -38,7 +36,6 @@ from edgekit.ota.messages import (
     Installed,
     Refused,
     RolledBack,
-    Waiting,
 )
 from edgekit.progress import silent
 
@@ -330,22 +327,12 @@ class Agent:
             return False
         else:
             self._report(outcome)
-            if isinstance(outcome, Installed):
-                self._tell_choice()
+            if isinstance(outcome, Installed) and (choice := words.chosen(self._device)):
+                self._report(choice)
             self._say_hello()
             return True
         self._hold_on(wanted, held, size)  # not above: the error would keep the connection open
         return False
-
-    def _tell_choice(self) -> None:
-        """Say which variant runs, where the fleet's owner signed several."""
-        state = slots.load(self._device.state)
-        if state.current is None or len(state.current.order) < 2 or state.current.path not in state.choices:
-            return
-        choice = state.choices[state.current.path]
-        left = {name: why[:500] for name, why in choice.left.items()}
-        bundle = state.current.bundle
-        self._report(Chosen(device=self._device.name, bundle=bundle, variant=choice.variant, left=left))
 
     def _retreat(self, broken: _Broken) -> bool:
         outcome = retreat(self._device, broken.bundle, broken.reason)
@@ -371,27 +358,11 @@ class Agent:
             log.error("ALARM: %s is not installed, and will be tried again: %s", wanted.release, error)
         else:
             log.warning("the update to %s failed and will be tried again: %s", wanted.release, error)
-        return Failed(
-            device=self._device.name,
-            deployment=wanted.deployment,
-            attempt=wanted.attempt,
-            version=wanted.version,
-            reason=error.message[:2000],
-        )
+        return words.failed(self._device, wanted, error)
 
     def _hold_on(self, wanted: Desired, held: Hold, size: int) -> None:
         """Tell why, once, and wait until the policy lets it go on, or something else comes first."""
-        until = held.until
-        self._report(
-            Waiting(
-                device=self._device.name,
-                deployment=wanted.deployment,
-                attempt=wanted.attempt,
-                version=wanted.version,
-                reason=held.reason[:2000],
-                until=max(0, round(until.timestamp())) if until else 0,
-            )
-        )
+        self._report(words.waiting(self._device, wanted, held))
         while not self._is_outdated(wanted) and self._device.gate.hold(size) is not None:
             self._undisturbed(self._habits.look_seconds, wanted)
 
@@ -442,22 +413,7 @@ class Agent:
             return self._news.wait_for(lambda: self._stopping, seconds)
 
     def _hello(self, *, online: bool) -> Hello:
-        state = slots.known(self._device.state)
-        current = None if state.dark else state.current
-        revisions = self._wishes.revisions
-        return Hello(
-            device=self._device.name,
-            profile=self._device.profile,
-            boot=self._boot,
-            online=online,
-            release=current.path if current else "",
-            version=current.version if current else 0,
-            bundle=current.bundle if current else "",
-            agent=f"edgekit {edgekit.__version__}",
-            revision=revisions.pop(OWN),
-            groups=revisions,
-            facts=facts.gather(),
-        )
+        return words.hello(self._device, self._boot, self._wishes.revisions, online=online)
 
     @property
     def _is_connected(self) -> bool:
