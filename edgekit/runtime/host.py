@@ -283,12 +283,15 @@ class Host:
         return pair.comparison.settled(seconds) if pair else Agreement()
 
     def end_shadow(self) -> Agreement:
-        """Finish the comparison, close the old model, and return how well both agreed."""
-        pair = self._take_pair()
-        if pair is None:
+        """Finish the comparison, close the model that does not serve, and return how well both agreed.
+
+        That is the old one, unless the new one has no share of the requests yet.
+        """
+        pair, leaving = self._part(back=False)
+        if pair is None or leaving is None:
             return Agreement()
         result = pair.comparison.finish()
-        self._retire(pair.old)
+        self._retire(leaving)
         return result
 
     def roll_back(self) -> None:
@@ -298,13 +301,11 @@ class Host:
             UsageError: no old model is kept.
         """
         with self._changing:
-            pair = self._take_pair()
-            if pair is None:
+            pair, leaving = self._part(back=True)
+            if pair is None or leaving is None:
                 raise UsageError("there is no model to go back to", "swap with shadow=True keeps the old one")
             pair.comparison.finish()
-            with self._lock:
-                new, self._serving = self._serving, pair.old
-            self._retire(new)
+            self._retire(leaving)
 
     def batch_sizes(self) -> Mapping[int, int]:
         """Return how many batches of each size the serving model has computed; none where it computes none."""
@@ -436,10 +437,16 @@ class Host:
             serving.closed = True
             self._left.notify_all()
 
-    def _take_pair(self) -> Pair | None:
+    def _part(self, *, back: bool) -> tuple[Pair | None, Serving | None]:
+        """Let one of two models serve alone, in one step, and return the other: no request meets it in between."""
         with self._lock:
             pair, self._pair = self._pair, None
-        return pair
+            if pair is None:
+                return None, None
+            if not back and pair.share:
+                return pair, pair.old
+            leaving, self._serving = self._serving, pair.old
+        return pair, leaving
 
     def _observe(self, session: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         # A client that sends NaN gets NaN: that is no fault of the model, and must not roll it back.

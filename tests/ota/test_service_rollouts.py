@@ -10,9 +10,9 @@ from edgekit.ota.server.rollout import Plan, propose
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
+def world(tmp_path, place, monkeypatch):
     monkeypatch.setattr("edgekit.ota.server.service.TICK_SECONDS", 0.0)
-    world = World(tmp_path / "fleet")
+    world = World(tmp_path / "fleet", place)
     yield world
     world.service.stop()
     world.store.close()

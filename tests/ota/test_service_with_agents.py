@@ -12,6 +12,7 @@ from edgekit.ota.server.rollout import Plan
 from edgekit.ota.server.service import Service
 from edgekit.ota.server.store import Store
 
+TAKEN = ["pi-1", "pi-3"]
 QUICK = Habits(first_pause=0.05, longest_pause=0.2, patience=Patience(seconds=1.0))
 
 
@@ -139,8 +140,11 @@ def test_after_a_halt_the_reached_devices_go_back_by_a_signed_release_of_which_t
     assert halted.status == "aborted"
     assert "it had halted: 1 of 3 reached devices failed (1 rolled-back)" in halted.reason
     devices = eventually(
-        lambda: (d := lab.store.devices()) and all(d[n].version == 3 for n in ("pi-1", "pi-3")) and d, 60.0
+        lambda: (
+            (d := lab.store.devices()) and all((d[n].version, d[n].outcome) == (3, "installed") for n in TAKEN) and d
+        ),
+        60.0,
     )
     assert devices["pi-2"].version == 1
-    assert [devices[n].measured["downloaded_bytes"] for n in ("pi-1", "pi-3")] == [0.0, 0.0]
-    assert sorted(lab.store.rollout(back.id).assigned) == ["pi-1", "pi-3"]
+    assert [devices[n].measured["downloaded_bytes"] for n in TAKEN] == [0.0, 0.0]
+    assert sorted(lab.store.rollout(back.id).assigned) == TAKEN

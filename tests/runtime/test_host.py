@@ -180,6 +180,39 @@ def test_roll_back_serves_the_old_model_again_and_closes_the_new_one(load):
         host.roll_back()
 
 
+@pytest.mark.parametrize(
+    ("shares", "end", "answers"),
+    [
+        ({"share": 0}, Host.roll_back, 1.0),
+        ({"share": 0}, Host.end_shadow, 1.0),
+        ({"shadow": True}, Host.roll_back, 1.0),
+    ],
+)
+def test_no_request_meets_a_model_that_is_given_up_while_the_comparison_ends(load, monkeypatch, shares, end, answers):
+    host, seen = Host(load(1.0)), []
+    host.swap(load(2.0), **shares)
+    finish = host._pair.comparison.finish
+
+    def finished():
+        seen.append(host.run(ONE).outputs["scores"][0, 0])
+        return finish()
+
+    monkeypatch.setattr(host._pair.comparison, "finish", finished)
+    end(host)
+    assert seen == [answers]
+    assert host.run(ONE).outputs["scores"][0, 0] == answers
+    assert not host.is_paired
+
+
+def test_swap_during_a_shadow_without_a_share_closes_the_one_that_never_served(load):
+    host, shadowed, last = Host(load(1.0)), load(2.0), load(3.0)
+    host.swap(shadowed, share=0)
+    host.swap(last, share=0.5)
+    assert {host.run(ONE).outputs["scores"][0, 0] for _ in range(4)} == {1.0, 3.0}
+    with pytest.raises(UsageError, match="closed"):
+        shadowed.run(ONE)
+
+
 def test_closed_host_refuses_requests_and_closes_what_is_swapped_in(load):
     host = Host(load(1.0))
     host.close()
