@@ -39,6 +39,8 @@ LOOKS = frozenset(
      "inotify_add_watch", "landlock_add_rule")
 )  # fmt: skip
 """Calls that change nothing; a shared, writable ``mmap`` would, and counts as unknown."""
+SCRATCH = "try-out"
+"""What a try-out's own process writes lies there; nobody reads it, and the next try-out clears what a kill left."""
 _CALL = re.compile(r"^(?:(\d+) +)?(\w+)\((.*)$")
 _RANDOM = re.compile(r"(tmp|\.)[a-z0-9_]{8}(?=[\">/]|$)")  # the names that Python's tempfile makes
 _PATHS = re.compile(r'"([^"]*)"|<([^>]*)>')
@@ -165,7 +167,7 @@ def _read(log: Path, folder: Path, process: int) -> Trace:
             unknown |= {name} if _is_unknown(name, arguments) else set()
         elif is_own:
             changes.append(Call(name, counts[name], paths))
-        else:
+        elif any(path.partition("/")[0] != SCRATCH for path in paths):
             foreign += 1
     return Trace(tuple(changes), frozenset(unknown), foreign)
 

@@ -44,6 +44,16 @@ def test_every_call_that_changes_a_folder_is_seen_and_one_of_another_process_too
     assert not trace.unknown
 
 
+def test_what_a_try_out_writes_into_its_own_room_is_no_change_of_the_device(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "try-out").mkdir(parents=True)
+
+    def work():
+        return subprocess.run(["touch", str(folder / "try-out" / "c")], check=True).returncode
+
+    assert _tracing.watch(work, folder, tmp_path / "log").foreign == 0
+
+
 def test_a_kill_takes_place_before_its_call(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
