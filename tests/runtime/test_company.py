@@ -85,7 +85,8 @@ def test_where_one_has_room_there_is_no_company():
     assert places(engine.company) == 1
 
 
-def test_a_clock_that_stands_still_decides_nothing():
+def test_a_clock_that_stands_still_decides_nothing(monkeypatch):
+    monkeypatch.setattr("edgekit.runtime.company.PATIENCE", 0.1)  # the real one is waited out
     engine = Engine(2, {1: 0.0, 2: 0.0})
     engine.measure()
     assert engine.company.gains is None
